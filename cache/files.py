@@ -1,0 +1,115 @@
+"""Every file effect of this project: write whole or not at all, hash, publish, clean up.
+
+A file appears under its final name only after its bytes are on disk: temporary name in the same
+folder, flush, fsync, rename, fsync of the folder. Nothing here relies on a lock, because `flock`
+does nothing on many shared file systems; two writers of the same content end with the same bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CorruptError, EnvironmentError_
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def no_space_is_the_users(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing `path` into one line that says which file and why."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentError_(
+            f"Cannot write {path}: {error.strerror or error}. Free or enable the disk, or choose another "
+            f"folder with --store DIR; what was finished before is kept, so type the same command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def temporary_file(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an unused temporary path in `folder`; whatever is left there afterwards is removed."""
+    with no_space_is_the_users(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{TEMPORARY_PREFIX}{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    try:
+        with no_space_is_the_users(folder / name):
+            yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Make `temporary` durable and rename it to `final` in the same folder."""
+    with open(temporary, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, final)
+    fsync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is committed to `path`."""
+    with temporary_file(path.parent, path.name) as temporary:
+        yield temporary
+        commit(temporary, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as sorted, indented JSON to `path`, whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON from `path`; raises `CorruptError` when it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptError(f"{path} is not readable JSON ({error}). Delete {path.parent} and run the stage again.") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes (about 2 GiB/s on one core)."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Rename a finished `staging` folder to `final`; a `final` that another writer made first wins."""
+    with no_space_is_the_users(final):
+        for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                with open(path, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            elif path.is_dir():
+                fsync_folder(path)
+        fsync_folder(staging)
+        try:
+            os.rename(staging, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+            shutil.rmtree(staging)
+        fsync_folder(final.parent)

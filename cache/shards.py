@@ -1,0 +1,68 @@
+"""Arrow IPC *file* shards: written whole, hashed, and checked before anything is believed.
+
+The IPC stream format is never used: a stream cut at a batch boundary reads as a shorter table.
+Arrow has no checksums of its own, so a flipped bit reads as another number in two thirds of the
+positions; the sha256 kept outside the shard is what makes corruption impossible to miss.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from cache.errors import CorruptError, StaleError
+from cache.files import atomic_path, commit, sha256_file, temporary_file
+
+SHARD_SUFFIX = ".arrow"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a manifest says of one shard: file name, size in bytes, sha256, number of rows."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_rows: int
+
+
+def write_shard(path: Path, table: pa.Table) -> ShardRecord:
+    """Write `table` to `path` as one IPC file, whole or not at all, and return its record."""
+    with atomic_path(path) as temporary:
+        _write_ipc(temporary, table)
+        record = ShardRecord(path.name, temporary.stat().st_size, sha256_file(temporary), table.num_rows)
+    return record
+
+
+def write_content_named_shard(folder: Path, table: pa.Table) -> Path:
+    """Write `table` into `folder` under its own sha256, so that the name vouches for the content."""
+    with temporary_file(folder, "shard") as temporary:
+        _write_ipc(temporary, table)
+        final = folder / f"{sha256_file(temporary)}{SHARD_SUFFIX}"
+        commit(temporary, final)
+    return final
+
+
+def read_shard(path: Path, sha256: str, repair: str) -> pa.Table:
+    """Memory-map a shard whose bytes have been checked against `sha256`.
+
+    Raises `StaleError` when it is missing and `CorruptError` when its bytes are not what was
+    written; both end with `repair`, the sentence that says what to type.
+    """
+    if not path.is_file():
+        raise StaleError(f"Shard {path} is missing. {repair}")
+    found = sha256_file(path)
+    if found != sha256:
+        raise CorruptError(f"Shard {path} is damaged: sha256 is {found[:12]}..., written was {sha256[:12]}.... {repair}")
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptError(f"Shard {path} is not a readable Arrow file ({error}). {repair}") from error
+    return table
+
+
+def _write_ipc(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
