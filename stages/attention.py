@@ -1,0 +1,89 @@
+"""Attention of a pack, segment by segment, plugged into transformers' own attention interface.
+
+Within an example the prompt attends to itself causally, each completion to the prompt and to itself;
+examples do not see each other. No mask over the pack exists: the prompt with its first completion is
+one causal call, every further completion one call over [prompt | itself].
+
+Leaving the mask out under plain `sdpa` would be silently wrong: transformers reads restarting
+positions as separate sequences, and the second completion no longer sees its prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from stages.packs import Segment
+
+NAME = "align_segments"
+
+
+def segment_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Sequence[Segment] | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
+    assert segments is not None, "the model does not hand its keyword arguments down to its attention"
+    pieces = []
+    for segment in segments:
+        prompt_end = segment.start + segment.prompt_length
+        cursor = prompt_end
+        for index, length in enumerate(segment.completion_lengths or (0,)):
+            own = slice(cursor, cursor + length)
+            if index == 0:
+                whole = slice(segment.start, cursor + length)
+                pieces.append(_attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], 0, scaling, sliding_window, softcap))
+            elif length:
+                prompt = slice(segment.start, prompt_end)
+                keys = torch.cat([key[:, :, prompt], key[:, :, own]], dim=2)
+                values = torch.cat([value[:, :, prompt], value[:, :, own]], dim=2)
+                pieces.append(_attend(query[:, :, own], keys, values, segment.prompt_length, scaling, sliding_window, softcap))
+            cursor += length
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    before: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of queries at positions `before`, `before` + 1, ... over keys from position 0."""
+    length, total = query.shape[2], key.shape[2]
+    windowed = window is not None and total > window
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None and not before and not windowed:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    ages = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(total, device=query.device)
+    visible = (ages >= 0) & (ages < window) if windowed else ages >= 0
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=grouped)
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = (side.repeat_interleave(repeats, dim=1) if grouped else side for side in (key, value))
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    weights = softmax(scores.masked_fill(~visible, float("-inf")), dim=-1, dtype=torch.float32)
+    return weights.to(values.dtype) @ values
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The segments say everything; no mask tensor is built."""
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

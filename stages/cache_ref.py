@@ -1,0 +1,181 @@
+"""Stage 2 of 4: rows -> reference log-probs, one float32 for every completion token.
+
+Loads the frozen reference once, scores only the rows that no earlier run scored, and appends shards
+to `ref-logps/<reference>-<fingerprint>`. The work is cut into units of consecutive examples and each
+unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand, and a
+resumed run writes the bytes an uninterrupted one would. Under `torchrun`, or with RANK and WORLD_SIZE
+set by hand, each process scores its own units; they need not talk. Run it with `align cache-ref`.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.artifacts import Artifact
+from cache.errors import StaleError
+from cache.files import read_json, write_json
+from cache.fingerprint import differing_fields, fingerprint, short
+from cache.ref_logps import RefLogps
+from stages.context import Context, progress
+from stages.models import ModelSource, check_length, load_model, reference_identity
+from stages.packs import build_pack, fed_length
+from stages.planning import pack
+from stages.rows import SPLITS, RowSet
+from stages.scoring import Compute, Scorer
+
+UNIT_EXAMPLES = 256
+
+
+@dataclass(frozen=True)
+class CacheRefResult:
+    """What a cache-ref run found and did; `forwards` counts forward passes of the reference."""
+
+    reference: RefLogps
+    rows_needed: int
+    rows_scored: int
+    forwards: int
+    seconds: float
+
+
+def cache_ref(rows: Artifact, source: ModelSource, revision: str | None, compute: Compute, context: Context) -> CacheRefResult:
+    """Score what is missing for `rows` and return the store; does nothing when nothing is missing."""
+    started = time.monotonic()
+    identity = reference_identity(source, compute)
+    reference = RefLogps(_folder(context, source.short_name, identity), identity)
+    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    needed = {key for row_set in row_sets for key in row_set.keys}
+    missing = len(reference.missing(needed))
+    forwards = 0
+    if missing:
+        check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
+        forwards = _score(row_sets, reference, source, compute, missing, context)
+    _remember(source, revision, compute, reference, context)
+    return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
+
+
+def open_reference(source_name: str, revision: str | None, compute: Compute, context: Context) -> RefLogps:
+    """The store that cache-ref filled for this reference, without touching the reference's weights.
+
+    Raises `StaleError` when there is none, or when the model folder has changed since.
+    """
+    path = _pointer(source_name, revision, compute, context)
+    if not path.is_file():
+        raise StaleError(
+            f"No reference log-probs of {source_name} in {compute.dtype_name} are in {context.store.root}. "
+            f"Make them with: {context.command('cache-ref')}"
+        )
+    pointer = read_json(path)
+    now = _stat_files(Path(pointer["folder"]))
+    if now and now != pointer["files"]:
+        raise StaleError(
+            f"The model in {pointer['folder']} has changed since its log-probs were cached "
+            f"({'; '.join(differing_fields(pointer['files'], now)[:3])}). Run: {context.command('cache-ref')}"
+        )
+    return RefLogps(context.store.root / "ref-logps" / pointer["store"], pointer["identity"])
+
+
+def check_same_model(reference: RefLogps, policy_identity: dict[str, Any], context: Context) -> None:
+    """Raise `StaleError` naming the fields in which the cached reference differs from the policy's start."""
+    fields = differing_fields(reference.identity, policy_identity)
+    if fields:
+        raise StaleError(
+            f"The cached reference log-probs in {reference.folder} are not of the policy's own starting weights: "
+            f"{'; '.join(fields)}. Run: {context.command('cache-ref')}"
+        )
+
+
+def _score(
+    row_sets: list[RowSet], reference: RefLogps, source: ModelSource, compute: Compute, missing: int, context: Context
+) -> int:
+    context.say(f"Scoring {missing:,} rows with {source.name} ({compute.dtype_name} on {compute.device.type})")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    scorer = Scorer(load_model(source, compute), compute, context.say)
+    with progress("cache-ref", missing, "rows") as advance, torch.inference_mode():
+        began, tokens = time.monotonic(), 0
+        for number, (rows, groups) in enumerate(_units(row_sets)):
+            if number % world_size != rank:
+                continue
+            todo = _without_scored(rows, groups, reference)
+            if not todo:
+                continue
+            keys, values, unit_tokens = _score_unit(rows, todo, scorer)
+            reference.add(keys, values)
+            tokens += unit_tokens
+            advance(len(keys), f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+    return scorer.forwards
+
+
+def _units(row_sets: list[RowSet]) -> Iterator[tuple[RowSet, list[np.ndarray]]]:
+    """Runs of consecutive examples, each example the row numbers of all its rows."""
+    for rows in row_sets:
+        for begin in range(0, rows.num_examples, UNIT_EXAMPLES):
+            examples = range(begin, min(begin + UNIT_EXAMPLES, rows.num_examples))
+            yield rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
+
+
+def _without_scored(rows: RowSet, groups: list[np.ndarray], reference: RefLogps) -> list[np.ndarray]:
+    """The rows of a unit that still need scoring, each key once."""
+    seen: set[bytes] = set()
+    todo = []
+    for group in groups:
+        fresh = []
+        for row in group:
+            key = rows.keys[row]
+            if key not in reference and key not in seen:
+                seen.add(key)
+                fresh.append(row)
+        if fresh:
+            todo.append(np.array(fresh))
+    return todo
+
+
+def _score_unit(rows: RowSet, groups: list[np.ndarray], scorer: Scorer) -> tuple[list[bytes], list[np.ndarray], int]:
+    """Keys, token log-probs in key order of the unit, and positions computed."""
+    lengths = [fed_length(rows, group) for group in groups]
+    found: dict[int, np.ndarray] = {}
+    for items in pack(lengths, scorer.compute.tokens_per_batch):
+        batch = build_pack(rows, [groups[item] for item in items])
+        token_logps = scorer(batch).cpu().numpy()
+        ends = np.cumsum(rows.completion_lengths[batch.rows])
+        found.update(zip(batch.rows.tolist(), np.split(token_logps, ends[:-1]), strict=True))
+    order = [int(row) for group in groups for row in group]
+    return [rows.keys[row] for row in order], [found[row] for row in order], sum(lengths)
+
+
+def _folder(context: Context, name: str, identity: dict[str, Any]) -> Path:
+    return context.store.root / "ref-logps" / f"{name}-{short(fingerprint(identity))}"
+
+
+def _pointer(name: str, revision: str | None, compute: Compute, context: Context) -> Path:
+    """Where cache-ref notes which store belongs to a model name, so that train need not hash the model."""
+    asked = fingerprint({"model": name, "revision": revision, "dtype": compute.dtype_name})
+    return context.store.root / "ref-logps" / "by-model" / f"{short(asked)}.json"
+
+
+def _remember(source: ModelSource, revision: str | None, compute: Compute, reference: RefLogps, context: Context) -> None:
+    folder = source.folder.resolve()
+    note = {
+        "model": source.name,
+        "folder": str(folder),
+        "files": _stat_files(folder),
+        "store": reference.folder.name,
+        "identity": reference.identity,
+    }
+    path = _pointer(source.name, revision, compute, context)
+    if not path.is_file() or read_json(path) != note:
+        write_json(path, note)
+
+
+def _stat_files(folder: Path) -> dict[str, list[int]]:
+    """Size, modification and change time (ns) of the model's files; empty when the folder cannot be looked at."""
+    try:
+        paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+        return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths}
+    except OSError:
+        return {}

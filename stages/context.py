@@ -1,0 +1,74 @@
+"""What every stage is handed besides its configuration: the store, a voice, and progress."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cache.artifacts import Store
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def say_on_stderr(line: str) -> None:
+    """Print one line for the person watching; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of a stage run.
+
+    `config_text` is the resolved configuration, saved beside the artifact. `arguments` are the
+    command-line arguments that select this configuration, repeated in commands that errors suggest.
+    """
+
+    store: Store
+    config_text: str = ""
+    arguments: str = ""
+    say: Callable[[str], None] = field(default=say_on_stderr)
+
+    def command(self, stage: str, extra: str = "") -> str:
+        """The command line that runs `stage` with this configuration."""
+        return " ".join(part for part in ("align", stage, self.arguments, extra) if part)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Show progress on stderr: a bar on a terminal, else a line now and then.
+
+    Yields `advance(amount, note)`.
+    """
+    if sys.stderr.isatty():
+        with _bar(description, total, unit) as advance:
+            yield advance
+    else:
+        yield _lines(description, total, unit)
+
+
+@contextmanager
+def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda amount, note: bar.update(task, advance=amount, note=note)
+
+
+def _lines(description: str, total: int, unit: str) -> Callable[[int, str], None]:
+    done, started = 0, time.monotonic()
+    last = started
+
+    def advance(amount: int, note: str) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= PLAIN_LINE_SECONDS:
+            last = now
+            left = (now - started) / max(done, 1) * (total - done)
+            print(f"{description}: {done:,} of {total:,} {unit}, {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    return advance

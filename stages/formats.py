@@ -1,0 +1,286 @@
+"""Layouts of preference data: one small class each, turning a source row into a `Preference`.
+
+A format is chosen once for a whole source, from its columns and confirmed on its rows. Conversion
+raises `BadRow` for a row that is malformed (stop or skip, as `data.on_bad_row` says) and `Unusable`
+for a well-formed row that carries no preference (always dropped, counted by reason).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from cache.errors import DataError
+from stages.reading import BadRow
+
+Message = dict[str, Any]
+ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"}
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))
+
+
+class Unusable(Exception):
+    """A well-formed row without a usable preference; the argument is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion: plain text or messages (assistant turns, possibly others between them)."""
+
+    completion: str | list[Message]
+    role: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt (plain text or messages) and its candidates."""
+
+    prompt: str | list[Message]
+    candidates: list[Candidate]
+
+
+class Explicit:
+    """`prompt`, `chosen`, `rejected`: each text or messages, the completions without the prompt."""
+
+    name: ClassVar[str] = "preference"
+    columns: ClassVar[str] = "prompt, chosen, rejected (text or message lists)"
+
+    @staticmethod
+    def matches(row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"prompt", "chosen", "rejected"} <= row.keys() and not _repeats_prompt(row)
+
+    @staticmethod
+    def convert(row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        prompt = text_or_messages(row, "prompt")
+        chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            raise BadRow("chosen and rejected: one is text and the other is messages")
+        if isinstance(prompt, str) != isinstance(chosen, str):
+            prompt, chosen, rejected = (as_messages(prompt, "user"), as_messages(chosen, "assistant"), as_messages(rejected, "assistant"))
+        return pair(prompt, chosen, rejected, *scores(row))
+
+
+class UltraFeedback:
+    """`prompt` text, `chosen` and `rejected` whole conversations that repeat it, optional scores."""
+
+    name: ClassVar[str] = "ultrafeedback"
+    columns: ClassVar[str] = "prompt (text), chosen, rejected (whole conversations)"
+
+    @staticmethod
+    def matches(row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"prompt", "chosen", "rejected"} <= row.keys() and _repeats_prompt(row)
+
+    @staticmethod
+    def convert(row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        preference = Implicit.convert(row)
+        users = [message["content"] for message in preference.prompt if isinstance(message, dict) and message["role"] == "user"]
+        if isinstance(row["prompt"], str) and row["prompt"].strip() not in [content.strip() for content in users]:
+            raise BadRow("prompt: the conversations in chosen and rejected do not contain it")
+        return preference
+
+
+class Implicit:
+    """`chosen` and `rejected` whole conversations; the prompt is the messages they begin with in common."""
+
+    name: ClassVar[str] = "implicit"
+    columns: ClassVar[str] = "chosen, rejected (whole conversations as message lists)"
+
+    @staticmethod
+    def matches(row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"chosen", "rejected"} <= row.keys() and "prompt" not in row and isinstance(row["chosen"], list)
+
+    @staticmethod
+    def convert(row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        return pair(*split_shared(messages(row, "chosen"), messages(row, "rejected")), *scores(row))
+
+
+class Transcript:
+    r"""hh-rlhf: `chosen` and `rejected` transcripts of `\n\nHuman: ...` and `\n\nAssistant: ...` turns."""
+
+    name: ClassVar[str] = "hh"
+    columns: ClassVar[str] = r"chosen, rejected (\n\nHuman: / \n\nAssistant: transcripts)"
+    turn: ClassVar[re.Pattern[str]] = re.compile(r"\n\n(Human|Assistant):")
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"chosen", "rejected"} <= row.keys() and "prompt" not in row and isinstance(row["chosen"], str)
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        chosen, rejected = (cls.parse(text(row, column), column) for column in ("chosen", "rejected"))
+        if chosen[:-1] != rejected[:-1]:
+            raise Unusable("prompts_differ")
+        return pair(chosen[:-1], chosen[-1:], rejected[-1:], *scores(row))
+
+    @classmethod
+    def parse(cls, transcript: str, column: str) -> list[Message]:
+        """Messages of a transcript, which must begin with Human and end with Assistant."""
+        head, *pieces = cls.turn.split(transcript)
+        roles, contents = pieces[::2], pieces[1::2]
+        if head.strip() or not roles or roles[0] != "Human" or roles[-1] != "Assistant":
+            raise BadRow(f"{column}: expected a transcript from '\\n\\nHuman:' to '\\n\\nAssistant:', found {shown(transcript)}")
+        names = {"Human": "user", "Assistant": "assistant"}
+        return [{"role": names[role], "content": content.strip()} for role, content in zip(roles, contents, strict=True)]
+
+
+class Unpaired:
+    """`prompt`, `completion`, `label`: single completions marked desirable (true) or not (false)."""
+
+    name: ClassVar[str] = "unpaired"
+    columns: ClassVar[str] = "prompt, completion, label (true or false)"
+
+    @staticmethod
+    def matches(row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"prompt", "completion", "label"} <= row.keys()
+
+    @staticmethod
+    def convert(row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        label = row["label"]
+        if not isinstance(label, bool) and label not in (0, 1):
+            raise BadRow(f"label: expected true or false, found {shown(label)}")
+        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
+        if isinstance(prompt, str) != isinstance(completion, str):
+            prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
+        return Preference(prompt, [Candidate(completion, "desirable" if label else "undesirable")])
+
+
+class Graded:
+    """`prompt`, `responses`, `rewards`: scored completions; the best is compared with the worst."""
+
+    name: ClassVar[str] = "graded"
+    columns: ClassVar[str] = "prompt, responses, rewards (lists of equal length)"
+
+    @staticmethod
+    def matches(row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        return {"prompt", "responses", "rewards"} <= row.keys()
+
+    @staticmethod
+    def convert(row: Mapping[str, Any]) -> Preference:
+        """The preference of a row."""
+        responses, rewards = row["responses"], row["rewards"]
+        if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+            raise BadRow("responses and rewards: expected lists of equal length")
+        if not all(isinstance(reward, int | float) and not isinstance(reward, bool) for reward in rewards):
+            raise BadRow(f"rewards: expected numbers, found {shown(rewards)}")
+        if len(responses) < 2:
+            raise Unusable("fewer_than_two_responses")
+        best, worst = (pick(range(len(rewards)), key=rewards.__getitem__) for pick in (max, min))
+        if rewards[best] == rewards[worst]:
+            raise Unusable("tie")
+        prompt = text_or_messages(row, "prompt")
+        sides = [text({"responses": responses[index]}, "responses") for index in (best, worst)]
+        if not isinstance(prompt, str):
+            sides = [as_messages(side, "assistant") for side in sides]
+        return pair(prompt, sides[0], sides[1], float(rewards[best]), float(rewards[worst]))
+
+
+FORMATS = (Explicit, UltraFeedback, Implicit, Transcript, Unpaired, Graded)
+Format = type[Explicit] | type[UltraFeedback] | type[Implicit] | type[Transcript] | type[Unpaired] | type[Graded]
+
+
+def choose_format(name: str, first: Mapping[str, Any], where: str) -> Format:
+    """The format called `name`, or with 'auto' the only one whose layout `first` has."""
+    known = {entry.name: entry for entry in FORMATS}
+    if name != "auto":
+        if name not in known:
+            raise DataError(f"Unknown data.format {name!r}. Known formats: {', '.join(known)}.")
+        return known[name]
+    found = [entry for entry in FORMATS if entry.matches(first)]
+    if len(found) == 1:
+        return found[0]
+    layouts = "; ".join(f"{entry.name}: {entry.columns}" for entry in found or FORMATS)
+    what = "fits several formats" if found else "fits no known format"
+    raise DataError(f"{where}: a row with columns {', '.join(sorted(first))} {what}. Choose with --set data.format=NAME from {layouts}.")
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any, score_chosen: float | None, score_rejected: float | None) -> Preference:
+    """A chosen and a rejected completion of one prompt; raises `Unusable` when there is nothing to prefer."""
+    if chosen == rejected:
+        raise Unusable("identical_completions")
+    return Preference(prompt, [Candidate(chosen, "chosen", score_chosen), Candidate(rejected, "rejected", score_rejected)])
+
+
+def split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """The messages two conversations share, up to a user or tool turn, and what follows in each."""
+    if chosen == rejected:
+        raise Unusable("identical_completions")
+    shorter = min(len(chosen), len(rejected))
+    shared = next((index for index in range(shorter) if chosen[index] != rejected[index]), shorter)
+    while shared and (shared == shorter or chosen[shared - 1]["role"] == "assistant"):
+        shared -= 1
+    rest = chosen[shared:], rejected[shared:]
+    if not shared or any(not side or side[0]["role"] != "assistant" for side in rest):
+        raise Unusable("prompts_differ")
+    return chosen[:shared], *rest
+
+
+def scores(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The scores of the chosen and the rejected completion, where the row has such columns."""
+    for columns in SCORE_COLUMNS:
+        values = [row.get(column) for column in columns]
+        if all(isinstance(value, int | float) for value in values):
+            return float(values[0]), float(values[1])  # type: ignore[arg-type]
+    return None, None
+
+
+def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
+    """A column that holds text or messages."""
+    return messages(row, column) if isinstance(row.get(column), list) else text(row, column)
+
+
+def text(row: Mapping[str, Any], column: str) -> str:
+    """A column that holds text, encodable as UTF-8."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise BadRow(f"{column}: expected text, found {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{column}: half a surrogate pair at character {error.start}, which is no text") from error
+    return value
+
+
+def messages(row: Mapping[str, Any], column: str) -> list[Message]:
+    """A column that holds a non-empty list of `{role, content}` messages."""
+    value = row.get(column)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise BadRow(f"{column}: expected a non-empty list of messages, found {shown(value)}")
+    checked = []
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise BadRow(f"{column}[{number}]: expected an object with role and content, found {shown(message)}")
+        role = ROLE_NAMES.get(message["role"], message["role"])
+        if role not in MESSAGE_ROLES:
+            raise BadRow(f"{column}[{number}].role: expected one of {', '.join(MESSAGE_ROLES)}, found {shown(role)}")
+        text(message, "content")
+        # Parquet gives every message every key of the column, most of them null.
+        checked.append({**{key: part for key, part in message.items() if part is not None}, "role": role})
+    return checked
+
+
+def as_messages(value: str | list[Message], role: str) -> list[Message]:
+    """Text as one message of `role`; messages as they are."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: escaped and cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+    sides = row["chosen"], row["rejected"]
+    return all(isinstance(side, list) and side and isinstance(side[0], Mapping) and side[0].get("role") != "assistant" for side in sides)

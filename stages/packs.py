@@ -1,0 +1,97 @@
+"""A pack: many examples in one row of tokens, each prompt once, nothing padded.
+
+    [ prompt A | completion A1 | completion A2 | prompt B | completion B1 | ... ]
+
+Positions restart after the prompt for each completion. The last token of a completion predicts
+nothing that is scored, so it is not fed; the first is predicted by the prompt's last position, which
+is therefore scored once for each completion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stages.rows import RowSet
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One example in a pack: its first position, prompt length, and fed length of each completion."""
+
+    start: int
+    prompt_length: int
+    completion_lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions of the whole example."""
+        return self.prompt_length + sum(self.completion_lengths)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Inputs of one forward pass and what is scored in it.
+
+    `input_ids`, `position_ids`: (1, positions). `predictors`: position whose hidden state predicts
+    each scored token; `targets`: that token; `token_rows`: index into `rows` it belongs to; `mask`:
+    whether it counts; all (tokens,). `rows`: row numbers in the row set, in the order scored.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    token_rows: torch.Tensor
+    mask: torch.Tensor
+    rows: np.ndarray
+
+    def to(self, device: torch.device) -> "Pack":
+        """The pack with its tensors on `device`."""
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+        return Pack(**moved)
+
+
+def fed_length(rows: RowSet, group: np.ndarray) -> int:
+    """Positions that the rows of one example take in a pack."""
+    return int(rows.prompt_lengths[group[0]] + (rows.completion_lengths[group] - 1).sum())
+
+
+def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
+    """The pack of `groups`, each holding row numbers that share a prompt."""
+    ids, positions, segments, predictors, targets, token_rows, masks = [], [], [], [], [], [], []
+    start = 0
+    for group in groups:
+        prompt = rows.prompt(group[0])
+        ids.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        cursor = start + len(prompt)
+        for row in group:
+            completion = rows.completion(row)
+            fed = len(completion) - 1
+            ids.append(completion[:-1])
+            positions.append(np.arange(len(prompt), len(prompt) + fed))
+            predictors.append(np.concatenate([[start + len(prompt) - 1], np.arange(cursor, cursor + fed)]))
+            targets.append(completion)
+            masks.append(rows.mask(row))
+            cursor += fed
+        segments.append(Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group)))
+        start = cursor
+    numbers = np.concatenate(groups)
+    token_rows = np.repeat(np.arange(len(numbers)), rows.completion_lengths[numbers])
+    return Pack(
+        input_ids=_tensor(ids, np.int64)[None],
+        position_ids=_tensor(positions, np.int64)[None],
+        segments=tuple(segments),
+        predictors=_tensor(predictors, np.int64),
+        targets=_tensor(targets, np.int64),
+        token_rows=torch.from_numpy(token_rows),
+        mask=_tensor(masks, np.float32),
+        rows=numbers,
+    )
+
+
+def _tensor(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(dtype))

@@ -1,0 +1,264 @@
+"""Stage 1 of 4: preference data -> tokenized, masked rows in Arrow shards.
+
+Reads `data.path` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>` with
+shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where malformed rows were
+skipped). Its identity is the source's content, the tokenizer, the template and the limits; rows in
+= rows kept + rows dropped, by reason. Run it with `align prepare`.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cache.artifacts import Artifact, Draft
+from cache.errors import DataError
+from cache.fingerprint import canonical_json
+from stages.context import Context
+from stages.formats import Format, Preference, Unusable, choose_format
+from stages.reading import BadRow, SourceRow, read_source, source_identity
+from stages.rows import SPLITS, Example, Row, to_table
+from stages.settings import DataSettings, PrepareSettings
+from stages.templates import Encoded, Template
+from stages.truncation import Fitted, fit
+
+STAGE_VERSION = 1
+BATCH_ROWS = 512
+SHARD_EXAMPLES = 2048
+# Examples whose completions rotate to make each other's mismatched rows; small, so that an optimizer
+# step of any usual size holds whole cycles.
+CYCLE = 4
+
+
+@dataclass
+class Report:
+    """What happened to the source rows and tokens."""
+
+    rows_in: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    tokens_cut: int = 0
+    rejoined_at_prompt: int = 0
+    examples: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+
+    def counts(self, format_name: str) -> dict[str, Any]:
+        """The report as plain numbers, with rows in = kept + dropped checked."""
+        kept = sum(self.examples.values())
+        assert self.rows_in == kept + sum(self.dropped.values()), "a source row was neither kept nor counted as dropped"
+        return {
+            "format": format_name,
+            "rows_in": self.rows_in,
+            "rows_kept": kept,
+            "dropped": dict(sorted(self.dropped.items())),
+            "examples": {split: self.examples[split] for split in SPLITS},
+            "rows_by_role": dict(sorted(self.rows.items())),
+            "prompts_cut": self.prompts_cut,
+            "completions_cut": self.completions_cut,
+            "tokens_cut": self.tokens_cut,
+            "rejoined_at_prompt": self.rejoined_at_prompt,
+            "tokens": self.tokens,
+        }
+
+
+def rows_identity(data: DataSettings, settings: PrepareSettings, template: Template) -> dict[str, Any]:
+    """Everything that changes the rows, and nothing else."""
+    return {
+        "stage_version": STAGE_VERSION,
+        "source": source_identity(data),
+        "data": data.model_dump(include={"format", "max_samples", "on_bad_row"}),
+        "prepare": settings.model_dump(exclude={"template", "append_eos"}),
+        "template": template.identity(),
+    }
+
+
+def artifact_name(data: DataSettings) -> str:
+    """A readable name for the artifact folder, from the source's name."""
+    stem = Path(data.path).name.split(".")[0]
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem)[:40] or "rows"
+
+
+def find_rows(data: DataSettings, settings: PrepareSettings, template: Template, context: Context) -> Artifact | None:
+    """The finished rows artifact of this configuration, if there is one."""
+    return context.store.find("rows", artifact_name(data), rows_identity(data, settings, template))
+
+
+def prepare(data: DataSettings, settings: PrepareSettings, template: Template, context: Context) -> Artifact:
+    """Make the rows artifact. Raises `DataError` when the data cannot be used, naming file and row."""
+    identity = rows_identity(data, settings, template)
+    draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
+    try:
+        report = Report()
+        source = read_source(data)
+        head = list(islice(source, BATCH_ROWS))
+        format_ = _choose_format(data, head)
+        writers = {split: _SplitWriter(draft, split, settings, report) for split in SPLITS}
+        while head:
+            for split, example in _examples(head, format_, data, settings, template, report):
+                writers[split].add(example)
+            head = list(islice(source, BATCH_ROWS))
+        for writer in writers.values():
+            writer.finish()
+        if not report.examples["train"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items()))
+            raise DataError(f"{data.path}: no usable training row among {report.rows_in} ({reasons or 'the source is empty'}).")
+        if report.rejected:
+            lines = "".join(json.dumps(entry, ensure_ascii=True) + "\n" for entry in report.rejected)
+            (draft.path / "rejected.jsonl").write_text(lines)
+        counts = {**report.counts(format_.name), "turn_end_ids": template.turn_end_ids()}
+        return context.store.publish(draft, counts, {}, context.config_text, data_path=data.path)
+    finally:
+        draft.discard()
+
+
+def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
+    if not head:
+        raise DataError(f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH.")
+    readable = [row for row in head if row.value is not None]
+    if not readable:
+        raise DataError(f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read.")
+    return choose_format(data.format, readable[0].value or {}, readable[0].location)
+
+
+def _examples(
+    rows: list[SourceRow], format_: Format, data: DataSettings, settings: PrepareSettings, template: Template, report: Report
+) -> Iterator[tuple[str, Example]]:
+    """The usable examples of a batch of source rows, with their split; everything else is counted."""
+    converted: list[tuple[SourceRow, Preference]] = []
+    rendered = []
+    for row in rows:
+        report.rows_in += 1
+        try:
+            if row.value is None:
+                raise BadRow(row.problem)
+            preference = format_.convert(row.value)
+            rendered.append(template.render(preference))
+            converted.append((row, preference))
+        except Unusable as reason:
+            report.dropped[str(reason)] += 1
+        except BadRow as problem:
+            _reject(row, str(problem), data, report)
+    for (row, preference), encoded in zip(converted, template.encode(rendered), strict=True):
+        if isinstance(encoded, BadRow):
+            _reject(row, str(encoded), data, report)
+            continue
+        fitted = _usable(preference, encoded, settings, report)
+        if fitted is not None:
+            yield _split_of(preference, settings), _example(row, preference, fitted)
+
+
+def _reject(row: SourceRow, problem: str, data: DataSettings, report: Report) -> None:
+    if data.on_bad_row == "error":
+        raise DataError(f"{row.location}: {problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip.")
+    report.dropped["bad_row"] += 1
+    report.rejected.append({"location": row.location, "problem": problem})
+
+
+def _usable(preference: Preference, encoded: Encoded, settings: PrepareSettings, report: Report) -> Fitted | None:
+    """The example cut to the limits, or None with the reason counted."""
+    empty = [_is_blank(candidate.completion) for candidate in preference.candidates]
+    if any(empty):
+        report.dropped["empty_completion"] += 1
+        return None
+    fitted = fit(encoded.prompt_ids, encoded.completions, settings)
+    if fitted is None:
+        report.dropped["prompt_too_long"] += 1
+        return None
+    if not all(mask.any() for _, mask in fitted.completions):
+        report.dropped["nothing_left_to_train"] += 1
+        return None
+    if len(fitted.completions) == 2 and all(a.tolist() == b.tolist() for a, b in zip(*fitted.completions, strict=True)):
+        report.dropped["identical_after_truncation"] += 1
+        return None
+    report.prompts_cut += fitted.prompt_cut > 0
+    report.completions_cut += sum(cut > 0 for cut in fitted.completions_cut)
+    report.tokens_cut += fitted.prompt_cut + sum(fitted.completions_cut)
+    report.rejoined_at_prompt += encoded.rejoined
+    return fitted
+
+
+def _is_blank(completion: Any) -> bool:
+    contents = [completion] if isinstance(completion, str) else [str(m["content"]) for m in completion if m["role"] == "assistant"]
+    return not any(content.strip() for content in contents)
+
+
+def _split_of(preference: Preference, settings: PrepareSettings) -> str:
+    """Held out or not, by the prompt's text alone, so that a prompt never sits on both sides."""
+    digest = hashlib.sha256(canonical_json(preference.prompt)).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") < settings.heldout_fraction * 2**64 else "train"
+
+
+def _example(row: SourceRow, preference: Preference, fitted: Fitted) -> Example:
+    rows = [
+        Row(candidate.role, ids, mask, candidate.score)
+        for candidate, (ids, mask) in zip(preference.candidates, fitted.completions, strict=True)
+    ]
+    digest = hashlib.blake2b(canonical_json(preference.prompt), digest_size=12)
+    for candidate in preference.candidates:
+        digest.update(canonical_json([candidate.role, candidate.completion]))
+    return Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows)
+
+
+class _SplitWriter:
+    """Collects examples of one split into cycles, adds their mismatched rows, and writes shards."""
+
+    def __init__(self, draft: Draft, split: str, settings: PrepareSettings, report: Report) -> None:
+        self.draft, self.split, self.settings, self.report = draft, split, settings, report
+        self.pending: list[Example] = []
+        self.done: list[Example] = []
+        self.cycles: list[int] = []
+        self.num_cycles = 0
+        self.num_shards = 0
+
+    def add(self, example: Example) -> None:
+        """Take the next example; a cycle closes once two are in hand (so that none is left alone)."""
+        self.pending.append(example)
+        if len(self.pending) == 2 * CYCLE:
+            self._close(self.pending[:CYCLE])
+            del self.pending[:CYCLE]
+
+    def finish(self) -> None:
+        """Close what is left and write the last shard."""
+        middle = CYCLE if len(self.pending) >= CYCLE + 2 else len(self.pending)
+        for cycle in (self.pending[:middle], self.pending[middle:]):
+            if cycle:
+                self._close(cycle)
+        self._write()
+
+    def _close(self, cycle: list[Example]) -> None:
+        if self.settings.mismatched:
+            self._add_mismatched(cycle)
+        self.done += cycle
+        self.cycles += [self.num_cycles] * len(cycle)
+        self.num_cycles += 1
+        if len(self.done) >= SHARD_EXAMPLES:
+            self._write()
+
+    def _add_mismatched(self, cycle: list[Example]) -> None:
+        """Give each example the completions of the next one in the cycle that has another prompt."""
+        matched = [list(example.rows) for example in cycle]
+        for index, example in enumerate(cycle):
+            others = (cycle[(index + step) % len(cycle)] for step in range(1, len(cycle)))
+            donor = next((other for other in others if other.prompt_ids.tolist() != example.prompt_ids.tolist()), None)
+            if donor is None:
+                continue
+            room = self.settings.max_length - len(example.prompt_ids)
+            rows = next(rows for rows, other in zip(matched, cycle, strict=True) if other is donor)
+            example.rows += [Row("mismatched", row.ids[:room], row.mask[:room]) for row in rows if row.mask[:room].any()]
+
+    def _write(self) -> None:
+        if not self.done:
+            return
+        self.report.examples[self.split] += len(self.done)
+        self.report.rows.update(row.role for example in self.done for row in example.rows)
+        self.report.tokens += sum(len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done)
+        self.draft.write_shard(f"{self.split}-{self.num_shards:05d}.arrow", to_table(self.done, self.cycles))
+        self.num_shards += 1
+        self.done, self.cycles = [], []

@@ -1,0 +1,180 @@
+"""Source rows: local JSON, JSONL, Parquet and Arrow files, and hub datasets, with their locations.
+
+JSONL is read line by line here, so that memory stays flat and every message can say file and line;
+`datasets` would fail the whole file without a row number and turn date-like text into timestamps.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import DataError, EnvironmentError_
+from cache.files import sha256_file
+from stages.settings import DataSettings
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+
+
+class BadRow(ValueError):
+    """A source row that cannot be read as its format says; `data.on_bad_row` decides what happens."""
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of the source, or the reason why it could not be read."""
+
+    location: str
+    value: dict[str, Any] | None
+    problem: str | None = None
+
+
+def source_identity(data: DataSettings) -> dict[str, Any]:
+    """What identifies the source's content: a file's sha256, or a hub dataset's resolved revision."""
+    path = _local_file(data)
+    if path is not None:
+        return {"sha256": sha256_file(path)}
+    return {"path": data.path, "config": data.config, "split": data.split, "revision": _hub_builder(data).hash}
+
+
+def read_source(data: DataSettings) -> Iterator[SourceRow]:
+    """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
+    path = _local_file(data)
+    rows = _read_hub(data) if path is None else _read_file(path)
+    for number, row in enumerate(rows):
+        if data.max_samples is not None and number >= data.max_samples:
+            return
+        yield row
+
+
+def _local_file(data: DataSettings) -> Path | None:
+    """The local file that `data.path` names, or None for a hub dataset or a dataset folder."""
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        if _suffix(path) not in FILE_SUFFIXES:
+            raise DataError(f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz).")
+        return path
+    looks_local = data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES
+    if looks_local and not path.is_dir():
+        raise DataError(f"No such file: {data.path}. Give a file or a hub dataset with --set data.path=PATH.")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def _read_file(path: Path) -> Iterator[SourceRow]:
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
+        return _read_jsonl(path)
+    return _read_json(path) if suffix == ".json" else _read_arrow(path, suffix)
+
+
+def _open(path: Path):
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def _read_jsonl(path: Path) -> Iterator[SourceRow]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            location = f"{path.name}:{number}"
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not text.strip():
+                continue
+            try:
+                value = _parse(text)
+            except ValueError as error:
+                yield SourceRow(location, None, str(error))
+                continue
+            if isinstance(value, dict):
+                yield SourceRow(location, value)
+            else:
+                yield SourceRow(location, None, f"expected a JSON object, found {type(value).__name__}")
+
+
+def _read_json(path: Path) -> Iterator[SourceRow]:
+    with _open(path) as handle:
+        content = handle.read()
+    try:
+        value = _parse(content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file.") from error
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a JSON array of objects, found {type(value).__name__}.")
+    for number, row in enumerate(value, start=1):
+        location = f"{path.name}#{number}"
+        if isinstance(row, dict):
+            yield SourceRow(location, row)
+        else:
+            yield SourceRow(location, None, f"expected an object, found {type(row).__name__}")
+
+
+def _parse(content: bytes) -> Any:
+    """JSON with duplicate keys, NaN and invalid UTF-8 refused (ValueError)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+        return row
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _read_arrow(path: Path, suffix: str) -> Iterator[SourceRow]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        if suffix == ".parquet":
+            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        else:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield SourceRow(f"{path.name}#{number}", row)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a readable {suffix[1:]} file ({error}).") from error
+
+
+def _hub_builder(data: DataSettings):
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(data.path, data.config, revision=data.revision)
+    except (ConnectionError, OSError, ValueError) as error:
+        raise EnvironmentError_(
+            f"Dataset {data.path!r} is neither a local file nor reachable on the hub ({_first_line(error)}). "
+            f"Check the name and the network, or give a local file with --set data.path=PATH."
+        ) from error
+
+
+def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
+    import datasets
+
+    _hub_builder(data)
+    try:
+        dataset = datasets.load_dataset(data.path, data.config, split=data.split, revision=data.revision)
+    except ValueError as error:
+        raise DataError(f"Dataset {data.path!r}: {_first_line(error)}. Choose with --set data.split=NAME or data.config=NAME.") from error
+    for number, row in enumerate(dataset, start=1):
+        yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
