@@ -1,0 +1,73 @@
+"""The ranks of a `torchrun` launch, or the one process there is."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT_SECONDS = 600
+BUCKET_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add gradients over all ranks, in flat buckets; a rank without a gradient contributes zeros.
+
+        Once a step, after the last micro-batch, so ranks may have any number of micro-batches.
+        """
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(gradient.numel() for gradient in bucket) >= BUCKET_ELEMENTS:
+                _sum_bucket(bucket)
+                bucket = []
+        if bucket:
+            _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat)
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def join_world(device: torch.device) -> World:
+    """The world `torchrun` made (RANK and WORLD_SIZE in the environment), or a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    return World(dist.get_rank(), size)
