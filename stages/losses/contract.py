@@ -19,8 +19,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Rows:
     """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
 
-    `logps` carries the gradient; everything else is data. Optional fields are present exactly when
-    the loss asked for them through its class variables (`scores` when the data has them).
+    `logps` and `shared_logps` carry the gradient; everything else is data. Optional fields are present
+    exactly when the loss asked for them through its needs (`weights` when it takes them).
     """
 
     logps: Tensor

@@ -91,8 +91,8 @@ class DPONorm(MarginLoss):
 
     When: lengths differ a lot, or answers grow longer under dpo.
     Values: beta 5, because a mean is smaller than a sum (Tulu 3, OLMo 2 and 3; rlhf-book 2; TRL leaves 0.1,
-    which hardly moves). Rewards are reported as beta times the summed log-ratio, as TRL does; open-instruct
-    and rlhf-book report the mean.
+    which hardly moves). Rewards are reported as beta times the summed log-ratio, as TRL does; rlhf-book reports
+    the mean.
     """
 
     name: Literal["dpo_norm"] = "dpo_norm"
