@@ -32,7 +32,15 @@ CASES = [parse_loss({"name": name}) for name in LOSSES if name != "mixture"] + [
     parse_loss(v) for v in VARIANTS
 ]
 
-each_loss = pytest.mark.parametrize("loss", CASES, ids=lambda loss: repr(loss)[:100])
+
+def label(loss):
+    """The name and what differs from the defaults."""
+    if loss.name == "mixture":
+        return "+".join(part.loss.name for part in loss.parts)
+    return " ".join([loss.name, *(f"{k}={v}" for k, v in loss.model_dump(exclude_defaults=True).items())])
+
+
+each_loss = pytest.mark.parametrize("loss", CASES, ids=label)
 
 
 def random_batch(num_pairs=6, *, seed=0, dtype=torch.float64):
@@ -89,18 +97,20 @@ def take_pairs(batch, pair_indices):
 @each_loss
 def test_gradient_matches_finite_differences(loss):
     """The quantities that count as constants (wpo's weights, bco's delta) are held still."""
-    batch = random_batch()
-    shared_noise = 0.3 * batch.rows.logps
+    batch = random_batch(num_pairs=3)
     alignment = batch.rows.mean_logps - batch.rows.collision_logps
     step = dataclasses.replace(random_step(), state={"reward_sum": 0.2e12, "reward_count": 1e12})
 
-    def losses(logps, shared):
+    def losses(logps):
         collision = (logps / batch.rows.num_tokens - alignment).detach()
-        rows = dataclasses.replace(batch.rows, logps=logps, shared_logps=shared, collision_logps=collision)
+        rows = dataclasses.replace(
+            batch.rows, logps=logps, shared_logps=0.6 * logps, collision_logps=collision
+        )
         return loss(dataclasses.replace(batch, rows=rows), step).losses
 
-    inputs = batch.rows.logps.clone().requires_grad_(), shared_noise.clone().requires_grad_()
-    assert torch.autograd.gradcheck(losses, inputs)
+    assert torch.autograd.gradcheck(
+        losses, batch.rows.logps.clone().requires_grad_(), check_undefined_grad=False
+    )
 
 
 @each_loss
