@@ -53,7 +53,7 @@ class Mixture(Loss):
         for part in parts[1:]:
             if part.loss.keeps_state:
                 raise ValueError(
-                    f"{part.loss.name} keeps a running mean of the rewards and must be the first part"
+                    f"has {part.loss.name} in a later place; it keeps a running state and must be first"
                 )
         return parts
 

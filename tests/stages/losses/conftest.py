@@ -7,7 +7,7 @@ from stages.losses import Batch, Rows
 
 
 def _pairs(chosen, rejected, ref_chosen=None, ref_rejected=None, *, dtype=torch.float64, **fields):
-    """Pair k is row k against row k + (number of pairs); each optional field is (chosen values, rejected values)."""
+    """Pair k is row k against row k + (number of pairs); a field is given as (chosen values, rejected values)."""
     num_pairs = len(chosen)
     columns = {"logps": (chosen, rejected), "num_tokens": ([1] * num_pairs, [1] * num_pairs), **fields}
     if ref_chosen is not None:

@@ -34,7 +34,7 @@ def test_beta_scales_the_margin(triple):
 
 
 def test_cdpo(triple):
-    """3/4 of dpo's loss and 1/4 of the flipped pair's: 0.75 * 0.0485874 + 0.25 * 3.0485874, log 2, the reverse."""
+    """3/4 of dpo's loss, 1/4 of the flipped pair's: 0.75 * 0.0485874 + 0.25 * 3.0485874, log 2, the reverse."""
     assert losses_of(triple, name="cdpo", beta=1, label_smoothing=0.25) == close(
         0.7985874, 0.6931472, 2.2985874
     )
@@ -133,7 +133,8 @@ def test_apo_down(triple):
 
 
 def test_discopop(triple):
-    """m = s(h / 0.5): 0.0024726 * 0.0485874 + 0.9975274 e^-3; (log 2 + 1) / 2; 0.9975274 * 3.0485874 + 0.0024726 e^3."""
+    """m = s(h / 0.5), s(6) = 0.9975274: 0.0024726 * 0.0485874 + 0.9975274 e^-3; (log 2 + 1) / 2;
+    0.9975274 * 3.0485874 + 0.0024726 e^3."""
     assert losses_of(triple, name="discopop", beta=1, tau=0.5) == close(0.0497841, 0.8465736, 3.0907133)
 
 
@@ -145,8 +146,8 @@ def test_wpo(triple):
 
 
 def test_ld_alpha(triple):
-    """Shared lengths 2, 2, 1. Log-ratios up to there: chosen 1, 1, -1, rejected -1, 0, 0; half of the rest (0, -1, 0 and
-    -1, 0, 2) is added: 1, 0.5, -1 and -1.5, 0, 1; margins 2.5, 0.5, -2."""
+    """Shared lengths 2, 2, 1. Log-ratios up to there: chosen 1, 1, -1, rejected -1, 0, 0; half of the rest
+    (0, -1, 0 and -1, 0, 2) is added: 1, 0.5, -1 and -1.5, 0, 1; margins 2.5, 0.5, -2."""
     batch = with_rows(
         triple, shared_logps=[-2, -1, -6, -2, -4, -2], ref_shared_logps=[-3, -2, -5, -1, -4, -2]
     )
@@ -209,7 +210,7 @@ def test_simpo(triple):
 
 
 def test_simpo_with_label_smoothing(triple):
-    """A quarter of the flipped loss, which is larger by z: 0 + 0.25 * 0, 0.2014133 + 0.25 * 1.5, 9.5000748 - 0.25 * 9.5."""
+    """A quarter of the flipped loss, which is larger by z: log 2, 0.2014133 + 1.5 / 4, 9.5000748 - 9.5 / 4."""
     losses = losses_of(triple, name="simpo", gamma_beta_ratio=0.25, label_smoothing=0.25)
     assert losses == close(0.6931472, 0.5764133, 7.1250748)
 
@@ -246,7 +247,7 @@ def test_sft(triple):
 
 
 def test_mixture(triple):
-    """0.5 dpo + 2 apo_zero_unpaired, which counts half of apo_zero for a pair: 0.5 * 0.0485874 + 0.3881443, ..."""
+    """0.5 dpo + 2 apo_zero_unpaired, half of apo_zero for a pair: 0.5 * 0.0485874 + 0.3881443, ..."""
     parts = [
         {"weight": 0.5, "loss": {"name": "dpo", "beta": 1}},
         {"weight": 2, "loss": {"name": "apo_zero_unpaired", "beta": 1}},

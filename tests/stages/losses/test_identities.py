@@ -112,8 +112,8 @@ def test_alphapo_tends_to_simpo(batch, alpha):
     equal(losses(batch, alphapo), losses(batch, simpo), tolerance=1e-6)
 
 
-def test_orpo_without_the_odds_is_cpo_without_the_preference(batch):
-    """Both NLL terms are the mean per token: their difference is the preference terms alone."""
+def test_orpo_and_cpo_add_the_same_nll(batch):
+    """The mean per chosen token of each pair; what else orpo adds is its odds term."""
     orpo = parse_loss({"name": "orpo"})(batch, Step())
     cpo = parse_loss({"name": "cpo"})(batch, Step())
     equal(orpo.metrics["nll"], cpo.metrics["nll"])

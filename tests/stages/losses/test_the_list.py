@@ -114,7 +114,7 @@ PARTS = [{"loss": {"name": "dpo"}}, {"loss": {"name": "kto", "betta": 1}, "wiegh
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "bco"}}]},
-            "loss.parts bco keeps a running mean of the rewards and must be the first part",
+            "loss.parts has bco in a later place; it keeps a running state and must be first",
         ),
     ],
 )
