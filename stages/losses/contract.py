@@ -6,7 +6,7 @@ micro-batch boundary or a name. The training loop asks for the needs and hands o
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -19,8 +19,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Rows:
     """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
 
-    `logps` carries the gradient; everything else is data. Optional fields are present exactly when
-    the loss asked for them through its class variables (`scores` when the data has them).
+    `logps` and `shared_logps` carry the gradient; everything else is data. Optional fields are present
+    exactly when the loss asked for them through its needs (`weights` when it takes them).
     """
 
     logps: Tensor
@@ -47,7 +47,10 @@ class Rows:
 
     def select(self, index: Tensor) -> "Rows":
         """The rows at `index`, in that order."""
-        return Rows(**{name: None if value is None else value[index] for name, value in vars(self).items()})
+        values: dict[str, Any] = {
+            name: None if value is None else value[index] for name, value in vars(self).items()
+        }
+        return Rows(**values)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ class LossOutput:
 
 
 class Loss(BaseModel):
-    """What every loss declares. Subclasses add fields, a `name` literal and `__call__`."""
+    """What every loss declares. Subclasses add fields, a `name` literal and `__call__`.
+
+    Ask an instance for its needs, not the class: those of a mixture follow from its parts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -105,9 +111,14 @@ class Loss(BaseModel):
     needs_reference: ClassVar[bool] = True
     needs_mismatched: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
+    # `Rows.weights` multiplies the loss of a pair (the chosen row's weight). A loss without this
+    # ignores weights, so data that carries weights other than 1 is an error for it.
+    takes_weights: ClassVar[bool] = False
     # The loss of one unit depends on the other units of the step (ranks, running statistics): it is
     # called once on the whole step, however that is split into micro-batches and ranks.
     whole_step: ClassVar[bool] = False
+    # `next_state` does something: the numbers it returns belong in checkpoints.
+    keeps_state: ClassVar[bool] = False
     # Training defaults that go with this loss (policies of 1-8B with fp32 master weights).
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64

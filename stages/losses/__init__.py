@@ -1,0 +1,128 @@
+"""Every loss there is, as data and as code: the union below is the only list of them.
+
+`AnyLoss` is what a configuration holds under `loss:` (tagged by `name`), `LOSSES` finds a class by its name,
+and `parse_loss` turns a mapping into a loss or says in one line what is wrong with it. To add a loss, write
+its class in the file of its family and put it into `SingleLoss`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from cache.errors import UsageError
+from stages.losses.anchored import NCA, SPPO, APODown, APOZero
+from stages.losses.contract import Batch, Loss, LossOutput, Rows, Step
+from stages.losses.mixture import Mixture, Part
+from stages.losses.pairwise import CDPO, DPO, EXO, IPO, RDPO, DiscoPOP, DPONorm, Hinge
+from stages.losses.reference_free import CPO, ORPO, SFT, AlphaPO, SimPO
+from stages.losses.transport import AOT, AOTUnpaired
+from stages.losses.unpaired import BCO, KTO, APOZeroUnpaired
+from stages.losses.weighted import ODPO, WPO
+
+SingleLoss = Annotated[
+    DPO
+    | CDPO
+    | RDPO
+    | DPONorm
+    | IPO
+    | ODPO
+    | Hinge
+    | EXO
+    | NCA
+    | SPPO
+    | AOT
+    | AOTUnpaired
+    | APOZero
+    | APODown
+    | DiscoPOP
+    | WPO
+    | KTO
+    | APOZeroUnpaired
+    | BCO
+    | SimPO
+    | ORPO
+    | CPO
+    | AlphaPO
+    | SFT,
+    Field(discriminator="name"),
+]
+# A mixture's parts are single losses, so its fields can be built only now.
+Part.model_rebuild()
+Mixture.model_rebuild(force=True)
+
+AnyLoss = Annotated[SingleLoss | Mixture, Field(discriminator="name")]
+
+LOSSES: dict[str, type[Loss]] = {
+    cls.model_fields["name"].default: cls for cls in (*get_args(get_args(SingleLoss)[0]), Mixture)
+}
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyLoss)
+
+
+def parse_loss(mapping: Mapping[str, Any]) -> Loss:
+    """The loss that a `loss:` block describes; `UsageError` in one line when it describes none."""
+    try:
+        return _ADAPTER.validate_python(dict(mapping))
+    except ValidationError as error:
+        complaints = [_complaint(detail) for detail in error.errors(include_url=False)]
+        raise UsageError("; ".join(complaints)) from None
+
+
+def _complaint(detail: ErrorDetails) -> str:
+    """What is wrong, at which key, with which value, and what would be right."""
+    path, owner, fields = _place(detail["loc"])
+    value = detail["input"]
+    match detail["type"]:
+        case "union_tag_invalid":
+            name = str(value["name"])
+            known = _part_names() if detail["loc"] else LOSSES
+            return f"{path}.name: unknown loss '{name}'. Known losses: {', '.join(known)}.{_nearest(name, known)}"
+        case "union_tag_not_found":
+            known = _part_names() if detail["loc"] else LOSSES
+            return f"{path}.name is missing. Known losses: {', '.join(known)}."
+        case "extra_forbidden":
+            key = path.rpartition(".")[2]
+            return f"{path} is not a field of {owner} (fields: {', '.join(fields)}).{_nearest(key, fields)}"
+        case "missing":
+            return f"{path} is missing ({owner} needs it)"
+        case "value_error":
+            joint = (
+                "." if detail["loc"][-1] == owner else " "
+            )  # what a whole loss objects to starts with a field
+            return f"{path}{joint}{detail['msg'].removeprefix('Value error, ')}"
+        case _:
+            return f"{path} is {value!r}, but {detail['msg'].replace('Input', 'it', 1)}"
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
+    """The key as the user wrote it, whose field its last part is, and what other fields that has.
+
+    Pydantic puts the tag of a union into the location: first of all, and after each key `loss` of a part.
+    """
+    path, owner, fields = ["loss"], "", []
+    previous = "loss"
+    for item in loc:
+        if previous == "loss" and item in LOSSES:
+            owner, fields = str(item), [key for key in LOSSES[str(item)].model_fields if key != "name"]
+        elif isinstance(previous, int):
+            path.append(str(item))
+            owner, fields = "a part", list(Part.model_fields)
+        else:
+            path.append(str(item))
+        previous = item
+    return ".".join(path), owner, fields
+
+
+def _part_names() -> list[str]:
+    return [name for name, cls in LOSSES.items() if cls is not Mixture]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+__all__ = ["LOSSES", "AnyLoss", "Batch", "Loss", "LossOutput", "Rows", "SingleLoss", "Step", "parse_loss"]

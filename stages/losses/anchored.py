@@ -1,0 +1,112 @@
+"""Losses that hold the chosen and the rejected completion each to its own mark, not only to each other.
+
+In: pairs with reference log-probs. Out: one loss per pair. dpo fixes only the difference, so both log-probs
+may fall together; these say where each should go. Symbols as in `margin.py`.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
+
+
+class NCA(Loss):
+    """Tells data from noise: raises the chosen log-ratio for what it is, not for being above the rejected.
+
+    Half a pull back on each side keeps both near the reference, so the chosen log-prob does not fall.
+
+    Formula: `-log s(beta D_w) - log s(-beta D_w) / 2 - log s(-beta D_l) / 2`. Paper: arXiv 2402.05369,
+    section 4.1.
+
+    When: dpo lowers the probability of the chosen answers, as in reasoning and maths.
+    Values: beta 0.01, learning rate 5e-6, batch 32 (paper, appendix C).
+    """
+
+    name: Literal["nca"] = "nca"
+    learning_rate: ClassVar[float] = 5e-6
+    batch_size: ClassVar[int] = 32
+    beta: PositiveFloat = 0.01
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        chosen, rejected, rewards = _rewards(batch, self.beta)
+        losses = -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+        return LossOutput(losses, rewards)
+
+
+class SPPO(Loss):
+    """Regresses the chosen log-ratio to +1/(2 beta) and the rejected one to -1/(2 beta).
+
+    One round of self-play, where the target of a log-ratio is its win rate minus one half; here with hard win
+    rates (1 for the chosen, 0 for the rejected), TRL's `sppo_hard`.
+
+    Formula: `(D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`. Paper: arXiv 2405.00675, eq. 4.7 with P in {0, 1}.
+
+    When: pairs are the policy's own samples and training goes in rounds.
+    Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64 (paper, appendix C). The loss starts at 1/(2
+    beta^2), half a million: gradients are large and clipping always acts.
+    """
+
+    name: Literal["sppo"] = "sppo"
+    learning_rate: ClassVar[float] = 5e-7
+    beta: PositiveFloat = 1e-3
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        chosen, rejected = batch.pairs()
+        target = 1 / (2 * self.beta)
+        losses = (chosen.logratios - target).square() + (rejected.logratios + target).square()
+        return LossOutput(losses, self.beta * batch.rows.logratios.detach())
+
+
+class APOZero(Loss):
+    """Raises the chosen and lowers the rejected completion, each against the reference.
+
+    For data whose chosen answers are better than what the model would say.
+
+    Formula: `1 - s(beta D_w) + s(beta D_l)`. Paper: APO, arXiv 2408.06266, eq. 7. rlhf-book leaves out the 1.
+
+    When: the chosen completions come from a stronger model. apo_zero_unpaired is the same for unpaired data.
+    Values: beta 0.05-0.1 (SmolLM3 0.05, paper 0.1); learning rate 1e-6 (SmolLM3 3B; the paper's 2e-7 is for
+    8B).
+    """
+
+    name: Literal["apo_zero"] = "apo_zero"
+    learning_rate: ClassVar[float] = 1e-6
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        chosen, rejected, rewards = _rewards(batch, self.beta)
+        return LossOutput(torch.sigmoid(-chosen) + torch.sigmoid(rejected), rewards)
+
+
+class APODown(Loss):
+    """Lowers both completions, the rejected one more.
+
+    For data whose chosen answers are worse than what the model would say: there is an order to learn, but
+    neither answer to imitate.
+
+    Formula: `s(beta D_w) + 1 - s(beta h)`. Paper: APO, arXiv 2408.06266, eq. 8. rlhf-book leaves out the 1.
+
+    When: a strong policy, weaker data.
+    Values: beta 0.1 (paper); learning rate 1e-6 for 1-3B as apo_zero's (the paper's 2e-7 is for 8B).
+    """
+
+    name: Literal["apo_down"] = "apo_down"
+    learning_rate: ClassVar[float] = 1e-6
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        chosen, rejected, rewards = _rewards(batch, self.beta)
+        return LossOutput(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), rewards)
+
+
+def _rewards(batch: Batch, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen and rejected rewards per pair, with gradient, and the rewards of all rows without."""
+    rewards = beta * batch.rows.logratios
+    return rewards[batch.chosen], rewards[batch.rejected], rewards.detach()
