@@ -86,7 +86,9 @@ def collision_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: 
 
 
 def _chunks(tokens: int) -> list[slice]:
-    return [slice(begin, min(begin + CHUNK_TOKENS, tokens)) for begin in range(0, tokens, CHUNK_TOKENS)]
+    """Chunks of nearly equal size: a matmul of a few rows would round differently from a larger one."""
+    count = -(-tokens // CHUNK_TOKENS)
+    return [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

@@ -16,6 +16,11 @@ import torch
 from stages.rows import RowSet
 
 
+# Matmuls of fewer rows take another path on a CPU and round differently; with at least this many
+# positions, a row's log-probs do not depend on what it is packed with (float32, CPU).
+MIN_POSITIONS = 16
+
+
 @dataclass(frozen=True)
 class Segment:
     """One example in a pack: its first position, prompt length, and fed length of each completion."""
@@ -79,6 +84,11 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
             cursor += fed
         segments.append(Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group)))
         start = cursor
+    if start < MIN_POSITIONS:
+        padding = MIN_POSITIONS - start
+        ids.append(np.zeros(padding, np.int32))
+        positions.append(np.arange(padding))
+        segments.append(Segment(start, padding, ()))
     numbers = np.concatenate(groups)
     token_rows = np.repeat(np.arange(len(numbers)), rows.completion_lengths[numbers])
     return Pack(

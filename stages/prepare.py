@@ -47,6 +47,7 @@ class Report:
     rejoined_at_prompt: int = 0
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
+    scored_rows: int = 0
     tokens: int = 0
 
     def counts(self, format_name: str) -> dict[str, Any]:
@@ -64,6 +65,7 @@ class Report:
             "completions_cut": self.completions_cut,
             "tokens_cut": self.tokens_cut,
             "rejoined_at_prompt": self.rejoined_at_prompt,
+            "scored_rows": self.scored_rows,
             "tokens": self.tokens,
         }
 
@@ -258,6 +260,7 @@ class _SplitWriter:
             return
         self.report.examples[self.split] += len(self.done)
         self.report.rows.update(row.role for example in self.done for row in example.rows)
+        self.report.scored_rows += sum(row.score is not None for example in self.done for row in example.rows)
         self.report.tokens += sum(len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done)
         self.draft.write_shard(f"{self.split}-{self.num_shards:05d}.arrow", to_table(self.done, self.cycles))
         self.num_shards += 1

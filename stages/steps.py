@@ -1,0 +1,100 @@
+"""One optimizer step's gradient and metrics, and held-out evaluation: independent of the split.
+
+A step is a set of examples. However it is divided into micro-batches and ranks, the loss is a sum
+over its units divided by their number in the whole step, statistics (KTO's z, BCO's delta, AOT's
+ranks) are taken over the whole step, and metrics are sums over counts, reduced once.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from stages.batches import RowScorer
+from stages.losses.contract import Batch, Loss, LossOutput, Step
+from stages.metrics import Totals, ranking_accuracy
+
+
+def accumulate_step(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Add the gradient of a step to the policy's `.grad` and return its metrics and the loss's next state."""
+    groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
+    facts = _facts(scorer, loss, examples, groups, state)
+    numbers = np.concatenate(groups)
+    units = _num_units(scorer, loss, numbers)
+    totals = Totals()
+    slopes: dict[str, torch.Tensor] = {}
+    if loss.whole_step:
+        batch, output, slopes = _whole_step(scorer, loss, groups, facts)
+        state = loss.next_state(output.rewards, state)
+        if scorer.world.is_main:
+            totals.add_batch(batch, output)
+    position = {int(row): index for index, row in enumerate(numbers)}
+    for pack in scorer.packs(groups):
+        rows = scorer.score(pack)
+        if slopes:
+            own = [position[int(row)] for row in pack.rows]
+            objective = sum((getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items())
+        else:
+            batch = scorer.batch(pack.rows, rows)
+            output = loss(batch, facts)
+            objective = output.losses.sum() / units
+            totals.add_batch(batch, output)
+        torch.autograd.backward(objective)
+    metrics = totals.means(scorer.world, scorer.device)
+    return {**metrics, **_kl_metric(facts)}, state
+
+
+@torch.no_grad()
+def evaluate(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> dict[str, float]:
+    """Metrics of the loss on fixed examples, taken as one step."""
+    groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
+    facts = _facts(scorer, loss, examples, groups, state)
+    batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
+    output = loss(batch, facts)
+    totals = Totals()
+    if scorer.world.is_main:
+        totals.add_batch(batch, output)
+        if not len(batch.chosen):
+            totals.add("rewards/accuracies", ranking_accuracy(batch, output))
+    return {**totals.means(scorer.world, scorer.device), **_kl_metric(facts)}
+
+
+def _facts(
+    scorer: RowScorer, loss: Loss, examples: Sequence[int], groups: Sequence[np.ndarray], state: dict[str, float]
+) -> Step:
+    """What the loss may know of the whole step besides its own units."""
+    kl = None
+    if loss.needs_mismatched:
+        mismatched = [scorer.rows.example_rows(example, mismatched=True) for example in examples]
+        mismatched = [group for group in mismatched if len(group)]
+        kl = scorer.score_all(mismatched).logratios.mean() if mismatched else torch.zeros((), device=scorer.device)
+    rows = scorer.rows
+    chosen = [int(rows.mask(row).sum()) for group in groups for row in group if rows.roles[row] in ("chosen", "desirable")]
+    return Step(kl=kl, tokens_per_pair=float(np.mean(chosen)) if chosen else 1.0, state=state)
+
+
+def _whole_step(
+    scorer: RowScorer, loss: Loss, groups: Sequence[np.ndarray], facts: Step
+) -> tuple[Batch, LossOutput, dict[str, torch.Tensor]]:
+    """The loss on all rows of the step at once, and its slopes with respect to each row's log-probs.
+
+    The gradient of the parameters is then the sum over rows of slope times gradient of the log-prob,
+    which micro-batches can add up in any order.
+    """
+    scored = scorer.score_all(groups)
+    names = [name for name in ("logps", "shared_logps") if getattr(scored, name) is not None]
+    leaves = {name: getattr(scored, name).clone().requires_grad_() for name in names}
+    batch = scorer.batch(np.concatenate(groups), replace(scored, **leaves))
+    output = loss(batch, facts)
+    slopes = torch.autograd.grad(output.losses.mean(), list(leaves.values()), allow_unused=True)
+    found = {name: slope for name, slope in zip(names, slopes, strict=True) if slope is not None}
+    return batch, output, found
+
+
+def _num_units(scorer: RowScorer, loss: Loss, numbers: np.ndarray) -> int:
+    return int((scorer.rows.roles[numbers] == "chosen").sum()) if loss.unit == "pair" else len(numbers)
+
+
+def _kl_metric(facts: Step) -> dict[str, float]:
+    """KTO's reference point; max(0, estimate), as it enters the loss."""
+    return {} if facts.kl is None else {"kl": max(0.0, float(facts.kl))}
