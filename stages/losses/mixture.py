@@ -27,7 +27,7 @@ class Mixture(Loss):
     """Several losses at once: one for the order of a pair, one for each side of it, one for imitation.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
-    mean over rows. The best known is MPO (arXiv 2411.10442, eq. 1): dpo 0.8, bco 0.2, sft 1. TRL writes it as
+    mean over rows. The best known is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it as
     `loss_type` and `loss_weights`, with its `bco_pair`, the sum of both sides: twice our bco, and without its
     shift.
 

@@ -96,7 +96,8 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 class CPO(Loss):
     """DPO with a uniform reference, and supervised learning on the chosen completion to hold the policy.
 
-    Formula: `-log s(beta (L_w - L_l)) + cpo_alpha NLL_w`. Paper: arXiv 2401.08417, eq. 3 to 5.
+    Formula: `-log s(beta (L_w - L_l)) + cpo_alpha NLL_w`. Paper: arXiv 2401.08417, eq. 3 and the
+    behaviour-cloning term after it.
 
     NLL_w is each pair's mean per token; TRL averages it over the tokens of a micro-batch, which is the same
     when the chosen completions are of equal length.

@@ -78,9 +78,9 @@ class WPO(MarginLoss):
     Off-policy data pulls towards completions the policy never makes; weighting by their likelihood under the
     policy simulates on-policy data.
 
-    Formula: the loss of dpo times `w_w w_l`, without gradient, where `w(y) = exp(mean_t [log pi(y_t) - log
-    sum_v pi(v)^2])`. Paper: arXiv 2406.11827, eq. 2, with the alignment of section 3 (`sampled alignment`: an
-    on-policy token has weight 1 on average), as in TRL's `use_weighting`.
+    Formula: the loss of dpo times `w_w w_l`, without gradient, where
+    `w(y) = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`. Paper: arXiv 2406.11827, eq. 2, with its sampled
+    alignment (an on-policy token has weight 1 on average), as in TRL's `use_weighting`.
 
     When: pairs were written by other models. It needs the vocabulary sum from the scorer.
     Values: beta 0.01 (the paper).

@@ -138,6 +138,18 @@ def test_orpo_odds_are_exact_in_float32(pairs, logp, log_odds):
     assert metrics["log_odds_ratio"].item() == pytest.approx(log_odds, abs=1e-6, rel=1e-6)
 
 
+def test_orpo_of_a_certain_completion_is_finite(pairs):
+    """In float32 the log-prob of a completion can round to 0, whose odds are infinite."""
+    logps = torch.zeros(2, requires_grad=True)
+    batch = pairs([0.0], [0.0], dtype=torch.float32)
+    output = parse_loss({"name": "orpo"})(
+        dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, logps=logps)), Step()
+    )
+    output.losses.sum().backward()
+    assert torch.isfinite(output.losses).all()
+    assert torch.isfinite(logps.grad).all()
+
+
 def test_sft_is_the_mean_over_tokens(batch):
     """32 chosen tokens in 5 pairs; the mean over pairs is the sum of log-probs over 32."""
     mean = losses(batch, {"name": "sft"}).mean()
