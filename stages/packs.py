@@ -16,9 +16,10 @@ import torch
 from stages.rows import RowSet
 
 
-# Matmuls of fewer rows take another path on a CPU and round differently; with at least this many
-# positions, a row's log-probs do not depend on what it is packed with (float32, CPU).
-MIN_POSITIONS = 16
+# A pack is filled up to a multiple of this many positions. On a CPU, matmuls of a few rows and the
+# tails of vectorised loops round differently; with whole multiples a row's float32 log-probs do not
+# depend on what it is packed with, so at step 0 cached and live log-probs are equal to the bit.
+POSITION_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
             cursor += fed
         segments.append(Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group)))
         start = cursor
-    if start < MIN_POSITIONS:
-        padding = MIN_POSITIONS - start
+    if padding := -start % POSITION_MULTIPLE:
         ids.append(np.zeros(padding, np.int32))
         positions.append(np.arange(padding))
         segments.append(Segment(start, padding, ()))
