@@ -79,11 +79,8 @@ class Quickstart:
     preferences: Path
 
 
-def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> Quickstart:
-    """Return the quickstart under `root`, making it first where it is not there yet (about 15 s of one core).
-
-    Raises `CorruptError` when a file of an earlier build is missing or was changed.
-    """
+def folder_of(root: Path, recipe: Recipe = Recipe()) -> Path:
+    """Where the quickstart of this recipe lies, or will lie, under `root`."""
     identity = {
         "version": 1,
         "recipe": asdict(recipe),
@@ -92,7 +89,15 @@ def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> 
         "layouts": LAYOUTS,
         "chat_template": CHAT_TEMPLATE,
     }
-    final = root / "quickstart" / f"v1-{short(fingerprint(identity))}"
+    return root / "quickstart" / f"v1-{short(fingerprint(identity))}"
+
+
+def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> Quickstart:
+    """Return the quickstart under `root`, making it first where it is not there yet (about 15 s of one core).
+
+    Raises `CorruptError` when a file of an earlier build is missing or was changed.
+    """
+    final = folder_of(root, recipe)
     if final.is_dir():
         _check(final)
     else:

@@ -59,6 +59,17 @@ def cache_ref(rows: Artifact, source: ModelSource, revision: str | None, compute
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
 
+def count_missing(rows: Artifact, source: ModelSource, compute: Compute, context: Context) -> tuple[int, int, int]:
+    """Rows needed, rows missing, and positions a run would compute; writes nothing."""
+    identity = reference_identity(source, compute)
+    reference = RefLogps(_folder(context, source.short_name, identity), identity)
+    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    needed = {key for row_set in row_sets for key in row_set.keys}
+    work = [(row_set, _without_scored(row_set, groups, reference)) for row_set, groups in _units(row_sets)]
+    tokens = sum(fed_length(row_set, group) for row_set, todo in work for group in todo)
+    return len(needed), len(reference.missing(needed)), tokens
+
+
 def open_reference(source_name: str, revision: str | None, compute: Compute, context: Context) -> RefLogps:
     """The store that cache-ref filled for this reference, without touching the reference's weights.
 

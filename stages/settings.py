@@ -93,6 +93,7 @@ class TrainSettings(Settings):
 class SampleSettings(Settings):
     """Generation for evaluation."""
 
+    model: str | None = Field(None, description="folder or hub name to sample from; null means the policy this configuration trains")
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="'auto' takes vLLM where it can run, else transformers, and says so")
     prompts: str | None = Field(None, description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts")
     num_prompts: PositiveInt | None = Field(64, description="use only the first so many prompts")

@@ -8,6 +8,7 @@ or under `torchrun -m pipeline train`.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from stages.batches import RowScorer
 from stages.checkpoints import newest_checkpoint, save_checkpoint
 from stages.context import Context, progress
 from stages.losses.contract import Loss
-from stages.models import ModelSource, check_length, load_model, load_tokenizer, reference_identity
+from stages.models import ModelSource, check_length, load_model, load_tokenizer
 from stages.parallel import World, join_world
 from stages.planning import epoch_order, num_steps
 from stages.rows import RowSet
@@ -86,60 +87,70 @@ def check_needs(loss: Loss, rows: Artifact, context: Context) -> None:
         raise DataError(f"Loss {name} needs a score for each completion, and {rows.path} has none. Use data with score_chosen and score_rejected columns, or graded responses.")
 
 
-def policy_identity(
-    rows: Artifact, reference: RefLogps | None, start: dict[str, Any], loss: Loss, settings: TrainSettings, plan: Plan
-) -> dict[str, Any]:
-    """Everything that changes the trained weights or the metrics beside them."""
-    exclude = {"learning_rate", "batch_size", "eval_steps", "save_steps", "gradient_checkpointing"}
-    return {
-        "stage_version": STAGE_VERSION,
-        "rows": rows.fingerprint,
-        "reference": reference.fingerprint if reference else None,
-        "start": start,
-        "loss": loss.model_dump(),
-        "train": {
-            **settings.model_dump(exclude=exclude),
-            "learning_rate": plan.learning_rate,
-            "batch_size": plan.batch_size,
-            "eval_steps": plan.eval_steps,
-        },
-    }
+@dataclass(frozen=True)
+class Job:
+    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`."""
+
+    rows: Artifact
+    source: ModelSource
+    start: dict[str, Any]
+    reference: RefLogps | None
+    loss: Loss
+    settings: TrainSettings
+    compute: Compute
+
+    @property
+    def name(self) -> str:
+        """Readable part of the policy's folder name."""
+        return f"{self.source.short_name}-{self.loss.model_dump()['name']}"
+
+    @property
+    def plan(self) -> Plan:
+        """The run in numbers."""
+        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the trained weights or the metrics beside them."""
+        exclude = {"learning_rate", "batch_size", "eval_steps", "save_steps", "gradient_checkpointing"}
+        plan = self.plan
+        return {
+            "stage_version": STAGE_VERSION,
+            "rows": self.rows.fingerprint,
+            "reference": self.reference.fingerprint if self.reference else None,
+            "start": self.start,
+            "loss": self.loss.model_dump(),
+            "train": {
+                **self.settings.model_dump(exclude=exclude),
+                "learning_rate": plan.learning_rate,
+                "batch_size": plan.batch_size,
+                "eval_steps": plan.eval_steps,
+            },
+        }
 
 
-def train(
-    rows: Artifact,
-    source: ModelSource,
-    reference: RefLogps | None,
-    loss: Loss,
-    settings: TrainSettings,
-    track: TrackSettings,
-    compute: Compute,
-    context: Context,
-) -> tuple[Artifact, bool]:
-    """Train the policy; returns its artifact and whether it was already there.
+def find_policy(job: Job, context: Context) -> Artifact | None:
+    """The finished policy of this job, if there is one."""
+    return context.store.find("policy", job.name, job.identity)
 
-    `reference` is None exactly for a loss without `needs_reference`.
-    """
+
+def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
+    """Train the policy and return its artifact. Raises an `AlignError` before anything is loaded if it cannot."""
+    rows, source, reference, loss, compute = job.rows, job.source, job.reference, job.loss, job.compute
     check_needs(loss, rows, context)
     train_rows, heldout = RowSet.of(rows, "train"), RowSet.of(rows, "heldout")
-    plan = plan_run(loss, settings, train_rows.num_examples)
-    start = reference_identity(source, compute)
-    identity = policy_identity(rows, reference, start, loss, settings, plan)
-    name = f"{source.short_name}-{loss.model_dump()['name']}"
-    found = context.store.find("policy", name, identity)
-    if found is not None:
-        return found, True
     if reference is not None:
-        reference.require([*train_rows.keys, *heldout.keys] if loss.needs_mismatched else _matched_keys(train_rows, heldout), context.command("cache-ref"))
+        keys = [*train_rows.keys, *heldout.keys] if loss.needs_mismatched else _matched_keys(train_rows, heldout)
+        reference.require(keys, context.command("cache-ref"))
     check_length(source.folder, max(train_rows.max_length(), heldout.max_length()))
     world = join_world(compute.device)
-    draft = context.store.draft("policy", name, "train", identity, keep=True)
+    draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
     say = context.say if world.is_main else _silent
-    run = _Run(train_rows, heldout, source, reference, loss, settings, plan, compute, world, draft, say)
-    if reference is not None and fingerprint(start) == reference.fingerprint:
+    run = _Run(job, train_rows, heldout, world, draft, say)
+    if reference is not None and fingerprint(job.start) == reference.fingerprint:
         run.audit_difference = audit(run.scorer, heldout if heldout.num_examples else train_rows, reference)
         say(f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token")
-    tracker = Tracker(draft.path / METRICS, track, draft.final.name, {**identity}, run.first_step) if world.is_main else None
+    tracker = Tracker(draft.path / METRICS, track, draft.final.name, job.identity, run.last_step) if world.is_main else None
     try:
         run.go(tracker)
     finally:
@@ -148,9 +159,9 @@ def train(
     if world.is_main:
         _finish(run, source, context)
     world.barrier()
-    artifact = context.store.find("policy", name, identity)
-    assert artifact is not None
-    return artifact, False
+    artifact = find_policy(job, context)
+    assert artifact is not None, "the policy was published under another name"
+    return artifact
 
 
 def _matched_keys(*row_sets: RowSet) -> list[bytes]:
@@ -162,48 +173,36 @@ class _Run:
 
     audit_difference: float | None = None
 
-    def __init__(
-        self,
-        rows: RowSet,
-        heldout: RowSet,
-        source: ModelSource,
-        reference: RefLogps | None,
-        loss: Loss,
-        settings: TrainSettings,
-        plan: Plan,
-        compute: Compute,
-        world: World,
-        draft: Draft,
-        say: Callable[[str], None],
-    ) -> None:
-        self.rows, self.loss, self.settings, self.plan = rows, loss, settings, plan
-        self.world, self.draft, self.say = world, draft, say
-        self.model = load_model(source, compute)
-        self.scorer = Scorer(self.model, compute, say, settings.gradient_checkpointing)
-        self.train_scorer = RowScorer(self.scorer, rows, reference, loss, world)
-        self.heldout_scorer = RowScorer(self.scorer, heldout, reference, loss, world)
+    def __init__(self, job: Job, rows: RowSet, heldout: RowSet, world: World, draft: Draft, say: Callable[[str], None]) -> None:
+        settings = job.settings
+        self.rows, self.loss, self.settings, self.plan = rows, job.loss, settings, job.plan
+        self.world, self.draft = world, draft
+        self.model = load_model(job.source, job.compute)
+        self.scorer = Scorer(self.model, job.compute, say, settings.gradient_checkpointing)
+        self.train_scorer = RowScorer(self.scorer, rows, job.reference, job.loss, world)
+        self.heldout_scorer = RowScorer(self.scorer, heldout, job.reference, job.loss, world)
         self.eval_examples = range(min(heldout.num_examples, settings.eval_samples or heldout.num_examples))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.parameters, settings)
-        self.schedule = _schedule(settings, plan.steps)
+        self.schedule = _schedule(settings, self.plan.steps)
         self.loss_state: dict[str, float] = {}
-        self.first_step = -1  # the last step whose metrics are already written; step 0 is the evaluation before training
-        checkpoint = newest_checkpoint(draft.path, say)
-        if checkpoint is not None:
-            say(f"Continuing from step {checkpoint.step} of {plan.steps}")
-            self.resume_from = checkpoint
-            self.first_step = checkpoint.step
-        else:
-            self.resume_from = None
+        self.checkpoint = newest_checkpoint(draft.path, say)
+        if self.checkpoint is not None:
+            say(f"Continuing from step {self.checkpoint.step} of {self.plan.steps}")
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is already done and logged; -1 before the evaluation at step 0."""
+        return -1 if self.checkpoint is None else self.checkpoint.step
 
     def go(self, tracker: Tracker | None) -> None:
-        """Every remaining step: train, evaluate, save, in that order."""
-        first = 0
-        if self.resume_from is not None:
-            self.resume_from.load(self.model, self.optimizer)
-            self.loss_state, first = self.resume_from.loss_state, self.resume_from.step
-        elif tracker is not None or self.world.size > 1:
+        """Every remaining step: train, evaluate, log, save, in that order."""
+        if self.checkpoint is None:
             self._log(tracker, 0, self._evaluate())
+        else:
+            self.checkpoint.load(self.model, self.optimizer)
+            self.loss_state = self.checkpoint.loss_state
+        first = max(self.last_step, 0)
         with progress("train", self.plan.steps - first, "steps") as advance:
             for step in range(first + 1, self.plan.steps + 1):
                 metrics = self._step(step)
@@ -272,7 +271,7 @@ def _finish(run: _Run, source: ModelSource, context: Context) -> None:
     evaluations = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
     evaluations = [values for values in evaluations if values]
     for leftover in [*folder.glob("checkpoint-*"), *folder.glob(".tmp-*")]:
-        _remove(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     counts = {
         "steps": run.plan.steps,
         "examples": run.rows.num_examples,
@@ -281,12 +280,6 @@ def _finish(run: _Run, source: ModelSource, context: Context) -> None:
         "audit_max_abs_diff": run.audit_difference,
     }
     context.store.publish(run.draft, counts, {}, context.config_text, policy=source.name)
-
-
-def _remove(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,164 @@
+"""The command line: `align prepare | cache-ref | train | sample | run`.
+
+stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
+line and its exit code; other exceptions keep their traceback. Heavy imports happen inside commands.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache.artifacts import DEFAULT_STORE
+from cache.errors import AlignError
+
+app = typer.Typer(
+    name="align",
+    help="Offline preference alignment in four stages that meet only through files.",
+    epilog="Without -c, every command uses configs/quickstart.yaml: a tiny model and data of our own, no network, no GPU.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Configs = Annotated[list[Path] | None, typer.Option("-c", "--config", metavar="FILE", help="YAML configuration; repeatable, later files win.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Change one configuration key; repeatable.")]
+StoreDir = Annotated[Path, typer.Option("--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder of artifacts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
+LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Train with this loss and its own defaults, e.g. dpo, kto, simpo; a wrong name lists them all.")]
+
+EXAMPLES = {
+    "prepare": ["align prepare", "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT"],
+    "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
+    "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
+    "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
+    "run": ["align run", "align run -c configs/dpo.yaml"],
+}
+
+
+def _epilog(stage: str) -> str:
+    return "**Examples**\n\n" + "\n\n".join(f"`{line}`" for line in EXAMPLES[stage])
+
+
+@app.command(epilog=_epilog("prepare"))
+def prepare(config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False) -> None:
+    """Stage 1: tokenize and mask preference data into Arrow shards."""
+    _stage("prepare", config, set_, None, store, json_, dry_run)
+
+
+@app.command("cache-ref", epilog=_epilog("cache-ref"))
+def cache_ref(config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False) -> None:
+    """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
+    _stage("cache-ref", config, set_, None, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("train"))
+def train(
+    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+) -> None:
+    """Stage 3: train the policy with any loss from the cache; the reference model is never loaded."""
+    _stage("train", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("sample"))
+def sample(
+    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+) -> None:
+    """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
+    _stage("sample", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("run"))
+def run(
+    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+) -> None:
+    """All four stages in order; what is already there is not done again."""
+    _stage("run", config, set_, loss, store, json_, dry_run)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("align"))
+        raise typer.Exit
+
+
+def _stage(stage: str, files: list[Path] | None, sets: list[str] | None, loss: str | None, store: Path, as_json: bool, dry_run: bool) -> None:
+    from pipeline.config import load_config
+    from pipeline.report import show
+    from pipeline.run import Session
+
+    config = load_config(files or [], sets or [], loss)
+    session = Session(config, store, _arguments(files, sets, loss, store))
+    result = session.plan(stage) if dry_run else session.run(stage)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        show(stage, result, dry_run)
+
+
+def _arguments(files: list[Path] | None, sets: list[str] | None, loss: str | None, store: Path) -> str:
+    """The arguments that select this configuration, for commands that errors suggest."""
+    parts: list[str] = []
+    parts += [part for path in files or [] for part in ("-c", str(path))]
+    parts += [part for assignment in sets or [] for part in ("--set", assignment)]
+    parts += ["--set", f"loss.name={loss}"] if loss else []
+    parts += ["--store", str(store)] if store != DEFAULT_STORE else []
+    return shlex.join(parts)
+
+
+def main() -> None:
+    """Run the command line; the process ends with a documented exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        _complain("Interrupted. What was finished is kept; type the same command to continue.")
+        raise SystemExit(130) from None
+    except AlignError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        usage = _usage_line(error)
+        if usage is None:
+            raise
+        _complain(usage)
+        raise SystemExit(2) from None
+
+
+def _usage_line(error: Exception) -> str | None:
+    """One line for a wrong command line, or None when `error` is something else."""
+    import click
+
+    if not isinstance(error, click.ClickException):
+        return None
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "align"
+    return f"{error.format_message()} Type `{command} --help`."
+
+
+def _complain(line: str) -> None:
+    print(f"align: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """SIGTERM unwinds like an exception, so that temporary files go and finished work stays."""
+    raise SystemExit(143)

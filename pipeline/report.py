@@ -1,0 +1,114 @@
+"""What a person sees at the end of a command: tables on stdout, made from the stages' results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.quickstart import is_preferred
+
+SHOWN_METRICS = (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"), ("logratios/chosen", "chosen log-ratio"), ("logratios/rejected", "rejected log-ratio"))
+SHOWN_COMPLETIONS = 5
+
+
+NARROW, WIDE = 80, 120
+
+
+def show(stage: str, result: dict[str, Any], dry_run: bool) -> None:
+    """Print the result of a stage, or of all of them."""
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    if dry_run:
+        for name, plan in result.items():
+            console.print(Text(f"{name}: would {plan['would']}" + _details(plan)))
+        return
+    parts = result if stage == "run" else {stage: result}
+    for name, part in parts.items():
+        _SHOW[name](console, part)
+
+
+def _details(plan: dict[str, Any]) -> str:
+    details = [f"{key.replace('_', ' ')} {value}" for key, value in plan.items() if key != "would"]
+    return f" ({', '.join(details)})" if details else ""
+
+
+def _show_prepare(console: Console, result: dict[str, Any]) -> None:
+    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items()) or "none"
+    examples = result["examples"]
+    _headline(console, "prepare", f"{result['rows_in']:,} rows in = {result['rows_kept']:,} kept + {sum(result['dropped'].values()):,} dropped", result)
+    table = _plain_table()
+    table.add_row("format", result["format"] + " (override with --set data.format=NAME)")
+    table.add_row("dropped", dropped)
+    table.add_row("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out")
+    table.add_row("rows", ", ".join(f"{count:,} {role}" for role, count in result["rows_by_role"].items()))
+    table.add_row("cut", f"{result['prompts_cut']:,} prompts, {result['completions_cut']:,} completions, {result['tokens_cut']:,} tokens")
+    console.print(table)
+
+
+def _show_cache_ref(console: Console, result: dict[str, Any]) -> None:
+    what = f"{result['rows_scored']:,} of {result['rows_needed']:,} rows scored in {result['seconds']:.1f} s, {result['forwards']:,} forward passes"
+    _headline(console, "cache-ref", what, result)
+
+
+def _show_train(console: Console, result: dict[str, Any]) -> None:
+    _headline(console, "train", f"{result['steps']:,} steps on {result['examples']:,} examples", result)
+    if not result["final"]:
+        console.print("  No held-out examples, so no evaluation. Raise prepare.heldout_fraction to have one.")
+        return
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("held out", style="bold")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    for key, label in SHOWN_METRICS:
+        if key in result["final"]:
+            table.add_row(label, f"{result['step0'][key]:+.4f}".replace("+", " "), f"{result['final'][key]:+.4f}".replace("+", " "))
+    console.print(table)
+
+
+def _show_sample(console: Console, result: dict[str, Any]) -> None:
+    what = f"{result['num_completions']:,} completions of {result['num_prompts']:,} prompts by {result['engine']}, {result['finished']:,} ended by themselves"
+    _headline(console, "sample", what, result)
+    lines = [json.loads(line) for line in Path(result["output"]).read_text(encoding="utf-8").splitlines()]
+    sides = list(result["models"])
+    table = Table(show_lines=True, expand=False)
+    table.add_column("prompt", ratio=2)
+    for side in sorted(sides, reverse=True):
+        table.add_column(side, ratio=3)
+    first: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["sample_index"] == 0:
+            first.setdefault(line["id"], {"prompt": line["prompt"]})[line["side"]] = line["completion"]
+    for entry in list(first.values())[:SHOWN_COMPLETIONS]:
+        table.add_row(_one_line(entry["prompt"]), *(_one_line(entry.get(side, "")) for side in sorted(sides, reverse=True)))
+    console.print(table)
+    if result.get("quickstart"):
+        for side in sorted(sides, reverse=True):
+            own = [line["completion"] for line in lines if line["side"] == side]
+            share = sum(is_preferred(completion) for completion in own) / len(own)
+            console.print(f"  polite answers, {side}: {share:.0%} of {len(own)}")
+
+
+def _headline(console: Console, stage: str, what: str, result: dict[str, Any]) -> None:
+    state = "already done" if result["reused"] else "done"
+    console.print(Text.assemble((f"{stage}", "bold"), f"  {what}  ({state})"))
+    console.print(Text(f"  {result['artifact']}", style="dim"))
+
+
+def _plain_table() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    return table
+
+
+def _one_line(value: Any) -> Text:
+    shown = value if isinstance(value, str) else " / ".join(str(message["content"]) for message in value)
+    shown = " ".join(shown.split())
+    return Text(shown if len(shown) <= 240 else shown[:237] + "...")
+
+
+_SHOW = {"prepare": _show_prepare, "cache-ref": _show_cache_ref, "train": _show_train, "sample": _show_sample}

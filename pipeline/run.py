@@ -1,0 +1,198 @@
+"""The stages, wired: each looks for its inputs in the store, does its work or finds it done.
+
+Stages meet only through artifacts. A missing input is an error that names the command to run;
+`align run` is nothing but the four commands in order.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cache.artifacts import Artifact, Store
+from cache.errors import StaleError, UsageError
+from cache.ref_logps import RefLogps
+from pipeline import quickstart
+from pipeline.config import RunConfig
+from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
+from stages.context import Context
+from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.prepare import find_rows, prepare
+from stages.sample import SampleJob, find_completions, sample
+from stages.scoring import Compute, resolve_compute
+from stages.settings import DataSettings
+from stages.templates import Template
+from stages.train import Job, check_needs, find_policy, train
+
+QUICKSTART = "quickstart"
+STAGES = ("prepare", "cache-ref", "train", "sample")
+Result = dict[str, Any]
+
+
+class Session:
+    """One configuration over one store."""
+
+    def __init__(self, config: RunConfig, store: Path, arguments: str = "", say: Callable[[str], None] | None = None) -> None:
+        """Check what can be checked without loading anything."""
+        self.config = config
+        settings = {} if say is None else {"say": say}
+        self.context = Context(Store(store), config.to_yaml(), arguments, **settings)
+
+    def run(self, stage: str) -> Result:
+        """Run a stage, or all of them for 'run', and return what happened as plain data."""
+        if stage != "run":
+            return getattr(self, f"_{stage.replace('-', '_')}")()
+        results: Result = {}
+        for name in STAGES:
+            if name == "cache-ref" and not self.config.loss.needs_reference:
+                self.context.say(f"cache-ref: not needed, {self._loss_name} has no reference")
+                continue
+            results[name] = self.run(name)
+        return results
+
+    def plan(self, stage: str) -> Result:
+        """What `run` would do, from what is in the store; writes nothing."""
+        stages = STAGES if stage == "run" else (stage,)
+        if QUICKSTART in (self.config.policy.model, self.config.data.path) and not quickstart.folder_of(self.context.store.root).is_dir():
+            return {name: {"would": "build the quickstart's model and data first"} for name in stages}
+        plans: Result = {}
+        for name in stages:
+            try:
+                plans[name] = getattr(self, f"_plan_{name.replace('-', '_')}")()
+            except StaleError as error:
+                plans[name] = {"would": f"run after its inputs are there: {error}"}
+        return plans
+
+    def _prepare(self) -> Result:
+        found = find_rows(self._data, self.config.prepare, self._template, self.context)
+        rows = found or prepare(self._data, self.config.prepare, self._template, self.context)
+        return self._artifact_result("prepare", rows, found is not None)
+
+    def _cache_ref(self) -> Result:
+        source = self._model(*self.config.reference_model)
+        result = cache_ref(self._rows, source, self.config.reference_model[1], self._compute, self.context)
+        if not result.rows_scored:
+            self.context.say(f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}")
+        return {
+            "artifact": str(result.reference.folder),
+            "fingerprint": result.reference.fingerprint,
+            "reused": result.rows_scored == 0,
+            "rows_needed": result.rows_needed,
+            "rows_scored": result.rows_scored,
+            "forwards": result.forwards,
+            "seconds": round(result.seconds, 3),
+        }
+
+    def _train(self) -> Result:
+        job = self._job
+        found = find_policy(job, self.context)
+        policy = found or train(job, self.config.track, self.context)
+        return self._artifact_result("train", policy, found is not None)
+
+    def _sample(self) -> Result:
+        job = self._sample_job
+        found = find_completions(job, self.context)
+        completions = found or sample(job, self.context)
+        result = self._artifact_result("sample", completions, found is not None)
+        # Its preference can be counted, so the report does.
+        known = {"quickstart": True} if self.config.data.path == QUICKSTART else {}
+        return {**result, "output": str(completions.path / "completions.jsonl"), **known}
+
+    def _plan_prepare(self) -> Result:
+        found = find_rows(self._data, self.config.prepare, self._template, self.context)
+        return {"would": "reuse" if found else "read and tokenize", "source": self.config.data.path, **({"artifact": str(found.path)} if found else {})}
+
+    def _plan_cache_ref(self) -> Result:
+        source = self._model(*self.config.reference_model)
+        needed, missing, tokens = count_missing(self._rows, source, self._compute, self.context)
+        return {"would": "score" if missing else "reuse", "rows_needed": needed, "rows_missing": missing, "tokens": tokens}
+
+    def _plan_train(self) -> Result:
+        job = self._job
+        check_needs(job.loss, job.rows, self.context)
+        plan = job.plan
+        return {
+            "would": "reuse" if find_policy(job, self.context) else "train",
+            "loss": self._loss_name,
+            "examples": job.rows.counts["examples"]["train"],
+            "steps": plan.steps,
+            "batch_size": plan.batch_size,
+            "learning_rate": plan.learning_rate,
+        }
+
+    def _plan_sample(self) -> Result:
+        job = self._sample_job
+        return {"would": "reuse" if find_completions(job, self.context) else "generate", "num_prompts": len(job.prompts), "models": [model.name for model in job.models]}
+
+    def _artifact_result(self, stage: str, artifact: Artifact, reused: bool) -> Result:
+        if reused:
+            self.context.say(f"{stage}: already done, {artifact.path}")
+        return {"artifact": str(artifact.path), "fingerprint": artifact.fingerprint, "reused": reused, **artifact.counts}
+
+    @property
+    def _loss_name(self) -> str:
+        return self.config.loss.model_dump()["name"]
+
+    @cached_property
+    def _compute(self) -> Compute:
+        return resolve_compute(self.config.compute)
+
+    @cached_property
+    def _quickstart(self) -> quickstart.Quickstart:
+        return quickstart.build(self.context.store.root, self.context.say)
+
+    def _model(self, name: str, revision: str | None) -> ModelSource:
+        if name == QUICKSTART:
+            return ModelSource(QUICKSTART, self._quickstart.model)
+        return resolve_model(name, revision)
+
+    @cached_property
+    def _data(self) -> DataSettings:
+        data = self.config.data
+        return data.model_copy(update={"path": str(self._quickstart.preferences)}) if data.path == QUICKSTART else data
+
+    @cached_property
+    def _policy_source(self) -> ModelSource:
+        return self._model(self.config.policy.model, self.config.policy.revision)
+
+    @cached_property
+    def _template(self) -> Template:
+        settings = self.config.prepare
+        return Template(load_tokenizer(self._policy_source), settings.template, settings.append_eos)
+
+    @cached_property
+    def _rows(self) -> Artifact:
+        rows = find_rows(self._data, self.config.prepare, self._template, self.context)
+        if rows is None:
+            raise StaleError(f"The rows of {self.config.data.path} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}")
+        return rows
+
+    @cached_property
+    def _job(self) -> Job:
+        config = self.config
+        rows = self._rows
+        start = reference_identity(self._policy_source, self._compute)
+        reference: RefLogps | None = None
+        if config.loss.needs_reference:
+            name, revision = config.reference_model
+            reference = open_reference(name, revision, self._compute, self.context)
+            if (name, revision) == (config.policy.model, config.policy.revision):
+                check_same_model(reference, start, self.context)
+        return Job(rows, self._policy_source, start, reference, config.loss, config.train, self._compute)
+
+    @cached_property
+    def _sample_job(self) -> SampleJob:
+        config = self.config
+        models = {}
+        if config.sample.model is not None:
+            models["model"] = self._model(config.sample.model, None)
+        else:
+            policy = find_policy(self._job, self.context)
+            if policy is None:
+                raise StaleError(f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}")
+            models["policy"] = ModelSource(policy.path.name, policy.path)
+        if config.sample.compare:
+            if config.sample.model is not None:
+                raise UsageError("sample.compare compares the trained policy with its reference; leave sample.model out.")
+            models["reference"] = self._model(*config.reference_model)
+        return SampleJob.of(models, self._rows, self._template, config.sample, self._compute)
