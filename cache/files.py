@@ -87,7 +87,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise CorruptError(f"{path} is not readable JSON ({error}). Delete {path.parent} and run the stage again.") from error
+        raise CorruptError(
+            f"{path} is not readable JSON ({error}). Delete {path.parent} and run the stage again."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

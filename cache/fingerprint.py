@@ -20,7 +20,9 @@ SHORT = 12
 
 def canonical_json(value: Any) -> bytes:
     """Sorted-key, whitespace-free UTF-8 JSON; NaN and infinities are refused (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -88,7 +90,9 @@ def weights_fingerprint(folder: Path) -> str:
             while size > 0:
                 block = handle.read(min(size, 1 << 24))
                 if not block:
-                    raise DataError(f"{path} ends before tensor {name!r} does; download or save the model again.")
+                    raise DataError(
+                        f"{path} ends before tensor {name!r} does; download or save the model again."
+                    )
                 digest.update(block)
                 size -= len(block)
     return digest.hexdigest()
@@ -100,7 +104,9 @@ def _safetensors_entries(path: Path):
             (length,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(length))
         except (struct.error, ValueError) as error:
-            raise DataError(f"{path} is not a safetensors file ({error}); download or save the model again.") from error
+            raise DataError(
+                f"{path} is not a safetensors file ({error}); download or save the model again."
+            ) from error
     for name, entry in header.items():
         if name != "__metadata__":
             yield name, entry, 8 + length

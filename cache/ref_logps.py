@@ -63,12 +63,18 @@ class RefLogps:
         if not (self.folder / MANIFEST).is_file():
             write_json(
                 self.folder / MANIFEST,
-                {"fingerprint": self.fingerprint, "identity": self.identity, "provenance": machine_provenance()},
+                {
+                    "fingerprint": self.fingerprint,
+                    "identity": self.identity,
+                    "provenance": machine_provenance(),
+                },
             )
         lengths = np.array([len(values) for values in token_logps], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         flat = np.concatenate(token_logps).astype(np.float32) if len(token_logps) else np.zeros(0, np.float32)
-        check_values(keys, offsets, flat, "the scorer's output", "The reference model gives no usable log-probs here.")
+        check_values(
+            keys, offsets, flat, "the scorer's output", "The reference model gives no usable log-probs here."
+        )
         columns = [
             pa.array(keys, type=SCHEMA.field("row_key").type),
             pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.minimum(flat, 0.0))),
@@ -98,7 +104,9 @@ class RefLogps:
         stored = read_json(path).get("identity", {})
         if fingerprint(stored) != self.fingerprint:
             fields = "; ".join(differing_fields(stored, self.identity))
-            raise StaleError(f"{self.folder} belongs to another reference: {fields}. Run `align cache-ref` to make the right one.")
+            raise StaleError(
+                f"{self.folder} belongs to another reference: {fields}. Run `align cache-ref` to make the right one."
+            )
 
     def _add_shard(self, path: Path) -> None:
         table = read_shard(path, path.name.removesuffix(SHARD_SUFFIX), REPAIR)
@@ -116,7 +124,9 @@ class RefLogps:
         self._where.update({key: (shard, row) for row, key in enumerate(keys)})
 
 
-def check_values(keys: Sequence[bytes], offsets: np.ndarray, values: np.ndarray, where: str, repair: str) -> None:
+def check_values(
+    keys: Sequence[bytes], offsets: np.ndarray, values: np.ndarray, where: str, repair: str
+) -> None:
     """Raise `CorruptError` naming the row and token of the first value that is not a log-prob."""
     bad = ~(np.isfinite(values) & (values <= POSITIVE_TOLERANCE))
     if bad.any():

@@ -53,7 +53,9 @@ def read_shard(path: Path, sha256: str, repair: str) -> pa.Table:
         raise StaleError(f"Shard {path} is missing. {repair}")
     found = sha256_file(path)
     if found != sha256:
-        raise CorruptError(f"Shard {path} is damaged: sha256 is {found[:12]}..., written was {sha256[:12]}.... {repair}")
+        raise CorruptError(
+            f"Shard {path} is damaged: sha256 is {found[:12]}..., written was {sha256[:12]}.... {repair}"
+        )
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()

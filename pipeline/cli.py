@@ -27,16 +27,36 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Configs = Annotated[list[Path] | None, typer.Option("-c", "--config", metavar="FILE", help="YAML configuration; repeatable, later files win.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Change one configuration key; repeatable.")]
-StoreDir = Annotated[Path, typer.Option("--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder of artifacts.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")]
+Configs = Annotated[
+    list[Path] | None,
+    typer.Option("-c", "--config", metavar="FILE", help="YAML configuration; repeatable, later files win."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Change one configuration key; repeatable."),
+]
+StoreDir = Annotated[
+    Path, typer.Option("--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder of artifacts.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
-LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Train with this loss and its own defaults, e.g. dpo, kto, simpo; a wrong name lists them all.")]
+LossName = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="Train with this loss and its own defaults, e.g. dpo, kto, simpo; a wrong name lists them all.",
+    ),
+]
 
 EXAMPLES = {
-    "prepare": ["align prepare", "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT"],
+    "prepare": [
+        "align prepare",
+        "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
+    ],
     "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
@@ -49,20 +69,40 @@ def _epilog(stage: str) -> str:
 
 
 @app.command(epilog=_epilog("prepare"))
-def prepare(config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False) -> None:
+def prepare(
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
     """Stage 1: tokenize and mask preference data into Arrow shards."""
     _stage("prepare", config, set_, None, store, json_, dry_run)
 
 
 @app.command("cache-ref", epilog=_epilog("cache-ref"))
-def cache_ref(config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False) -> None:
+def cache_ref(
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
     """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
     _stage("cache-ref", config, set_, None, store, json_, dry_run)
 
 
 @app.command(epilog=_epilog("train"))
 def train(
-    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
 ) -> None:
     """Stage 3: train the policy with any loss from the cache; the reference model is never loaded."""
     _stage("train", config, set_, loss, store, json_, dry_run)
@@ -70,7 +110,13 @@ def train(
 
 @app.command(epilog=_epilog("sample"))
 def sample(
-    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
 ) -> None:
     """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
     _stage("sample", config, set_, loss, store, json_, dry_run)
@@ -78,7 +124,13 @@ def sample(
 
 @app.command(epilog=_epilog("run"))
 def run(
-    loss: LossName = None, config: Configs = None, set_: Sets = None, store: StoreDir = DEFAULT_STORE, json_: AsJson = False, dry_run: DryRun = False, debug: Debug = False
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
 ) -> None:
     """All four stages in order; what is already there is not done again."""
     _stage("run", config, set_, loss, store, json_, dry_run)
@@ -93,7 +145,15 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _stage(stage: str, files: list[Path] | None, sets: list[str] | None, loss: str | None, store: Path, as_json: bool, dry_run: bool) -> None:
+def _stage(
+    stage: str,
+    files: list[Path] | None,
+    sets: list[str] | None,
+    loss: str | None,
+    store: Path,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
     from pipeline.config import load_config
     from pipeline.report import show
     from pipeline.run import Session
@@ -147,12 +207,13 @@ def main() -> None:
 
 def _usage_line(error: Exception) -> str | None:
     """One line for a wrong command line, or None when `error` is something else."""
-    import click
-
-    if not isinstance(error, click.ClickException):
+    format_message = getattr(
+        error, "format_message", None
+    )  # what typer's usage errors have, whichever click it carries
+    if format_message is None:
         return None
-    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "align"
-    return f"{error.format_message()} Type `{command} --help`."
+    context = getattr(error, "ctx", None)
+    return f"{format_message()} Type `{context.command_path if context else 'align'} --help`."
 
 
 def _complain(line: str) -> None:

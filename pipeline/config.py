@@ -86,7 +86,9 @@ def build_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("; ".join(_complaint(detail) for detail in error.errors(include_url=False))) from None
+        raise UsageError(
+            "; ".join(_complaint(detail) for detail in error.errors(include_url=False))
+        ) from None
 
 
 def _complaint(detail: Any) -> str:
@@ -101,7 +103,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_YAML_BYTES:
         raise UsageError(f"{path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -116,7 +118,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not allowed here; write the value out")
+            raise yaml.YAMLError(
+                f"aliases (*{self.peek_event().anchor}) are not allowed here; write the value out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -130,7 +134,12 @@ class _Loader(yaml.SafeLoader):
 _FLOAT = r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"
 _INT = r"^[-+]?(0|[1-9]\d*)$"
 _BOOL = r"^(true|True|TRUE|false|False|FALSE)$"
-_PLAIN = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
+_PLAIN = {
+    "tag:yaml.org,2002:float",
+    "tag:yaml.org,2002:int",
+    "tag:yaml.org,2002:bool",
+    "tag:yaml.org,2002:timestamp",
+}
 
 
 def _yaml_1_2_resolvers() -> None:
@@ -162,11 +171,15 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise UsageError(f"--set {assignment!r}: expected block.key=value, for example --set train.learning_rate=1e-6.")
+        raise UsageError(
+            f"--set {assignment!r}: expected block.key=value, for example --set train.learning_rate=1e-6."
+        )
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {assignment!r}: the value is not valid YAML ({' '.join(str(error).split())}).") from error
+        raise UsageError(
+            f"--set {assignment!r}: the value is not valid YAML ({' '.join(str(error).split())})."
+        ) from error
     node = tree
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):
@@ -190,17 +203,29 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], prefix: str
         name = f"{prefix}{key}"
         if key not in model.model_fields:
             if any(word in str(key).lower().split("_") for word in SECRET_WORDS):
-                raise UsageError(f"{name}: secrets do not belong in a configuration. Log in with `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY.")
-            near = difflib.get_close_matches(str(key), _all_keys(RunConfig) if not prefix else list(model.model_fields), n=1, cutoff=0.6)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known keys: {', '.join(model.model_fields)}."
+                raise UsageError(
+                    f"{name}: secrets do not belong in a configuration. Log in with `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY."
+                )
+            near = difflib.get_close_matches(
+                str(key), _all_keys(RunConfig) if not prefix else list(model.model_fields), n=1, cutoff=0.6
+            )
+            hint = (
+                f" Did you mean {prefix}{near[0]}?"
+                if near
+                else f" Known keys: {', '.join(model.model_fields)}."
+            )
             raise UsageError(f"Unknown configuration key {name!r}.{hint}")
         kind = model.model_fields[key].annotation
         if isinstance(kind, type) and issubclass(kind, Settings):
             if not isinstance(value, Mapping):
-                raise UsageError(f"{name}: expected a block of keys ({', '.join(kind.model_fields)}), found {value!r}.")
+                raise UsageError(
+                    f"{name}: expected a block of keys ({', '.join(kind.model_fields)}), found {value!r}."
+                )
             _refuse_unknown(value, kind, f"{name}.")
         elif key == "loss" and not isinstance(value, Mapping):
-            raise UsageError(f"loss: expected a block with a name (one of {', '.join(LOSSES)}), found {value!r}.")
+            raise UsageError(
+                f"loss: expected a block with a name (one of {', '.join(LOSSES)}), found {value!r}."
+            )
 
 
 def _all_keys(model: type[BaseModel]) -> list[str]:

@@ -10,7 +10,13 @@ from rich.text import Text
 
 from pipeline.quickstart import is_preferred
 
-SHOWN_METRICS = (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"), ("logratios/chosen", "chosen log-ratio"), ("logratios/rejected", "rejected log-ratio"))
+SHOWN_METRICS = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "margin"),
+    ("logratios/chosen", "chosen log-ratio"),
+    ("logratios/rejected", "rejected log-ratio"),
+)
 SHOWN_COMPLETIONS = 5
 
 
@@ -37,15 +43,26 @@ def _details(plan: dict[str, Any]) -> str:
 
 
 def _show_prepare(console: Console, result: dict[str, Any]) -> None:
-    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items()) or "none"
+    dropped = (
+        ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in result["dropped"].items())
+        or "none"
+    )
     examples = result["examples"]
-    _headline(console, "prepare", f"{result['rows_in']:,} rows in = {result['rows_kept']:,} kept + {sum(result['dropped'].values()):,} dropped", result)
+    _headline(
+        console,
+        "prepare",
+        f"{result['rows_in']:,} rows in = {result['rows_kept']:,} kept + {sum(result['dropped'].values()):,} dropped",
+        result,
+    )
     table = _plain_table()
     table.add_row("format", result["format"] + " (override with --set data.format=NAME)")
     table.add_row("dropped", dropped)
     table.add_row("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out")
     table.add_row("rows", ", ".join(f"{count:,} {role}" for role, count in result["rows_by_role"].items()))
-    table.add_row("cut", f"{result['prompts_cut']:,} prompts, {result['completions_cut']:,} completions, {result['tokens_cut']:,} tokens")
+    table.add_row(
+        "cut",
+        f"{result['prompts_cut']:,} prompts, {result['completions_cut']:,} completions, {result['tokens_cut']:,} tokens",
+    )
     console.print(table)
 
 
@@ -65,7 +82,11 @@ def _show_train(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for key, label in SHOWN_METRICS:
         if key in result["final"]:
-            table.add_row(label, f"{result['step0'][key]:+.4f}".replace("+", " "), f"{result['final'][key]:+.4f}".replace("+", " "))
+            table.add_row(
+                label,
+                f"{result['step0'][key]:+.4f}".replace("+", " "),
+                f"{result['final'][key]:+.4f}".replace("+", " "),
+            )
     console.print(table)
 
 
@@ -83,7 +104,10 @@ def _show_sample(console: Console, result: dict[str, Any]) -> None:
         if line["sample_index"] == 0:
             first.setdefault(line["id"], {"prompt": line["prompt"]})[line["side"]] = line["completion"]
     for entry in list(first.values())[:SHOWN_COMPLETIONS]:
-        table.add_row(_one_line(entry["prompt"]), *(_one_line(entry.get(side, "")) for side in sorted(sides, reverse=True)))
+        table.add_row(
+            _one_line(entry["prompt"]),
+            *(_one_line(entry.get(side, "")) for side in sorted(sides, reverse=True)),
+        )
     console.print(table)
     if result.get("quickstart"):
         for side in sorted(sides, reverse=True):

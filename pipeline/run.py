@@ -15,11 +15,11 @@ from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
+from stages.compute import Compute, resolve_compute
 from stages.context import Context
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.prepare import find_rows, prepare
 from stages.sample import SampleJob, find_completions, sample
-from stages.scoring import Compute, resolve_compute
 from stages.settings import DataSettings
 from stages.templates import Template
 from stages.train import Job, check_needs, find_policy, train
@@ -32,7 +32,9 @@ Result = dict[str, Any]
 class Session:
     """One configuration over one store."""
 
-    def __init__(self, config: RunConfig, store: Path, arguments: str = "", say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, store: Path, arguments: str = "", say: Callable[[str], None] | None = None
+    ) -> None:
         """Check what can be checked without loading anything."""
         self.config = config
         settings = {} if say is None else {"say": say}
@@ -53,7 +55,10 @@ class Session:
     def plan(self, stage: str) -> Result:
         """What `run` would do, from what is in the store; writes nothing."""
         stages = STAGES if stage == "run" else (stage,)
-        if QUICKSTART in (self.config.policy.model, self.config.data.path) and not quickstart.folder_of(self.context.store.root).is_dir():
+        if (
+            QUICKSTART in (self.config.policy.model, self.config.data.path)
+            and not quickstart.folder_of(self.context.store.root).is_dir()
+        ):
             return {name: {"would": "build the quickstart's model and data first"} for name in stages}
         plans: Result = {}
         for name in stages:
@@ -72,7 +77,9 @@ class Session:
         source = self._model(*self.config.reference_model)
         result = cache_ref(self._rows, source, self.config.reference_model[1], self._compute, self.context)
         if not result.rows_scored:
-            self.context.say(f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}")
+            self.context.say(
+                f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}"
+            )
         return {
             "artifact": str(result.reference.folder),
             "fingerprint": result.reference.fingerprint,
@@ -100,12 +107,21 @@ class Session:
 
     def _plan_prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context)
-        return {"would": "reuse" if found else "read and tokenize", "source": self.config.data.path, **({"artifact": str(found.path)} if found else {})}
+        return {
+            "would": "reuse" if found else "read and tokenize",
+            "source": self.config.data.path,
+            **({"artifact": str(found.path)} if found else {}),
+        }
 
     def _plan_cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
         needed, missing, tokens = count_missing(self._rows, source, self._compute, self.context)
-        return {"would": "score" if missing else "reuse", "rows_needed": needed, "rows_missing": missing, "tokens": tokens}
+        return {
+            "would": "score" if missing else "reuse",
+            "rows_needed": needed,
+            "rows_missing": missing,
+            "tokens": tokens,
+        }
 
     def _plan_train(self) -> Result:
         job = self._job
@@ -122,12 +138,21 @@ class Session:
 
     def _plan_sample(self) -> Result:
         job = self._sample_job
-        return {"would": "reuse" if find_completions(job, self.context) else "generate", "num_prompts": len(job.prompts), "models": [model.name for model in job.models]}
+        return {
+            "would": "reuse" if find_completions(job, self.context) else "generate",
+            "num_prompts": len(job.prompts),
+            "models": [model.name for model in job.models.values()],
+        }
 
     def _artifact_result(self, stage: str, artifact: Artifact, reused: bool) -> Result:
         if reused:
             self.context.say(f"{stage}: already done, {artifact.path}")
-        return {"artifact": str(artifact.path), "fingerprint": artifact.fingerprint, "reused": reused, **artifact.counts}
+        return {
+            "artifact": str(artifact.path),
+            "fingerprint": artifact.fingerprint,
+            "reused": reused,
+            **artifact.counts,
+        }
 
     @property
     def _loss_name(self) -> str:
@@ -149,7 +174,11 @@ class Session:
     @cached_property
     def _data(self) -> DataSettings:
         data = self.config.data
-        return data.model_copy(update={"path": str(self._quickstart.preferences)}) if data.path == QUICKSTART else data
+        return (
+            data.model_copy(update={"path": str(self._quickstart.preferences)})
+            if data.path == QUICKSTART
+            else data
+        )
 
     @cached_property
     def _policy_source(self) -> ModelSource:
@@ -164,7 +193,9 @@ class Session:
     def _rows(self) -> Artifact:
         rows = find_rows(self._data, self.config.prepare, self._template, self.context)
         if rows is None:
-            raise StaleError(f"The rows of {self.config.data.path} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}")
+            raise StaleError(
+                f"The rows of {self.config.data.path} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+            )
         return rows
 
     @cached_property
@@ -189,10 +220,14 @@ class Session:
         else:
             policy = find_policy(self._job, self.context)
             if policy is None:
-                raise StaleError(f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}")
+                raise StaleError(
+                    f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+                )
             models["policy"] = ModelSource(policy.path.name, policy.path)
         if config.sample.compare:
             if config.sample.model is not None:
-                raise UsageError("sample.compare compares the trained policy with its reference; leave sample.model out.")
+                raise UsageError(
+                    "sample.compare compares the trained policy with its reference; leave sample.model out."
+                )
             models["reference"] = self._model(*config.reference_model)
         return SampleJob.of(models, self._rows, self._template, config.sample, self._compute)

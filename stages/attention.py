@@ -44,12 +44,32 @@ def segment_attention(
             own = slice(cursor, cursor + length)
             if index == 0:
                 whole = slice(segment.start, cursor + length)
-                pieces.append(_attend(query[:, :, whole], key[:, :, whole], value[:, :, whole], 0, scaling, sliding_window, softcap))
+                pieces.append(
+                    _attend(
+                        query[:, :, whole],
+                        key[:, :, whole],
+                        value[:, :, whole],
+                        0,
+                        scaling,
+                        sliding_window,
+                        softcap,
+                    )
+                )
             elif length:
                 prompt = slice(segment.start, prompt_end)
                 keys = torch.cat([key[:, :, prompt], key[:, :, own]], dim=2)
                 values = torch.cat([value[:, :, prompt], value[:, :, own]], dim=2)
-                pieces.append(_attend(query[:, :, own], keys, values, segment.prompt_length, scaling, sliding_window, softcap))
+                pieces.append(
+                    _attend(
+                        query[:, :, own],
+                        keys,
+                        values,
+                        segment.prompt_length,
+                        scaling,
+                        sliding_window,
+                        softcap,
+                    )
+                )
             cursor += length
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
@@ -65,14 +85,21 @@ def _attend(
 ) -> torch.Tensor:
     """Causal attention of queries at positions `before`, `before` + 1, ... over keys from position 0."""
     length, total = query.shape[2], key.shape[2]
-    windowed = window is not None and total > window
+    reach = total if window is None else min(window, total)
+    windowed = reach < total
     grouped = query.shape[1] != key.shape[1]
     if softcap is None and not before and not windowed:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    ages = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(total, device=query.device)
-    visible = (ages >= 0) & (ages < window) if windowed else ages >= 0
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    ages = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(
+        total, device=query.device
+    )
+    visible = (ages >= 0) & (ages < reach)
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=grouped)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=grouped
+        )
     repeats = query.shape[1] // key.shape[1]
     keys, values = (side.repeat_interleave(repeats, dim=1) if grouped else side for side in (key, value))
     scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

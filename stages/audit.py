@@ -4,6 +4,8 @@ A wrong model, template or dtype, or a value that was tampered with, stops the r
 first optimizer step, with the row, the token and the difference.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -11,7 +13,9 @@ from cache.errors import CorruptError
 from cache.ref_logps import RefLogps
 from stages.packs import build_pack
 from stages.rows import RowSet
-from stages.scoring import Scorer
+
+if TYPE_CHECKING:
+    from stages.scoring import Scorer
 
 NUM_EXAMPLES = 8
 # Nats a token. float32 differs by rounding of another batch shape; bfloat16 by up to 0.3 in the field.
@@ -19,7 +23,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 @torch.no_grad()
-def audit(scorer: Scorer, rows: RowSet, reference: RefLogps) -> float:
+def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps) -> float:
     """Largest |policy - reference| over a few examples, in nats a token; raises `CorruptError` beyond tolerance."""
     worst = 0.0
     chosen = np.linspace(0, rows.num_examples - 1, min(NUM_EXAMPLES, rows.num_examples)).astype(int)
@@ -30,7 +34,9 @@ def audit(scorer: Scorer, rows: RowSet, reference: RefLogps) -> float:
         for row, live in zip(group, np.split(token_logps, ends[:-1]), strict=True):
             cached = reference.get(rows.keys[row])
             if len(cached) != len(live):
-                raise CorruptError(f"Row {rows.keys[row].hex()} has {len(live)} tokens but {len(cached)} reference log-probs in {reference.folder}.")
+                raise CorruptError(
+                    f"Row {rows.keys[row].hex()} has {len(live)} tokens but {len(cached)} reference log-probs in {reference.folder}."
+                )
             differences = np.abs(live - cached)
             worst = max(worst, float(differences.max()))
             if not worst <= TOLERANCES[scorer.compute.dtype]:

@@ -5,6 +5,7 @@ give a log-ratio of exactly zero.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from stages.packs import Pack, build_pack, fed_length
 from stages.parallel import World
 from stages.planning import deal, pack
 from stages.rows import RowSet
-from stages.scoring import Scorer
+
+if TYPE_CHECKING:
+    from stages.scoring import Scorer
 
 DESIRABLE = ("chosen", "desirable")
 
@@ -24,7 +27,9 @@ DESIRABLE = ("chosen", "desirable")
 class RowScorer:
     """Scores groups of rows of one split for one loss."""
 
-    def __init__(self, scorer: Scorer, rows: RowSet, reference: RefLogps | None, loss: Loss, world: World) -> None:
+    def __init__(
+        self, scorer: "Scorer", rows: RowSet, reference: RefLogps | None, loss: Loss, world: World
+    ) -> None:
         """Line up `rows` with `reference` (None for a reference-free loss)."""
         self.scorer, self.rows, self.reference, self.loss, self.world = scorer, rows, reference, loss, world
         self.device = scorer.compute.device
@@ -109,7 +114,10 @@ class RowScorer:
         shortest: dict[tuple[str, str], int] = {}
         for name, count in zip(ids, kept, strict=True):
             shortest[name] = min(count, shortest.get(name, count))
-        parts = [part * (np.cumsum(part) <= shortest[name]) for part, name in zip(np.split(mask, ends[:-1]), ids, strict=True)]
+        parts = [
+            part * (np.cumsum(part) <= shortest[name])
+            for part, name in zip(np.split(mask, ends[:-1]), ids, strict=True)
+        ]
         return torch.from_numpy(np.concatenate(parts))
 
 

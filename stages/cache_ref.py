@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from cache.errors import StaleError
 from cache.files import read_json, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
+from stages.compute import Compute
 from stages.context import Context, progress
 from stages.models import ModelSource, check_length, load_model, reference_identity
 from stages.packs import build_pack, fed_length
 from stages.planning import pack
 from stages.rows import SPLITS, RowSet
-from stages.scoring import Compute, Scorer
+
+if TYPE_CHECKING:
+    from stages.scoring import Scorer
 
 UNIT_EXAMPLES = 256
 
@@ -43,7 +46,9 @@ class CacheRefResult:
     seconds: float
 
 
-def cache_ref(rows: Artifact, source: ModelSource, revision: str | None, compute: Compute, context: Context) -> CacheRefResult:
+def cache_ref(
+    rows: Artifact, source: ModelSource, revision: str | None, compute: Compute, context: Context
+) -> CacheRefResult:
     """Score what is missing for `rows` and return the store; does nothing when nothing is missing."""
     started = time.monotonic()
     identity = reference_identity(source, compute)
@@ -59,7 +64,9 @@ def cache_ref(rows: Artifact, source: ModelSource, revision: str | None, compute
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
 
-def count_missing(rows: Artifact, source: ModelSource, compute: Compute, context: Context) -> tuple[int, int, int]:
+def count_missing(
+    rows: Artifact, source: ModelSource, compute: Compute, context: Context
+) -> tuple[int, int, int]:
     """Rows needed, rows missing, and positions a run would compute; writes nothing."""
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
@@ -102,9 +109,20 @@ def check_same_model(reference: RefLogps, policy_identity: dict[str, Any], conte
 
 
 def _score(
-    row_sets: list[RowSet], reference: RefLogps, source: ModelSource, compute: Compute, missing: int, context: Context
+    row_sets: list[RowSet],
+    reference: RefLogps,
+    source: ModelSource,
+    compute: Compute,
+    missing: int,
+    context: Context,
 ) -> int:
-    context.say(f"Scoring {missing:,} rows with {source.name} ({compute.dtype_name} on {compute.device.type})")
+    from stages.scoring import (
+        Scorer,
+    )  # brings transformers' modelling code: only when there is something to score
+
+    context.say(
+        f"Scoring {missing:,} rows with {source.name} ({compute.dtype_name} on {compute.device.type})"
+    )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     scorer = Scorer(load_model(source, compute), compute, context.say)
     with progress("cache-ref", missing, "rows") as advance, torch.inference_mode():
@@ -146,7 +164,9 @@ def _without_scored(rows: RowSet, groups: list[np.ndarray], reference: RefLogps)
     return todo
 
 
-def _score_unit(rows: RowSet, groups: list[np.ndarray], scorer: Scorer) -> tuple[list[bytes], list[np.ndarray], int]:
+def _score_unit(
+    rows: RowSet, groups: list[np.ndarray], scorer: "Scorer"
+) -> tuple[list[bytes], list[np.ndarray], int]:
     """Keys, token log-probs in key order of the unit, and positions computed."""
     lengths = [fed_length(rows, group) for group in groups]
     found: dict[int, np.ndarray] = {}
@@ -169,7 +189,9 @@ def _pointer(name: str, revision: str | None, compute: Compute, context: Context
     return context.store.root / "ref-logps" / "by-model" / f"{short(asked)}.json"
 
 
-def _remember(source: ModelSource, revision: str | None, compute: Compute, reference: RefLogps, context: Context) -> None:
+def _remember(
+    source: ModelSource, revision: str | None, compute: Compute, reference: RefLogps, context: Context
+) -> None:
     folder = source.folder.resolve()
     note = {
         "model": source.name,
@@ -187,6 +209,8 @@ def _stat_files(folder: Path) -> dict[str, list[int]]:
     """Size, modification and change time (ns) of the model's files; empty when the folder cannot be looked at."""
     try:
         paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-        return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths}
+        return {
+            path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths
+        }
     except OSError:
         return {}

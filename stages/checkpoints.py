@@ -52,7 +52,9 @@ def save_checkpoint(
 
 def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; damaged newer ones are named and passed over."""
-    folders = sorted(root.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
+    folders = sorted(
+        root.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True
+    )
     for folder in folders:
         problem = _problem(folder)
         if not problem:

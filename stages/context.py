@@ -52,7 +52,14 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int, str
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda amount, note: bar.update(task, advance=amount, note=note)
@@ -69,6 +76,10 @@ def _lines(description: str, total: int, unit: str) -> Callable[[int, str], None
         if now - last >= PLAIN_LINE_SECONDS:
             last = now
             left = (now - started) / max(done, 1) * (total - done)
-            print(f"{description}: {done:,} of {total:,} {unit}, {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{description}: {done:,} of {total:,} {unit}, {note}, {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return advance

@@ -16,7 +16,11 @@ from stages.reading import BadRow
 Message = dict[str, Any]
 ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"}
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
-SCORE_COLUMNS = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"), ("chosen_score", "rejected_score"))
+SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_score", "rejected_score"),
+)
 
 
 class Unusable(Exception):
@@ -59,7 +63,11 @@ class Explicit:
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise BadRow("chosen and rejected: one is text and the other is messages")
         if isinstance(prompt, str) != isinstance(chosen, str):
-            prompt, chosen, rejected = (as_messages(prompt, "user"), as_messages(chosen, "assistant"), as_messages(rejected, "assistant"))
+            prompt, chosen, rejected = (
+                as_messages(prompt, "user"),
+                as_messages(chosen, "assistant"),
+                as_messages(rejected, "assistant"),
+            )
         return pair(prompt, chosen, rejected, *scores(row))
 
 
@@ -78,8 +86,14 @@ class UltraFeedback:
     def convert(row: Mapping[str, Any]) -> Preference:
         """The preference of a row."""
         preference = Implicit.convert(row)
-        users = [message["content"] for message in preference.prompt if isinstance(message, dict) and message["role"] == "user"]
-        if isinstance(row["prompt"], str) and row["prompt"].strip() not in [content.strip() for content in users]:
+        users = [
+            message["content"]
+            for message in preference.prompt
+            if isinstance(message, dict) and message["role"] == "user"
+        ]
+        if isinstance(row["prompt"], str) and row["prompt"].strip() not in [
+            content.strip() for content in users
+        ]:
             raise BadRow("prompt: the conversations in chosen and rejected do not contain it")
         return preference
 
@@ -93,7 +107,9 @@ class Implicit:
     @staticmethod
     def matches(row: Mapping[str, Any]) -> bool:
         """Whether a row has this layout."""
-        return {"chosen", "rejected"} <= row.keys() and "prompt" not in row and isinstance(row["chosen"], list)
+        return (
+            {"chosen", "rejected"} <= row.keys() and "prompt" not in row and isinstance(row["chosen"], list)
+        )
 
     @staticmethod
     def convert(row: Mapping[str, Any]) -> Preference:
@@ -127,9 +143,14 @@ class Transcript:
         head, *pieces = cls.turn.split(transcript)
         roles, contents = pieces[::2], pieces[1::2]
         if head.strip() or not roles or roles[0] != "Human" or roles[-1] != "Assistant":
-            raise BadRow(f"{column}: expected a transcript from '\\n\\nHuman:' to '\\n\\nAssistant:', found {shown(transcript)}")
+            raise BadRow(
+                f"{column}: expected a transcript from '\\n\\nHuman:' to '\\n\\nAssistant:', found {shown(transcript)}"
+            )
         names = {"Human": "user", "Assistant": "assistant"}
-        return [{"role": names[role], "content": content.strip()} for role, content in zip(roles, contents, strict=True)]
+        return [
+            {"role": names[role], "content": content.strip()}
+            for role, content in zip(roles, contents, strict=True)
+        ]
 
 
 class Unpaired:
@@ -187,7 +208,9 @@ class Graded:
 
 
 FORMATS = (Explicit, UltraFeedback, Implicit, Transcript, Unpaired, Graded)
-Format = type[Explicit] | type[UltraFeedback] | type[Implicit] | type[Transcript] | type[Unpaired] | type[Graded]
+Format = (
+    type[Explicit] | type[UltraFeedback] | type[Implicit] | type[Transcript] | type[Unpaired] | type[Graded]
+)
 
 
 def choose_format(name: str, first: Mapping[str, Any], where: str) -> Format:
@@ -202,17 +225,25 @@ def choose_format(name: str, first: Mapping[str, Any], where: str) -> Format:
         return found[0]
     layouts = "; ".join(f"{entry.name}: {entry.columns}" for entry in found or FORMATS)
     what = "fits several formats" if found else "fits no known format"
-    raise DataError(f"{where}: a row with columns {', '.join(sorted(first))} {what}. Choose with --set data.format=NAME from {layouts}.")
+    raise DataError(
+        f"{where}: a row with columns {', '.join(sorted(first))} {what}. Choose with --set data.format=NAME from {layouts}."
+    )
 
 
-def pair(prompt: Any, chosen: Any, rejected: Any, score_chosen: float | None, score_rejected: float | None) -> Preference:
+def pair(
+    prompt: Any, chosen: Any, rejected: Any, score_chosen: float | None, score_rejected: float | None
+) -> Preference:
     """A chosen and a rejected completion of one prompt; raises `Unusable` when there is nothing to prefer."""
     if chosen == rejected:
         raise Unusable("identical_completions")
-    return Preference(prompt, [Candidate(chosen, "chosen", score_chosen), Candidate(rejected, "rejected", score_rejected)])
+    return Preference(
+        prompt, [Candidate(chosen, "chosen", score_chosen), Candidate(rejected, "rejected", score_rejected)]
+    )
 
 
-def split_shared(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+def split_shared(
+    chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
     """The messages two conversations share, up to a user or tool turn, and what follows in each."""
     if chosen == rejected:
         raise Unusable("identical_completions")
@@ -248,7 +279,9 @@ def text(row: Mapping[str, Any], column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{column}: half a surrogate pair at character {error.start}, which is no text") from error
+        raise BadRow(
+            f"{column}: half a surrogate pair at character {error.start}, which is no text"
+        ) from error
     return value
 
 
@@ -260,10 +293,14 @@ def messages(row: Mapping[str, Any], column: str) -> list[Message]:
     checked = []
     for number, message in enumerate(value):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise BadRow(f"{column}[{number}]: expected an object with role and content, found {shown(message)}")
+            raise BadRow(
+                f"{column}[{number}]: expected an object with role and content, found {shown(message)}"
+            )
         role = ROLE_NAMES.get(message["role"], message["role"])
         if role not in MESSAGE_ROLES:
-            raise BadRow(f"{column}[{number}].role: expected one of {', '.join(MESSAGE_ROLES)}, found {shown(role)}")
+            raise BadRow(
+                f"{column}[{number}].role: expected one of {', '.join(MESSAGE_ROLES)}, found {shown(role)}"
+            )
         text(message, "content")
         # Parquet gives every message every key of the column, most of them null.
         checked.append({**{key: part for key, part in message.items() if part is not None}, "role": role})
@@ -283,4 +320,10 @@ def shown(value: Any) -> str:
 
 def _repeats_prompt(row: Mapping[str, Any]) -> bool:
     sides = row["chosen"], row["rejected"]
-    return all(isinstance(side, list) and side and isinstance(side[0], Mapping) and side[0].get("role") != "assistant" for side in sides)
+    return all(
+        isinstance(side, list)
+        and side
+        and isinstance(side[0], Mapping)
+        and side[0].get("role") != "assistant"
+        for side in sides
+    )

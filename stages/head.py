@@ -20,14 +20,22 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> float32 (tokens,).
 
         The matmuls run in `hidden`'s dtype; a float32 master `weight` gets its gradient in float32.
         """
         cast = weight.to(hidden.dtype)
-        keep = len(targets) * weight.shape[0] * hidden.element_size() <= KEPT_LOGITS_BYTES and any(ctx.needs_input_grad)
+        keep = len(targets) * weight.shape[0] * hidden.element_size() <= KEPT_LOGITS_BYTES and any(
+            ctx.needs_input_grad
+        )
         kept, logsumexps, logps = [], [], []
         for rows in _chunks(len(targets)):
             logits = _logits(hidden[rows], cast, bias, scale, softcap)
@@ -51,9 +59,15 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         wants_weight = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32)
+            if bias is not None and ctx.needs_input_grad[2]
+            else None
+        )
         for index, rows in enumerate(chunks):
-            logits = kept[index] if ctx.num_kept else _logits(hidden[rows], cast, bias, ctx.scale, ctx.softcap)
+            logits = (
+                kept[index] if ctx.num_kept else _logits(hidden[rows], cast, bias, ctx.scale, ctx.softcap)
+            )
             slope = torch.exp(logits.float() - logsumexps[index][:, None]).neg_()
             slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
             slope *= grad[rows, None]
@@ -75,7 +89,9 @@ class TokenLogps(torch.autograd.Function):
         )
 
 
-def collision_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def collision_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """log sum_v pi(v)^2 at each token, float32, without gradient: what WPO normalises by."""
     values = []
     with torch.no_grad():
@@ -91,8 +107,12 @@ def _chunks(tokens: int) -> list[slice]:
     return [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    logits = torch.nn.functional.linear(
+        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    )
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

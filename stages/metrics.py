@@ -43,7 +43,10 @@ class Totals:
         """Means over everything added on all ranks; a metric nothing was added to is left out."""
         names = self._names(world)
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        pairs = [torch.stack([self._sums.get(name, zero), torch.full_like(zero, self._counts.get(name, 0))]) for name in names]
+        pairs = [
+            torch.stack([self._sums.get(name, zero), torch.full_like(zero, self._counts.get(name, 0))])
+            for name in names
+        ]
         sums = world.sum_(torch.stack(pairs)).tolist()
         means = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
         if "rewards/chosen" in means and "rewards/rejected" in means:

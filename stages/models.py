@@ -7,10 +7,18 @@ from typing import Any
 
 from cache.errors import DataError, EnvironmentError_, UsageError
 from cache.fingerprint import weights_fingerprint
-from stages.scoring import SCORER_VERSION, Compute
+from stages.compute import SCORER_VERSION, Compute
 
 # Keys of config.json that do not change a forward pass.
-PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "_attn_implementation")
+PROVENANCE_KEYS = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "architectures",
+    "_attn_implementation",
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,14 @@ def resolve_model(name: str, revision: str | None) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise DataError(f"{path} is no model folder: it has no config.json. Give a folder saved with save_pretrained.")
+            raise DataError(
+                f"{path} is no model folder: it has no config.json. Give a folder saved with save_pretrained."
+            )
         return ModelSource(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"No such model folder: {name}. Give a folder or a hub name with --set policy.model=NAME.")
+        raise DataError(
+            f"No such model folder: {name}. Give a folder or a hub name with --set policy.model=NAME."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -52,7 +64,11 @@ def resolve_model(name: str, revision: str | None) -> ModelSource:
 def architecture(folder: Path) -> dict[str, Any]:
     """The part of config.json that changes a forward pass."""
     config = json.loads((folder / "config.json").read_bytes())
-    return {key: value for key, value in config.items() if key not in PROVENANCE_KEYS and not key.endswith("_token_id")}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in PROVENANCE_KEYS and not key.endswith("_token_id")
+    }
 
 
 def reference_identity(source: ModelSource, compute: Compute) -> dict[str, Any]:
@@ -72,21 +88,28 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{source.folder} has no usable tokenizer ({str(error).splitlines()[0]}). Save one there with save_pretrained.") from error
+        raise DataError(
+            f"{source.folder} has no usable tokenizer ({str(error).splitlines()[0]}). Save one there with save_pretrained."
+        ) from error
 
 
 def load_model(source: ModelSource, compute: Compute) -> Any:
     """The causal LM with float32 weights on the device; autocast, not the weights, makes it bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar of our own says what is going on
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
     except (ValueError, ImportError):
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     except OSError as error:
         raise DataError(f"{source.folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(compute.device)
+    torch.nn.Module.to(model, compute.device)
+    return model
 
 
 def check_length(folder: Path, longest: int) -> None:

@@ -8,13 +8,12 @@ is therefore scored once for each completion.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from stages.rows import RowSet
-
 
 # A pack is filled up to a multiple of this many positions. On a CPU, matmuls of a few rows and the
 # tails of vectorised loops round differently; with whole multiples a row's float32 log-probs do not
@@ -56,8 +55,8 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
-        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
-        return Pack(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def fed_length(rows: RowSet, group: np.ndarray) -> int:
@@ -83,7 +82,9 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
             targets.append(completion)
             masks.append(rows.mask(row))
             cursor += fed
-        segments.append(Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group)))
+        segments.append(
+            Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group))
+        )
         start = cursor
     if padding := -start % POSITION_MULTIPLE:
         ids.append(np.zeros(padding, np.int32))

@@ -53,7 +53,9 @@ class Report:
     def counts(self, format_name: str) -> dict[str, Any]:
         """The report as plain numbers, with rows in = kept + dropped checked."""
         kept = sum(self.examples.values())
-        assert self.rows_in == kept + sum(self.dropped.values()), "a source row was neither kept nor counted as dropped"
+        assert self.rows_in == kept + sum(self.dropped.values()), (
+            "a source row was neither kept nor counted as dropped"
+        )
         return {
             "format": format_name,
             "rows_in": self.rows_in,
@@ -87,7 +89,9 @@ def artifact_name(data: DataSettings) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem)[:40] or "rows"
 
 
-def find_rows(data: DataSettings, settings: PrepareSettings, template: Template, context: Context) -> Artifact | None:
+def find_rows(
+    data: DataSettings, settings: PrepareSettings, template: Template, context: Context
+) -> Artifact | None:
     """The finished rows artifact of this configuration, if there is one."""
     return context.store.find("rows", artifact_name(data), rows_identity(data, settings, template))
 
@@ -110,7 +114,9 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
             writer.finish()
         if not report.examples["train"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items()))
-            raise DataError(f"{data.path}: no usable training row among {report.rows_in} ({reasons or 'the source is empty'}).")
+            raise DataError(
+                f"{data.path}: no usable training row among {report.rows_in} ({reasons or 'the source is empty'})."
+            )
         if report.rejected:
             lines = "".join(json.dumps(entry, ensure_ascii=True) + "\n" for entry in report.rejected)
             (draft.path / "rejected.jsonl").write_text(lines)
@@ -122,15 +128,24 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
 
 def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
     if not head:
-        raise DataError(f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH.")
+        raise DataError(
+            f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
+        )
     readable = [row for row in head if row.value is not None]
     if not readable:
-        raise DataError(f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read.")
+        raise DataError(
+            f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read."
+        )
     return choose_format(data.format, readable[0].value or {}, readable[0].location)
 
 
 def _examples(
-    rows: list[SourceRow], format_: Format, data: DataSettings, settings: PrepareSettings, template: Template, report: Report
+    rows: list[SourceRow],
+    format_: Format,
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    report: Report,
 ) -> Iterator[tuple[str, Example]]:
     """The usable examples of a batch of source rows, with their split; everything else is counted."""
     converted: list[tuple[SourceRow, Preference]] = []
@@ -158,12 +173,16 @@ def _examples(
 
 def _reject(row: SourceRow, problem: str, data: DataSettings, report: Report) -> None:
     if data.on_bad_row == "error":
-        raise DataError(f"{row.location}: {problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip.")
+        raise DataError(
+            f"{row.location}: {problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip."
+        )
     report.dropped["bad_row"] += 1
     report.rejected.append({"location": row.location, "problem": problem})
 
 
-def _usable(preference: Preference, encoded: Encoded, settings: PrepareSettings, report: Report) -> Fitted | None:
+def _usable(
+    preference: Preference, encoded: Encoded, settings: PrepareSettings, report: Report
+) -> Fitted | None:
     """The example cut to the limits, or None with the reason counted."""
     empty = [_is_blank(candidate.completion) for candidate in preference.candidates]
     if any(empty):
@@ -176,7 +195,9 @@ def _usable(preference: Preference, encoded: Encoded, settings: PrepareSettings,
     if not all(mask.any() for _, mask in fitted.completions):
         report.dropped["nothing_left_to_train"] += 1
         return None
-    if len(fitted.completions) == 2 and all(a.tolist() == b.tolist() for a, b in zip(*fitted.completions, strict=True)):
+    if len(fitted.completions) == 2 and all(
+        a.tolist() == b.tolist() for a, b in zip(*fitted.completions, strict=True)
+    ):
         report.dropped["identical_after_truncation"] += 1
         return None
     report.prompts_cut += fitted.prompt_cut > 0
@@ -187,7 +208,11 @@ def _usable(preference: Preference, encoded: Encoded, settings: PrepareSettings,
 
 
 def _is_blank(completion: Any) -> bool:
-    contents = [completion] if isinstance(completion, str) else [str(m["content"]) for m in completion if m["role"] == "assistant"]
+    contents = (
+        [completion]
+        if isinstance(completion, str)
+        else [str(m["content"]) for m in completion if m["role"] == "assistant"]
+    )
     return not any(content.strip() for content in contents)
 
 
@@ -248,12 +273,16 @@ class _SplitWriter:
         matched = [list(example.rows) for example in cycle]
         for index, example in enumerate(cycle):
             others = (cycle[(index + step) % len(cycle)] for step in range(1, len(cycle)))
-            donor = next((other for other in others if other.prompt_ids.tolist() != example.prompt_ids.tolist()), None)
+            donor = next(
+                (other for other in others if other.prompt_ids.tolist() != example.prompt_ids.tolist()), None
+            )
             if donor is None:
                 continue
             room = self.settings.max_length - len(example.prompt_ids)
             rows = next(rows for rows, other in zip(matched, cycle, strict=True) if other is donor)
-            example.rows += [Row("mismatched", row.ids[:room], row.mask[:room]) for row in rows if row.mask[:room].any()]
+            example.rows += [
+                Row("mismatched", row.ids[:room], row.mask[:room]) for row in rows if row.mask[:room].any()
+            ]
 
     def _write(self) -> None:
         if not self.done:
@@ -261,7 +290,9 @@ class _SplitWriter:
         self.report.examples[self.split] += len(self.done)
         self.report.rows.update(row.role for example in self.done for row in example.rows)
         self.report.scored_rows += sum(row.score is not None for example in self.done for row in example.rows)
-        self.report.tokens += sum(len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done)
+        self.report.tokens += sum(
+            len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done
+        )
         self.draft.write_shard(f"{self.split}-{self.num_shards:05d}.arrow", to_table(self.done, self.cycles))
         self.num_shards += 1
         self.done, self.cycles = [], []

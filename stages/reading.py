@@ -36,7 +36,12 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
     path = _local_file(data)
     if path is not None:
         return {"sha256": sha256_file(path)}
-    return {"path": data.path, "config": data.config, "split": data.split, "revision": _hub_builder(data).hash}
+    return {
+        "path": data.path,
+        "config": data.config,
+        "split": data.split,
+        "revision": _hub_builder(data).hash,
+    }
 
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
@@ -54,9 +59,13 @@ def _local_file(data: DataSettings) -> Path | None:
     path = Path(data.path).expanduser()
     if path.is_file():
         if _suffix(path) not in FILE_SUFFIXES:
-            raise DataError(f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz).")
+            raise DataError(
+                f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz)."
+            )
         return path
-    looks_local = data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES
+    looks_local = (
+        data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES
+    )
     if looks_local and not path.is_dir():
         raise DataError(f"No such file: {data.path}. Give a file or a hub dataset with --set data.path=PATH.")
     return None
@@ -101,7 +110,9 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
     try:
         value = _parse(content)
     except ValueError as error:
-        raise DataError(f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file.") from error
+        raise DataError(
+            f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
+        ) from error
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {type(value).__name__}.")
     for number, row in enumerate(value, start=1):
@@ -135,11 +146,11 @@ def _parse(content: bytes) -> Any:
 
 def _read_arrow(path: Path, suffix: str) -> Iterator[SourceRow]:
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as parquet
 
     try:
         if suffix == ".parquet":
-            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+            batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
         else:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -171,7 +182,9 @@ def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
     try:
         dataset = datasets.load_dataset(data.path, data.config, split=data.split, revision=data.revision)
     except ValueError as error:
-        raise DataError(f"Dataset {data.path!r}: {_first_line(error)}. Choose with --set data.split=NAME or data.config=NAME.") from error
+        raise DataError(
+            f"Dataset {data.path!r}: {_first_line(error)}. Choose with --set data.split=NAME or data.config=NAME."
+        ) from error
     for number, row in enumerate(dataset, start=1):
         yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))
 

@@ -56,9 +56,13 @@ class Example:
 
 def to_table(examples: Sequence[Example], cycles: Sequence[int]) -> pa.Table:
     """The Arrow table of `examples`, whose cycle numbers are `cycles`."""
-    flat = [(example, row, cycle) for example, cycle in zip(examples, cycles, strict=True) for row in example.rows]
+    flat = [
+        (example, row, cycle) for example, cycle in zip(examples, cycles, strict=True) for row in example.rows
+    ]
     columns = [
-        pa.array([row_key(example.prompt_ids, row.ids) for example, row, _ in flat], type=pa.binary(ROW_KEY_BYTES)),
+        pa.array(
+            [row_key(example.prompt_ids, row.ids) for example, row, _ in flat], type=pa.binary(ROW_KEY_BYTES)
+        ),
         pa.array([example.example_id for example, _, _ in flat], type=pa.string()),
         pa.array([row.role for _, row, _ in flat], type=pa.string()),
         pa.array([row.score for _, row, _ in flat], type=pa.float64()),

@@ -15,6 +15,7 @@ from typing import Any
 from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json, weights_fingerprint
+from stages.compute import Compute
 from stages.context import Context
 from stages.formats import Message, text_or_messages
 from stages.generation import Completion, EngineOptions, Sampling, generate_each
@@ -22,7 +23,6 @@ from stages.models import ModelSource
 from stages.outputs import SampleRecord, write_alpaca_eval, write_jsonl
 from stages.reading import BadRow, read_source
 from stages.rows import RowSet
-from stages.scoring import Compute
 from stages.settings import DataSettings, SampleSettings
 from stages.templates import Template
 
@@ -51,13 +51,24 @@ class SampleJob:
 
     @classmethod
     def of(
-        cls, models: Mapping[str, ModelSource], rows: Artifact, template: Template, settings: SampleSettings, compute: Compute
+        cls,
+        models: Mapping[str, ModelSource],
+        rows: Artifact,
+        template: Template,
+        settings: SampleSettings,
+        compute: Compute,
     ) -> "SampleJob":
         """Collect the prompts; raises `DataError` when there are none."""
-        prompts = heldout_prompts(rows, template) if settings.prompts is None else file_prompts(settings.prompts, template)
+        prompts = (
+            heldout_prompts(rows, template)
+            if settings.prompts is None
+            else file_prompts(settings.prompts, template)
+        )
         chosen = prompts[: settings.num_prompts]
         if not chosen:
-            raise DataError(f"{rows.path} has no held-out prompts. Give a file with --set sample.prompts=FILE, or raise prepare.heldout_fraction.")
+            raise DataError(
+                f"{rows.path} has no held-out prompts. Give a file with --set sample.prompts=FILE, or raise prepare.heldout_fraction."
+            )
         return cls(models, chosen, settings, compute, tuple(rows.counts["turn_end_ids"]))
 
     @property
@@ -71,7 +82,9 @@ class SampleJob:
         return {
             "stage_version": STAGE_VERSION,
             "models": {side: weights_fingerprint(model.folder) for side, model in self.models.items()},
-            "prompts": hashlib.sha256(canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])).hexdigest(),
+            "prompts": hashlib.sha256(
+                canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])
+            ).hexdigest(),
             "sample": self.settings.model_dump(exclude={"prompts", "num_prompts", "compare", "model"}),
             "stop_token_ids": list(self.stop_token_ids),
             "dtype": self.compute.dtype_name,
@@ -90,16 +103,32 @@ def sample(job: SampleJob, context: Context) -> Artifact:
     try:
         context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
         sampling = Sampling(
-            settings.temperature, settings.top_p, settings.top_k, settings.max_tokens, settings.seed, settings.num_samples, job.stop_token_ids
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            settings.max_tokens,
+            settings.seed,
+            settings.num_samples,
+            job.stop_token_ids,
         )
         longest = max(len(prompt.ids) for prompt in job.prompts)
         options = EngineOptions(dtype=_dtype(job.compute), max_model_length=longest + settings.max_tokens)
         folders = [model.folder for model in job.models.values()]
         ids = [prompt.id for prompt in job.prompts]
-        engine, completions = generate_each(settings.engine, folders, [prompt.ids for prompt in job.prompts], ids, sampling, options, context.say)
+        engine, completions = generate_each(
+            settings.engine,
+            folders,
+            [prompt.ids for prompt in job.prompts],
+            ids,
+            sampling,
+            options,
+            context.say,
+        )
         records = []
         for (side, model), own in zip(job.models.items(), completions, strict=True):
-            part = [_record(job.prompts[completion.prompt_index], completion, model, side) for completion in own]
+            part = [
+                _record(job.prompts[completion.prompt_index], completion, model, side) for completion in own
+            ]
             write_alpaca_eval(part, draft.path / f"alpaca_eval-{side}.json", "align")
             records += part
         write_jsonl(records, draft.path / "completions.jsonl")
@@ -120,7 +149,10 @@ def sample(job: SampleJob, context: Context) -> Artifact:
 def read_completions(artifact: Artifact) -> list[dict[str, Any]]:
     """The lines of `completions.jsonl`, after checking the artifact's files."""
     artifact.check_files()
-    return [json.loads(line) for line in (artifact.path / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (artifact.path / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
@@ -138,7 +170,9 @@ def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
 def file_prompts(path: str, template: Template) -> list[Prompt]:
     """The prompts of a file; raises `DataError` naming the row that has none."""
     if not Path(path).expanduser().is_file():
-        raise DataError(f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE.")
+        raise DataError(
+            f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."
+        )
     found = []
     for row in read_source(DataSettings(path=path)):
         try:
@@ -146,7 +180,9 @@ def file_prompts(path: str, template: Template) -> list[Prompt]:
                 raise BadRow(row.problem)
             column = next((name for name in PROMPT_COLUMNS if name in row.value), None)
             if column is None:
-                raise BadRow(f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row.value))}")
+                raise BadRow(
+                    f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row.value))}"
+                )
             value = row.value[column]
             shown = text_or_messages({column: value[0] if column == "turns" and value else value}, column)
             text, plain = template.prompt_text(shown)

@@ -7,65 +7,37 @@ scored one completion at a time instead, said in one line.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache.errors import EnvironmentError_
 from stages.attention import NAME as SEGMENT_ATTENTION
+from stages.compute import Compute
 from stages.head import TokenLogps, collision_logps
 from stages.packs import Pack, build_pack
 from stages.rows import Example, Row, RowSet, to_table
-from stages.settings import ComputeSettings
 
-# Part of a reference log-prob's identity: raise it when the numbers change.
-SCORER_VERSION = 1
 # Largest difference, in nats a token at float32, between the engine and the model's own logits.
 SELF_CHECK_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in what arithmetic models run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    tokens_per_batch: int
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as it stands in identities and messages."""
-        return str(self.dtype).removeprefix("torch.")
-
-
-def resolve_compute(settings: ComputeSettings) -> Compute:
-    """Turn 'auto' into a device and dtype; raises `EnvironmentError_` when the device is not there."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present[device]:
-        raise EnvironmentError_(f"compute.device is {device}, which this machine does not have. Use --set compute.device=cpu.")
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return Compute(torch.device(device), getattr(torch, dtype), settings.tokens_per_batch)
 
 
 class Scorer(nn.Module):
     """A model that scores packs. Call it like a function; its parameters are the model's."""
 
-    def __init__(self, model: Any, compute: Compute, say: Callable[[str], None], gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: Any, compute: Compute, say: Callable[[str], None], gradient_checkpointing: bool = False
+    ) -> None:
         """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored."""
         super().__init__()
         self.model = model
         self.compute = compute
         self.forwards = 0
         config = model.config.get_text_config()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self.softcap = getattr(config, "final_logit_softcapping", None)
         disable_dropout(model)
         model.eval()
@@ -84,7 +56,10 @@ class Scorer(nn.Module):
         with self._autocast():
             body = self.model.get_decoder()
             hidden = body(
-                input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, segments=pack.segments
+                input_ids=pack.input_ids,
+                position_ids=pack.position_ids,
+                use_cache=False,
+                segments=pack.segments,
             ).last_hidden_state[0]
             states = hidden[pack.predictors].to(self.compute.dtype)
             head = self.model.get_output_embeddings()
@@ -94,7 +69,9 @@ class Scorer(nn.Module):
             return logps, collision_logps(states.detach(), head.weight, head.bias, self.scale, self.softcap)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.compute.device.type, dtype=torch.bfloat16, enabled=self.compute.dtype == torch.bfloat16)
+        return torch.autocast(
+            self.compute.device.type, dtype=torch.bfloat16, enabled=self.compute.dtype == torch.bfloat16
+        )
 
     def _one_by_one(self, pack: Pack, collision: bool) -> Tensor | tuple[Tensor, Tensor]:
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
@@ -103,11 +80,17 @@ class Scorer(nn.Module):
             prompt_end = segment.start + segment.prompt_length
             begin = prompt_end
             for fed in segment.completion_lengths:
-                ids = torch.cat([pack.input_ids[0, segment.start : prompt_end], pack.input_ids[0, begin : begin + fed]])
+                ids = torch.cat(
+                    [pack.input_ids[0, segment.start : prompt_end], pack.input_ids[0, begin : begin + fed]]
+                )
                 targets = pack.targets[cursor : cursor + fed + 1]
                 self.forwards += 1
                 with self._autocast():
-                    logits = self.model(input_ids=ids[None], use_cache=False, logits_to_keep=fed + 1).logits[0].float()
+                    logits = (
+                        self.model(input_ids=ids[None], use_cache=False, logits_to_keep=fed + 1)
+                        .logits[0]
+                        .float()
+                    )
                 logps.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
                 if collision:
                     detached = logits.detach()
@@ -153,7 +136,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - Module declares its attributes as tensors
 
 
 def _trial_pack(vocab_size: int) -> Pack:
@@ -164,8 +147,15 @@ def _trial_pack(vocab_size: int) -> Pack:
         return random.integers(0, vocab_size, length).astype(np.int32)
 
     examples = [
-        Example(str(number), "trial", draw(prompt), [Row("ranked", draw(length), np.ones(length, bool)) for length in lengths])
+        Example(
+            str(number),
+            "trial",
+            draw(prompt),
+            [Row("ranked", draw(length), np.ones(length, bool)) for length in lengths],
+        )
         for number, (prompt, lengths) in enumerate([(9, (5, 1, 7)), (4, (6, 3))])
     ]
     rows = RowSet([to_table(examples, [0, 0])])
-    return build_pack(rows, [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)])
+    return build_pack(
+        rows, [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
+    )

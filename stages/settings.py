@@ -25,90 +25,164 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where preference data comes from."""
 
-    path: str = Field("quickstart", description="a file (.jsonl, .json, .parquet, .arrow, each also .gz for JSON), a dataset on the Hugging Face hub, or 'quickstart'")
-    format: str = Field("auto", description="how rows are laid out; 'auto' looks at the columns and says what it found")
-    config: str | None = Field(None, description="configuration name of a hub dataset")
-    split: str = Field("train", description="split of a hub dataset")
-    revision: str | None = Field(None, description="git revision of a hub dataset")
-    max_samples: PositiveInt | None = Field(None, description="use only the first so many source rows")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row: stop, naming file and line, or skip it and list it in rejected.jsonl")
+    path: str = Field(
+        default="quickstart",
+        description="a file (.jsonl, .json, .parquet, .arrow, each also .gz for JSON), a dataset on the Hugging Face hub, or 'quickstart'",
+    )
+    format: str = Field(
+        default="auto",
+        description="how rows are laid out; 'auto' looks at the columns and says what it found",
+    )
+    config: str | None = Field(default=None, description="configuration name of a hub dataset")
+    split: str = Field(default="train", description="split of a hub dataset")
+    revision: str | None = Field(default=None, description="git revision of a hub dataset")
+    max_samples: PositiveInt | None = Field(
+        default=None, description="use only the first so many source rows"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="a malformed row: stop, naming file and line, or skip it and list it in rejected.jsonl",
+    )
 
 
 class ModelSettings(Settings):
     """A causal language model: a local folder, a hub name, or 'quickstart'."""
 
-    model: str = Field("quickstart", description="folder or hub name of the model to train")
-    revision: str | None = Field(None, description="git revision of a hub model")
+    model: str = Field(default="quickstart", description="folder or hub name of the model to train")
+    revision: str | None = Field(default=None, description="git revision of a hub model")
 
 
 class ReferenceSettings(Settings):
     """The frozen reference model."""
 
-    model: str | None = Field(None, description="folder or hub name of the reference; null means the policy before training")
-    revision: str | None = Field(None, description="git revision of a hub model")
+    model: str | None = Field(
+        default=None, description="folder or hub name of the reference; null means the policy before training"
+    )
+    revision: str | None = Field(default=None, description="git revision of a hub model")
 
 
 class PrepareSettings(Settings):
     """Tokens, masks, truncation and the held-out split."""
 
-    template: Literal["auto", "chat", "plain"] = Field("auto", description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one")
-    append_eos: Flag = Field(True, description="end each completion with the end-of-sequence token unless the chat template closed the turn; false for continuations that were cut")
-    max_length: PositiveInt = Field(1024, description="tokens in prompt and completion together")
-    max_prompt_length: PositiveInt | None = Field(None, description="tokens in the prompt")
-    max_completion_length: PositiveInt | None = Field(None, description="tokens in a completion; the rest of it is cut off")
-    truncation_mode: Literal["keep_end", "keep_start"] = Field("keep_end", description="over max_length: keep_end cuts the prompt from its left, keep_start cuts the completions from their right")
-    heldout_fraction: Share = Field(0.05, description="share of prompts held out for evaluation, chosen by a hash of the prompt's text")
-    mismatched: Flag = Field(True, description="add KTO's mismatched rows (each prompt with another prompt's completions); false saves their share of cache-ref")
+    template: Literal["auto", "chat", "plain"] = Field(
+        default="auto",
+        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one",
+    )
+    append_eos: Flag = Field(
+        default=True,
+        description="end each completion with the end-of-sequence token unless the chat template closed the turn; false for continuations that were cut",
+    )
+    max_length: PositiveInt = Field(default=1024, description="tokens in prompt and completion together")
+    max_prompt_length: PositiveInt | None = Field(default=None, description="tokens in the prompt")
+    max_completion_length: PositiveInt | None = Field(
+        default=None, description="tokens in a completion; the rest of it is cut off"
+    )
+    truncation_mode: Literal["keep_end", "keep_start"] = Field(
+        default="keep_end",
+        description="over max_length: keep_end cuts the prompt from its left, keep_start cuts the completions from their right",
+    )
+    heldout_fraction: Share = Field(
+        default=0.05,
+        description="share of prompts held out for evaluation, chosen by a hash of the prompt's text",
+    )
+    mismatched: Flag = Field(
+        default=True,
+        description="add KTO's mismatched rows (each prompt with another prompt's completions); false saves their share of cache-ref",
+    )
 
 
 class ComputeSettings(Settings):
     """How models run; the reference and the policy always run the same way."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="'auto' takes cuda where there is one, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="arithmetic of the forward pass; weights stay float32. 'auto' is bfloat16 on a GPU that has it, else float32")
-    tokens_per_batch: PositiveInt = Field(2048, description="token budget of one forward pass; changes speed and memory, not results")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="'auto' takes cuda where there is one, else cpu"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="arithmetic of the forward pass; weights stay float32. 'auto' is bfloat16 on a GPU that has it, else float32",
+    )
+    tokens_per_batch: PositiveInt = Field(
+        default=2048, description="token budget of one forward pass; changes speed and memory, not results"
+    )
 
 
 class TrainSettings(Settings):
     """The training loop; a step is `batch_size` examples however they are split over memory and ranks."""
 
-    learning_rate: PositiveFloat | None = Field(None, description="peak learning rate; null takes the loss's own recommendation")
-    batch_size: PositiveInt | None = Field(None, description="examples (pairs) in one optimizer step, over all ranks; null takes the loss's own")
-    num_epochs: PositiveInt = Field(1, description="passes over the training examples")
-    max_steps: PositiveInt | None = Field(None, description="stop after so many optimizer steps")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("linear", description="shape of the learning rate after warm-up, ending at the last step")
-    warmup_ratio: Share = Field(0.1, description="share of the steps in which the learning rate rises from 0")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay, on matrices only")
-    adam_beta1: Share = Field(0.9, description="AdamW beta1")
-    adam_beta2: Share = Field(0.999, description="AdamW beta2")
-    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW epsilon")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the step's gradient to this norm; 0 does not clip")
-    gradient_checkpointing: Flag = Field(False, description="recompute activations in the backward pass: less memory, about a third more time")
-    seed: NonNegativeInt = Field(0, description="order of the examples")
-    eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps, besides step 0 and the end; null means five times in a run")
-    eval_samples: PositiveInt | None = Field(512, description="held-out examples to evaluate on, always the same; null means all")
-    save_steps: PositiveInt | None = Field(None, description="write a checkpoint every so many steps; null means at evaluation steps")
+    learning_rate: PositiveFloat | None = Field(
+        default=None, description="peak learning rate; null takes the loss's own recommendation"
+    )
+    batch_size: PositiveInt | None = Field(
+        default=None,
+        description="examples (pairs) in one optimizer step, over all ranks; null takes the loss's own",
+    )
+    num_epochs: PositiveInt = Field(default=1, description="passes over the training examples")
+    max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="linear", description="shape of the learning rate after warm-up, ending at the last step"
+    )
+    warmup_ratio: Share = Field(
+        default=0.1, description="share of the steps in which the learning rate rises from 0"
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW weight decay, on matrices only")
+    adam_beta1: Share = Field(default=0.9, description="AdamW beta1")
+    adam_beta2: Share = Field(default=0.999, description="AdamW beta2")
+    adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW epsilon")
+    max_grad_norm: NonNegativeFloat = Field(
+        default=1.0, description="clip the step's gradient to this norm; 0 does not clip"
+    )
+    gradient_checkpointing: Flag = Field(
+        default=False,
+        description="recompute activations in the backward pass: less memory, about a third more time",
+    )
+    seed: NonNegativeInt = Field(default=0, description="order of the examples")
+    eval_steps: PositiveInt | None = Field(
+        default=None,
+        description="evaluate every so many steps, besides step 0 and the end; null means five times in a run",
+    )
+    eval_samples: PositiveInt | None = Field(
+        default=512, description="held-out examples to evaluate on, always the same; null means all"
+    )
+    save_steps: PositiveInt | None = Field(
+        default=None, description="write a checkpoint every so many steps; null means at evaluation steps"
+    )
 
 
 class SampleSettings(Settings):
     """Generation for evaluation."""
 
-    model: str | None = Field(None, description="folder or hub name to sample from; null means the policy this configuration trains")
-    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="'auto' takes vLLM where it can run, else transformers, and says so")
-    prompts: str | None = Field(None, description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts")
-    num_prompts: PositiveInt | None = Field(64, description="use only the first so many prompts")
-    num_samples: PositiveInt = Field(1, description="completions for each prompt")
-    temperature: NonNegativeFloat = Field(0.7, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling")
-    top_k: NonNegativeInt = Field(0, description="0 keeps all tokens")
-    max_tokens: PositiveInt = Field(256, description="tokens in a completion")
-    seed: NonNegativeInt = Field(0, description="each (prompt, sample) has its own seed, derived from this one")
-    compare: Flag = Field(False, description="also sample from the reference, on the same prompts and seeds")
+    model: str | None = Field(
+        default=None,
+        description="folder or hub name to sample from; null means the policy this configuration trains",
+    )
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="'auto' takes vLLM where it can run, else transformers, and says so"
+    )
+    prompts: str | None = Field(
+        default=None,
+        description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts",
+    )
+    num_prompts: PositiveInt | None = Field(default=64, description="use only the first so many prompts")
+    num_samples: PositiveInt = Field(default=1, description="completions for each prompt")
+    temperature: NonNegativeFloat = Field(default=0.7, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling")
+    top_k: NonNegativeInt = Field(default=0, description="0 keeps all tokens")
+    max_tokens: PositiveInt = Field(default=256, description="tokens in a completion")
+    seed: NonNegativeInt = Field(
+        default=0, description="each (prompt, sample) has its own seed, derived from this one"
+    )
+    compare: Flag = Field(
+        default=False, description="also sample from the reference, on the same prompts and seeds"
+    )
 
 
 class TrackSettings(Settings):
     """Weights & Biases; `metrics.jsonl` is written in any case."""
 
-    wandb: Literal["disabled", "online", "offline"] = Field("disabled", description="where to send metrics besides metrics.jsonl")
-    project: str = Field("align", description="W&B project")
-    run_name: str | None = Field(None, description="W&B run name; null takes the name of the policy artifact")
+    wandb: Literal["disabled", "online", "offline"] = Field(
+        default="disabled", description="where to send metrics besides metrics.jsonl"
+    )
+    project: str = Field(default="align", description="W&B project")
+    run_name: str | None = Field(
+        default=None, description="W&B run name; null takes the name of the policy artifact"
+    )

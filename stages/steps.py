@@ -6,6 +6,7 @@ ranks) are taken over the whole step, and metrics are sums over counts, reduced 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from stages.losses.contract import Batch, Loss, LossOutput, Step
 from stages.metrics import Totals, ranking_accuracy
 
 
-def accumulate_step(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def accumulate_step(
+    scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
     """Add the gradient of a step to the policy's `.grad` and return its metrics and the loss's next state."""
     groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
     facts = _facts(scorer, loss, examples, groups, state)
@@ -33,19 +36,23 @@ def accumulate_step(scorer: RowScorer, loss: Loss, examples: Sequence[int], stat
         rows = scorer.score(pack)
         if slopes:
             own = [position[int(row)] for row in pack.rows]
-            objective = sum((getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items())
+            objective = torch.stack(
+                [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
+            ).sum()
         else:
             batch = scorer.batch(pack.rows, rows)
             output = loss(batch, facts)
             objective = output.losses.sum() / units
             totals.add_batch(batch, output)
-        torch.autograd.backward(objective)
+        objective.backward()
     metrics = totals.means(scorer.world, scorer.device)
     return {**metrics, **_kl_metric(facts)}, state
 
 
 @torch.no_grad()
-def evaluate(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> dict[str, float]:
+def evaluate(
+    scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
+) -> dict[str, float]:
     """Metrics of the loss on fixed examples, taken as one step."""
     groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
     facts = _facts(scorer, loss, examples, groups, state)
@@ -60,16 +67,29 @@ def evaluate(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict
 
 
 def _facts(
-    scorer: RowScorer, loss: Loss, examples: Sequence[int], groups: Sequence[np.ndarray], state: dict[str, float]
+    scorer: RowScorer,
+    loss: Loss,
+    examples: Sequence[int],
+    groups: Sequence[np.ndarray],
+    state: dict[str, float],
 ) -> Step:
     """What the loss may know of the whole step besides its own units."""
     kl = None
     if loss.needs_mismatched:
         mismatched = [scorer.rows.example_rows(example, mismatched=True) for example in examples]
         mismatched = [group for group in mismatched if len(group)]
-        kl = scorer.score_all(mismatched).logratios.mean() if mismatched else torch.zeros((), device=scorer.device)
+        kl = (
+            scorer.score_all(mismatched).logratios.mean()
+            if mismatched
+            else torch.zeros((), device=scorer.device)
+        )
     rows = scorer.rows
-    chosen = [int(rows.mask(row).sum()) for group in groups for row in group if rows.roles[row] in ("chosen", "desirable")]
+    chosen = [
+        int(rows.mask(row).sum())
+        for group in groups
+        for row in group
+        if rows.roles[row] in ("chosen", "desirable")
+    ]
     return Step(kl=kl, tokens_per_pair=float(np.mean(chosen)) if chosen else 1.0, state=state)
 
 

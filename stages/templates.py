@@ -64,16 +64,25 @@ class Template:
     def __init__(self, tokenizer: Any, mode: Literal["auto", "chat", "plain"], append_eos: bool) -> None:
         """Use `tokenizer` (a fast Hugging Face tokenizer); raises `DataError` when `mode` cannot be had."""
         if not tokenizer.is_fast:
-            raise DataError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Convert it with transformers.")
+            raise DataError(
+                f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Convert it with transformers."
+            )
         if mode == "chat" and not tokenizer.chat_template:
-            raise DataError(f"{tokenizer.name_or_path} has no chat template. Use --set prepare.template=plain, or add one to the model folder.")
+            raise DataError(
+                f"{tokenizer.name_or_path} has no chat template. Use --set prepare.template=plain, or add one to the model folder."
+            )
         if append_eos and tokenizer.eos_token is None:
-            raise DataError(f"{tokenizer.name_or_path} has no end-of-sequence token. Use --set prepare.append_eos=false.")
+            raise DataError(
+                f"{tokenizer.name_or_path} has no end-of-sequence token. Use --set prepare.append_eos=false."
+            )
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
         self._source = tokenizer.chat_template if self.uses_chat else PLAIN_TEMPLATE
-        self._special = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens))
+        self._special = sorted(
+            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+            | set(tokenizer.all_special_tokens)
+        )
 
     def identity(self) -> dict[str, Any]:
         """What changes the token ids: tokenizer, template, rules of this file."""
@@ -94,12 +103,21 @@ class Template:
             if self.uses_chat:
                 turns = Preference(
                     [{"role": "user", "content": prompt}],
-                    [Candidate([{"role": "assistant", "content": str(c.completion)}], c.role, c.score) for c in preference.candidates],
+                    [
+                        Candidate([{"role": "assistant", "content": str(c.completion)}], c.role, c.score)
+                        for c in preference.candidates
+                    ],
                 )
                 return self.render(turns)
-            return Rendered(prompt, [self._closed([Segment(str(c.completion), True)]) for c in preference.candidates], True)
+            return Rendered(
+                prompt,
+                [self._closed([Segment(str(c.completion), True)]) for c in preference.candidates],
+                True,
+            )
         head = self._apply(prompt, True)
-        return Rendered(head, [self._segments(prompt, head, c.completion) for c in preference.candidates], False)
+        return Rendered(
+            head, [self._segments(prompt, head, c.completion) for c in preference.candidates], False
+        )
 
     def prompt_text(self, prompt: str | list[Message]) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""
@@ -109,7 +127,11 @@ class Template:
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
         """Token ids of rendered preferences, tokenized together in Rust threads."""
         prompts = self._encode([item.prompt for item in batch], [item.plain for item in batch])
-        wholes = [(item.prompt + "".join(part.text for part in parts), item.plain) for item in batch for parts in item.completions]
+        wholes = [
+            (item.prompt + "".join(part.text for part in parts), item.plain)
+            for item in batch
+            for parts in item.completions
+        ]
         ids = iter(self._encode([text for text, _ in wholes], [plain for _, plain in wholes]))
         results: list[Encoded | BadRow] = []
         for item, prompt_ids in zip(batch, prompts, strict=True):
@@ -144,13 +166,21 @@ class Template:
                 ids = self._continuation("".join(part.text for part in parts))
                 rejoined += 1
             else:
-                raise BadRow("the prompt's token ids are not a prefix of the whole conversation's; the chat template joins them")
-            mask = np.ones(len(ids), dtype=bool) if all(part.kept for part in parts) else self._mask(item.prompt, parts, prompt_ids)
+                raise BadRow(
+                    "the prompt's token ids are not a prefix of the whole conversation's; the chat template joins them"
+                )
+            mask = (
+                np.ones(len(ids), dtype=bool)
+                if all(part.kept for part in parts)
+                else self._mask(item.prompt, parts, prompt_ids)
+            )
             completions.append((np.array(ids, dtype=np.int32), mask))
         return Encoded(np.array(prompt_ids, dtype=np.int32), completions, rejoined)
 
     def _mask(self, prompt: str, parts: list[Segment], prompt_ids: list[int]) -> np.ndarray:
-        encoding = self.tokenizer.backend_tokenizer.encode(prompt + "".join(part.text for part in parts), add_special_tokens=False)
+        encoding = self.tokenizer.backend_tokenizer.encode(
+            prompt + "".join(part.text for part in parts), add_special_tokens=False
+        )
         ends = np.cumsum([len(prompt)] + [len(part.text) for part in parts])
         kept = np.array([False] + [part.kept for part in parts])
         # A token belongs to the segment that holds its last character.
@@ -163,9 +193,15 @@ class Template:
         for special in (True, False):
             index = [number for number, flag in enumerate(plain) if flag == special]
             # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
-            encodings = backend.encode_batch_fast([texts[number] for number in index], add_special_tokens=special)
+            encodings = backend.encode_batch_fast(
+                [texts[number] for number in index], add_special_tokens=special
+            )
             for number, encoding in zip(index, encodings, strict=True):
-                result[number] = _without_added_eos(encoding.ids, texts[number], self.tokenizer) if special else encoding.ids
+                result[number] = (
+                    _without_added_eos(encoding.ids, texts[number], self.tokenizer)
+                    if special
+                    else encoding.ids
+                )
         return result
 
     def _continuation(self, text: str) -> list[int]:
@@ -208,22 +244,30 @@ class Template:
 
     def _apply(self, turns: list[Message], open_turn: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, chat_template=self._source, tokenize=False, add_generation_prompt=open_turn)
-        except Exception as error:  # noqa: BLE001 - a template may raise anything
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self._source, tokenize=False, add_generation_prompt=open_turn
+            )
+        except Exception as error:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
 
     def _refuse_forged_turns(self, preference: Preference) -> None:
         texts = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
         for value in texts:
-            for content in [value] if isinstance(value, str) else [str(message["content"]) for message in value]:
+            for content in (
+                [value] if isinstance(value, str) else [str(message["content"]) for message in value]
+            ):
                 for token in self._special:
                     if token in content:
-                        raise BadRow(f"the text spells the special token {token}, with which data could forge a turn")
+                        raise BadRow(
+                            f"the text spells the special token {token}, with which data could forge a turn"
+                        )
 
 
 def _continues(before: str, whole: str) -> str:
     if not whole.startswith(before):
-        raise BadRow("the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation")
+        raise BadRow(
+            "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
+        )
     return whole[len(before) :]
 
 

@@ -1,6 +1,7 @@
 """Where metrics go: `metrics.jsonl`, always, and Weights & Biases when asked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,30 @@ from stages.settings import TrackSettings
 class Tracker:
     """Appends one line a logged step; on resume, lines after the checkpoint are dropped first."""
 
-    def __init__(self, path: Path, settings: TrackSettings, run_name: str, config: dict[str, Any], last_step: int) -> None:
+    def __init__(
+        self, path: Path, settings: TrackSettings, run_name: str, config: dict[str, Any], last_step: int
+    ) -> None:
         """Write to `path`, keeping its lines up to `last_step`."""
         lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= last_step]  # type: ignore[operator]
+        kept = [line for line in lines if _step_of(line) <= last_step]
         path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")
-        self._run = _start_wandb(settings, run_name, config, path.parent) if settings.wandb != "disabled" else None
+        self._path = path
+        self._run = None
+        if settings.wandb != "disabled":
+            self._run = _start_wandb(settings, run_name, config, path.parent)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record metrics of a step under their plain names (`loss`, `eval/loss`)."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
         if self._run is not None:
-            named = {name if name.startswith("eval/") else f"train/{name}": value for name, value in values.items()}
+            named = {
+                name if name.startswith("eval/") else f"train/{name}": value for name, value in values.items()
+            }
             self._run.log({"train/global_step": step, **named})
 
     def close(self) -> None:
-        """Flush and finish."""
-        self._file.close()
+        """Finish the W&B run, if there is one."""
         if self._run is not None:
             self._run.finish()
 
@@ -39,11 +45,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that was cut, so that it is not kept."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
-        return None
+        return math.inf
 
 
 def _start_wandb(settings: TrackSettings, run_name: str, config: dict[str, Any], folder: Path) -> Any:

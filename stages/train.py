@@ -25,13 +25,13 @@ from cache.ref_logps import RefLogps
 from stages.audit import audit
 from stages.batches import RowScorer
 from stages.checkpoints import newest_checkpoint, save_checkpoint
+from stages.compute import Compute
 from stages.context import Context, progress
 from stages.losses.contract import Loss
 from stages.models import ModelSource, check_length, load_model, load_tokenizer
 from stages.parallel import World, join_world
 from stages.planning import epoch_order, num_steps
 from stages.rows import RowSet
-from stages.scoring import Compute, Scorer
 from stages.settings import TrackSettings, TrainSettings
 from stages.steps import accumulate_step, evaluate
 from stages.tracking import Tracker, read_metrics
@@ -79,12 +79,18 @@ def check_needs(loss: Loss, rows: Artifact, context: Context) -> None:
     roles = rows.counts["rows_by_role"]
     name = loss.model_dump()["name"]
     if loss.unit == "pair" and not roles.get("chosen"):
-        raise UsageError(f"Loss {name} compares a chosen with a rejected completion, and {rows.path} has no pairs. Use --loss kto, bco or apo_zero_unpaired.")
+        raise UsageError(
+            f"Loss {name} compares a chosen with a rejected completion, and {rows.path} has no pairs. Use --loss kto, bco or apo_zero_unpaired."
+        )
     if loss.needs_mismatched and not roles.get("mismatched"):
         extra = "--set prepare.mismatched=true"
-        raise StaleError(f"Loss {name} needs mismatched rows, and {rows.path} has none. Run: {context.command('prepare', extra)}, then cache-ref with the same option.")
+        raise StaleError(
+            f"Loss {name} needs mismatched rows, and {rows.path} has none. Run: {context.command('prepare', extra)}, then cache-ref with the same option."
+        )
     if loss.needs_scores and not rows.counts["scored_rows"]:
-        raise DataError(f"Loss {name} needs a score for each completion, and {rows.path} has none. Use data with score_chosen and score_rejected columns, or graded responses.")
+        raise DataError(
+            f"Loss {name} needs a score for each completion, and {rows.path} has none. Use data with score_chosen and score_rejected columns, or graded responses."
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,9 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     check_needs(loss, rows, context)
     train_rows, heldout = RowSet.of(rows, "train"), RowSet.of(rows, "heldout")
     if reference is not None:
-        keys = [*train_rows.keys, *heldout.keys] if loss.needs_mismatched else _matched_keys(train_rows, heldout)
+        keys = (
+            [*train_rows.keys, *heldout.keys] if loss.needs_mismatched else _matched_keys(train_rows, heldout)
+        )
         reference.require(keys, context.command("cache-ref"))
     check_length(source.folder, max(train_rows.max_length(), heldout.max_length()))
     world = join_world(compute.device)
@@ -149,8 +157,14 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     run = _Run(job, train_rows, heldout, world, draft, say)
     if reference is not None and fingerprint(job.start) == reference.fingerprint:
         run.audit_difference = audit(run.scorer, heldout if heldout.num_examples else train_rows, reference)
-        say(f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token")
-    tracker = Tracker(draft.path / METRICS, track, draft.final.name, job.identity, run.last_step) if world.is_main else None
+        say(
+            f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token"
+        )
+    tracker = (
+        Tracker(draft.path / METRICS, track, draft.final.name, job.identity, run.last_step)
+        if world.is_main
+        else None
+    )
     try:
         run.go(tracker)
     finally:
@@ -165,7 +179,12 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
 
 
 def _matched_keys(*row_sets: RowSet) -> list[bytes]:
-    return [key for rows in row_sets for key, role in zip(rows.keys, rows.roles, strict=True) if role != "mismatched"]
+    return [
+        key
+        for rows in row_sets
+        for key, role in zip(rows.keys, rows.roles, strict=True)
+        if role != "mismatched"
+    ]
 
 
 class _Run:
@@ -173,7 +192,13 @@ class _Run:
 
     audit_difference: float | None = None
 
-    def __init__(self, job: Job, rows: RowSet, heldout: RowSet, world: World, draft: Draft, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: Job, rows: RowSet, heldout: RowSet, world: World, draft: Draft, say: Callable[[str], None]
+    ) -> None:
+        from stages.scoring import (
+            Scorer,
+        )  # brings transformers' modelling code: only when there is something to train
+
         settings = job.settings
         self.rows, self.loss, self.settings, self.plan = rows, job.loss, settings, job.plan
         self.world, self.draft = world, draft
@@ -225,13 +250,17 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         examples = self.examples_of(step)
-        metrics, self.loss_state = accumulate_step(self.train_scorer, self.loss, examples.tolist(), self.loss_state)
+        metrics, self.loss_state = accumulate_step(
+            self.train_scorer, self.loss, examples.tolist(), self.loss_state
+        )
         self.world.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self._check_finite(step, metrics["loss"], float(norm), examples)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        epoch = (step - 1) // self.plan.steps_per_epoch + ((step - 1) % self.plan.steps_per_epoch + 1) / self.plan.steps_per_epoch
+        epoch = (step - 1) // self.plan.steps_per_epoch + (
+            (step - 1) % self.plan.steps_per_epoch + 1
+        ) / self.plan.steps_per_epoch
         return {
             **metrics,
             "grad_norm": float(norm),
@@ -257,7 +286,11 @@ class _Run:
 
     def _log(self, tracker: Tracker | None, step: int, metrics: dict[str, float]) -> None:
         if tracker is not None:
-            extra = {"audit/max_abs_diff": self.audit_difference} if step == 0 and self.audit_difference is not None else {}
+            extra = (
+                {"audit/max_abs_diff": self.audit_difference}
+                if step == 0 and self.audit_difference is not None
+                else {}
+            )
             tracker.log(step, {**metrics, **extra})
 
 
@@ -268,7 +301,9 @@ def _finish(run: _Run, source: ModelSource, context: Context) -> None:
     run.model.save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
     lines = read_metrics(folder / METRICS)
-    evaluations = [{name: value for name, value in line.items() if name.startswith("eval/")} for line in lines]
+    evaluations = [
+        {name: value for name, value in line.items() if name.startswith("eval/")} for line in lines
+    ]
     evaluations = [values for values in evaluations if values]
     for leftover in [*folder.glob("checkpoint-*"), *folder.glob(".tmp-*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -293,9 +328,18 @@ def _silent(line: str) -> None:
 def _optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=settings.adam_epsilon, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=betas,
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
 
 
 def _schedule(settings: TrainSettings, steps: int) -> Callable[[int], float]:
@@ -304,5 +348,7 @@ def _schedule(settings: TrainSettings, steps: int) -> Callable[[int], float]:
 
     idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     warmup = math.ceil(steps * settings.warmup_ratio)
-    scheduler = get_scheduler(settings.lr_scheduler_type, idle, num_warmup_steps=warmup, num_training_steps=steps)
+    scheduler: Any = get_scheduler(
+        settings.lr_scheduler_type, idle, num_warmup_steps=warmup, num_training_steps=steps
+    )
     return scheduler.lr_lambdas[0]

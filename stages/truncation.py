@@ -23,7 +23,9 @@ class Fitted:
     completions_cut: list[int]
 
 
-def fit(prompt_ids: np.ndarray, completions: list[tuple[np.ndarray, np.ndarray]], limits: PrepareSettings) -> Fitted | None:
+def fit(
+    prompt_ids: np.ndarray, completions: list[tuple[np.ndarray, np.ndarray]], limits: PrepareSettings
+) -> Fitted | None:
     """Cut an example to `limits`; None when a prompt that must be kept leaves no room for a completion."""
     prompt = prompt_ids
     if limits.max_prompt_length is not None and len(prompt) > limits.max_prompt_length:

