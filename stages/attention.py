@@ -45,7 +45,7 @@ def segment_attention(
         first_query, first_key, first_value = next(pieces)
         results.append(_attend(first_query, first_key, first_value, 0, scaling, sliding_window, softcap))
         before = segment.prompt_length
-        for _ in segment.completion_lengths[1:]:
+        for _other in segment.completion_lengths[1:]:
             own_query, own_key, own_value = next(pieces)
             keys = torch.cat([first_key[:, :, :before], own_key], dim=2)
             values = torch.cat([first_value[:, :, :before], own_value], dim=2)
