@@ -32,7 +32,9 @@ VARIANTS = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--losses", default="all", help="comma-separated names, or all")
     options.add_argument("--seeds", default="0,1,2")
@@ -59,7 +61,11 @@ def campaign(data: Path, blocks: dict, seeds: list[int], store: Path) -> list[di
     for name, block in blocks.items():
         runs = [run(data, block, seed, store) for seed in seeds]
         row = {"name": name, "reference_forwards": sum(found["forwards"] for found in runs)}
-        for key, label in (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")):
+        for key, label in (
+            ("loss", "loss"),
+            ("rewards/accuracies", "accuracy"),
+            ("rewards/margins", "margin"),
+        ):
             row[f"{label}_step0"] = statistics.mean(found["step0"][key] for found in runs)
             row[f"heldout_{label}"] = statistics.mean(found["final"][key] for found in runs)
         accuracies = [found["final"]["rewards/accuracies"] for found in runs]
@@ -69,7 +75,10 @@ def campaign(data: Path, blocks: dict, seeds: list[int], store: Path) -> list[di
             row[f"logratio_{side}"] = None if None in values else statistics.mean(values)
         row["seconds_a_run"] = round(statistics.median(found["seconds"] for found in runs), 1)
         rows.append(row)
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        print(
+            {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()},
+            flush=True,
+        )
     return rows
 
 
@@ -81,7 +90,12 @@ def run(data: Path, block: dict, seed: int, store: Path) -> dict:
             "policy": {"model": str(data / "models" / "stories260K-hf-hd32")},
             "prepare": {"max_length": 512, "append_eos": False, "heldout_fraction": HELDOUT},
             "loss": block,
-            "train": {"learning_rate": LEARNING_RATE, "batch_size": BATCH, "num_epochs": EPOCHS, "seed": seed},
+            "train": {
+                "learning_rate": LEARNING_RATE,
+                "batch_size": BATCH,
+                "num_epochs": EPOCHS,
+                "seed": seed,
+            },
         }
     )
     session = Session(config, store, say=lambda line: None)

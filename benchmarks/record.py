@@ -32,7 +32,9 @@ def write_results(name: str, rows: Sequence[dict[str, Any]], title: str, notes: 
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    (RESULTS / f"{name}.md").write_text("\n".join([*lines, "", f"Versions: {versions}.", ""]), encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(
+        "\n".join([*lines, "", f"Versions: {versions}.", ""]), encoding="utf-8"
+    )
 
 
 def _cell(value: Any) -> str:
@@ -45,4 +47,7 @@ def _cpu_name() -> str:
     """The processor's model name where the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        "unknown processor",
+    )
