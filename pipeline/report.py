@@ -32,6 +32,8 @@ def show(stage: str, result: dict[str, Any], dry_run: bool) -> None:
         for name, plan in result.items():
             console.print(Text(f"{name}: would {plan['would']}" + _details(plan)))
         return
+    if stage != "run" and result["reused"]:
+        return  # one line has said so
     parts = result if stage == "run" else {stage: result}
     for name, part in parts.items():
         _SHOW[name](console, part)

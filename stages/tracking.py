@@ -63,7 +63,7 @@ def _start_wandb(settings: TrackSettings, run_name: str, config: dict[str, Any],
         name=settings.run_name or run_name,
         mode=settings.wandb,
         config=config,
-        dir=str(folder.parent),
+        dir=str(folder.parent.parent),
         id=run_name.replace("/", "-")[-60:],
         resume="allow",
     )
