@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,26 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else text[:SHORT] + "..."
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where the bytes of one tensor lie, and what they are."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
 def weights_fingerprint(folder: Path) -> str:
     """Hex sha256 over every tensor of a model folder: name, dtype, shape and bytes, in name order.
 
     The content counts, not the file layout: re-sharded safetensors give the same value. Raises
     `DataError` when the folder holds no safetensors file.
     """
-    tensors: dict[str, tuple[Path, int, int, str, list[int]]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, entry, start in _safetensors_entries(path):
-            begin, end = entry["data_offsets"]
-            tensors[name] = (path, start + begin, end - begin, entry["dtype"], entry["shape"])
+    entries = [entry for path in sorted(folder.glob("*.safetensors")) for entry in _safetensors_entries(path)]
+    tensors = {entry.name: entry for entry in entries}
     if not tensors:
         raise DataError(
             f"{folder} holds no .safetensors weights, so they cannot be identified. Convert the model with "
@@ -83,30 +93,43 @@ def weights_fingerprint(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        path, offset, size, dtype, shape = tensors[name]
-        digest.update(canonical_json([name, dtype, shape]))
-        with open(path, "rb") as handle:
-            handle.seek(offset)
+        entry = tensors[name]
+        digest.update(canonical_json([name, entry.dtype, entry.shape]))
+        with open(entry.path, "rb") as handle:
+            handle.seek(entry.begin)
+            size = entry.end - entry.begin
             while size > 0:
                 block = handle.read(min(size, 1 << 24))
                 if not block:
                     raise DataError(
-                        f"{path} ends before tensor {name!r} does; download or save the model again."
+                        f"{entry.path} ends before tensor {name!r} does; download or save the model again."
                     )
                 digest.update(block)
                 size -= len(block)
     return digest.hexdigest()
 
 
-def _safetensors_entries(path: Path):
+def _safetensors_entries(path: Path) -> list[_Entry]:
+    """Every tensor of a file; its offsets count from the file's beginning."""
+    size = path.stat().st_size
     with open(path, "rb") as handle:
         try:
             (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size:
+                raise ValueError("its header is cut off")
             header = json.loads(handle.read(length))
-        except (struct.error, ValueError) as error:
+            return [
+                _Entry(
+                    path,
+                    name,
+                    entry["dtype"],
+                    list(entry["shape"]),
+                    *(8 + length + int(at) for at in entry["data_offsets"]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{path} is not a safetensors file ({error}); download or save the model again."
             ) from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, entry, 8 + length

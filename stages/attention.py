@@ -36,42 +36,27 @@ def segment_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
     assert segments is not None, "the model does not hand its keyword arguments down to its attention"
-    pieces = []
+    sizes = [size for segment in segments for size in _call_sizes(segment)]
+    # Splitting once costs one concatenation in the backward pass; a slice for each segment would cost
+    # a pack-sized tensor of zeros each, nearly half of a training step.
+    pieces = zip(*(side.split(sizes, dim=2) for side in (query, key, value)), strict=True)
+    results = []
     for segment in segments:
-        prompt_end = segment.start + segment.prompt_length
-        cursor = prompt_end
-        for index, length in enumerate(segment.completion_lengths or (0,)):
-            own = slice(cursor, cursor + length)
-            if index == 0:
-                whole = slice(segment.start, cursor + length)
-                pieces.append(
-                    _attend(
-                        query[:, :, whole],
-                        key[:, :, whole],
-                        value[:, :, whole],
-                        0,
-                        scaling,
-                        sliding_window,
-                        softcap,
-                    )
-                )
-            elif length:
-                prompt = slice(segment.start, prompt_end)
-                keys = torch.cat([key[:, :, prompt], key[:, :, own]], dim=2)
-                values = torch.cat([value[:, :, prompt], value[:, :, own]], dim=2)
-                pieces.append(
-                    _attend(
-                        query[:, :, own],
-                        keys,
-                        values,
-                        segment.prompt_length,
-                        scaling,
-                        sliding_window,
-                        softcap,
-                    )
-                )
-            cursor += length
-    return torch.cat(pieces, dim=2).transpose(1, 2), None
+        first_query, first_key, first_value = next(pieces)
+        results.append(_attend(first_query, first_key, first_value, 0, scaling, sliding_window, softcap))
+        before = segment.prompt_length
+        for _other in segment.completion_lengths[1:]:
+            own_query, own_key, own_value = next(pieces)
+            keys = torch.cat([first_key[:, :, :before], own_key], dim=2)
+            values = torch.cat([first_value[:, :, :before], own_value], dim=2)
+            results.append(_attend(own_query, keys, values, before, scaling, sliding_window, softcap))
+    return torch.cat(results, dim=2).transpose(1, 2), None
+
+
+def _call_sizes(segment: Segment) -> list[int]:
+    """Queries of each attention call of an example: the prompt with its first completion, then each other."""
+    first, *others = segment.completion_lengths or (0,)
+    return [segment.prompt_length + first, *others]
 
 
 def _attend(
@@ -85,6 +70,8 @@ def _attend(
 ) -> torch.Tensor:
     """Causal attention of queries at positions `before`, `before` + 1, ... over keys from position 0."""
     length, total = query.shape[2], key.shape[2]
+    if not length:  # a completion of one token feeds nothing
+        return query
     reach = total if window is None else min(window, total)
     windowed = reach < total
     grouped = query.shape[1] != key.shape[1]

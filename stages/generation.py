@@ -64,7 +64,7 @@ class EngineOptions:
 
     max_model_length: prompt and completion together, in tokens; the model's own number of positions
         is the limit where that is smaller.
-    kv_cache_bytes: vLLM on a CPU only; None means enough for a few sequences of full length.
+    kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
     enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
     gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
     """

@@ -41,6 +41,8 @@ class Scorer(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         disable_dropout(model)
         model.eval()
+        if config._attn_implementation == SEGMENT_ATTENTION:  # wrapped before
+            model.set_attn_implementation("sdpa")
         self._native_attention = config._attn_implementation
         self.packed = self._can_pack(say)
         if gradient_checkpointing:

@@ -24,10 +24,10 @@ from cache.files import read_json, write_bytes
 from stages.generation import EngineOptions, Model, Request, Sampling
 
 MIN_KV_CACHE_BYTES = 512 << 20
-MIN_FULL_SEQUENCES = 4
+MIN_FULL_SEQUENCES = 2
 TERMINATE_SECONDS = 5
 # pydantic, which vLLM validates with, puts the cause on a line of its own.
-EXCEPTION = re.compile(r"([\w.]+(Error|Exception): |Value error, ).*")
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception)(: .*|$)|Value error, .*")
 VLLM_SYMPTOM = "Engine core initialization failed"
 LAST_CAUSES = 2
 LAST_LINES = 3
@@ -53,15 +53,18 @@ def run_vllm(
 
 
 def kv_cache_bytes(model: Model, options: EngineOptions) -> int:
-    """Memory for keys and values on a CPU: as configured, or room for a few sequences of full length.
+    """Memory for keys and values on a CPU: as configured, or room for two sequences of full length.
 
     vLLM itself would take 92 % of the machine's memory.
     """
     if options.kv_cache_bytes is not None:
         return options.kv_cache_bytes
     text = model.config.get_text_config()
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_heads = getattr(text, "num_attention_heads", None)
+    if not num_heads:  # a model without attention keeps no keys and values
+        return MIN_KV_CACHE_BYTES
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_heads = getattr(text, "num_key_value_heads", None) or num_heads
     bytes_per_value = 4 if options.dtype == "float32" else 2
     per_token = 2 * text.num_hidden_layers * num_heads * head_dim * bytes_per_value
     return max(MIN_KV_CACHE_BYTES, MIN_FULL_SEQUENCES * model.max_length * per_token)
@@ -98,7 +101,7 @@ def _run_worker(
         raise
     if code != 0 or not result_path.is_file():
         raise EnvironmentError_(
-            f"vLLM stopped with exit code {code}: {_last_lines(log_path)} (whole log: {log_path}). Mend that, or "
+            f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Mend that, or "
             f"sample without vLLM: --set sample.engine=transformers"
         )
     completions = read_json(result_path)["completions"]
@@ -135,9 +138,9 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _last_lines(log_path: Path) -> str:
-    """What went wrong, from the end of the log: the last exceptions, else simply the last lines."""
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+def failure_cause(log: str) -> str:
+    """One line of what went wrong, from the end of a worker's log: its last exceptions, else its last lines."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     causes = [found[0] for line in lines if VLLM_SYMPTOM not in line and (found := EXCEPTION.search(line))]
     shown = list(dict.fromkeys(causes))[-LAST_CAUSES:] or lines[-LAST_LINES:]
     return " | ".join(shown)[-LAST_CHARACTERS:] or "it wrote nothing"

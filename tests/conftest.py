@@ -1,0 +1,193 @@
+"""Tiny models, tokenizers and data that every floor's tests share; all made here, nothing fetched."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from cache.artifacts import Store
+from stages.context import Context
+
+ROOT = Path(__file__).resolve().parents[1]
+BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = (
+    "<|begin|>",
+    "<|end|>",
+    "<|pad|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+)
+# Every turn ends with the end-of-sequence token and a line break, as in ChatML.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+ANIMALS = ("bear", "frog", "owl", "cow", "horse", "duck", "tiger", "swan", "sheep", "eagle", "goat", "crab")
+QUESTIONS = ("Where does the {} live?", "What does the {} eat?")
+ANSWERS = (
+    ("The {} lives by the water.", "In a hole, I do not care."),
+    ("It eats grass and berries.", "Go and ask the {} yourself."),
+)
+
+
+def preference_rows() -> list[dict]:
+    """24 conversational pairs with distinct prompts; every fourth has a system turn."""
+    rows = []
+    for number, animal in enumerate(ANIMALS):
+        for kind, question in enumerate(QUESTIONS):
+            prompt = [{"role": "user", "content": question.format(animal)}]
+            if (2 * number + kind) % 4 == 0:
+                prompt.insert(0, {"role": "system", "content": "Be kind."})
+            chosen, rejected = (answer.format(animal) for answer in ANSWERS[kind])
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "chosen": [{"role": "assistant", "content": chosen}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                }
+            )
+    return rows
+
+
+def byte_level_bpe(special_tokens: list[str]):
+    """A byte-level BPE of 320 ids, so that every text survives it and a character may take several ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        message["content"]
+        for row in preference_rows()
+        for side in row.values()
+        for message in (*side, {"content": "\n\nHuman: \n\nAssistant: "})
+    ]
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def save_tiny_llama(folder: Path, tokenizer, seed: int) -> Path:
+    """A random two-layer Llama (head_dim 32, 256 positions) and its tokenizer as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        # Wide enough that log-probs differ from token to token by whole nats.
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_chat_tokenizer():
+    """With a chat template whose turns end with the end-of-sequence token; no beginning of sequence."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe([EOS, PAD, USER, ASSISTANT, SYSTEM]),
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT, SYSTEM],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_base_tokenizer():
+    """Without a chat template; as Llama's, it begins every text with the beginning-of-sequence token."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = byte_level_bpe([BOS, EOS, PAD])
+    bpe.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    return make_chat_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer():
+    return make_base_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, chat_tokenizer) -> Path:
+    """Folder of a random Llama with a chat template."""
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", chat_tokenizer, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base_model(tmp_path_factory, base_tokenizer) -> Path:
+    """Folder of a random Llama without a chat template."""
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-base", base_tokenizer, seed=2)
+
+
+@pytest.fixture
+def preferences(tmp_path) -> Path:
+    """A JSONL file of 24 conversational pairs in a fixed random order."""
+    rows = preference_rows()
+    random.Random(0).shuffle(rows)
+    path = tmp_path / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """The lines a stage said, in order."""
+    return []
+
+
+@pytest.fixture
+def context(store, said) -> Context:
+    """The surroundings of a stage run, over `store`; what it says goes to `said`."""
+    return Context(store, say=said.append)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; tests that want it are skipped where it is not."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at ../shared/data (seen from {ROOT.name})")
+    return folder

@@ -1,0 +1,346 @@
+"""The stages together: exact anchors at step 0, one cache for every loss, nothing stale, nothing lost."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cache.artifacts import open_artifact
+from cache.errors import AlignError, CorruptError, StaleError
+from cache.ref_logps import RefLogps
+from pipeline.config import build_config
+from pipeline.run import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings(model: Path, preferences: Path, **changes: dict) -> dict:
+    """A configuration of a small run; `changes` are blocks to merge in."""
+    tree = {
+        "data": {"path": str(preferences)},
+        "policy": {"model": str(model)},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
+        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
+        "train": {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "eval_steps": 2},
+    }
+    for block, values in changes.items():
+        tree[block] = {**tree.get(block, {}), **values}
+    return tree
+
+
+def session(tree: dict, store: Path, said: list[str] | None = None) -> Session:
+    return Session(build_config(tree), store, say=(said if said is not None else []).append)
+
+
+def through_training(tree: dict, store: Path) -> dict:
+    """Run the first three stages and return train's result."""
+    run = session(tree, store)
+    run.run("prepare")
+    if run.config.loss.needs_reference:
+        run.run("cache-ref")
+    return run.run("train")
+
+
+# At step 0 policy and reference are the same, so every log-ratio is zero. Closed forms: -log s(0) = ln 2;
+# (0 - 1/(2 beta))^2 = 25 at beta 0.1; 1 - s(0) = 1/2; (1 - s(0)) + s(0) = 1; 1.5 ln 2 + ... as in the table.
+LN2 = 0.6931471805599453
+STEP0 = {
+    "dpo": ({"name": "dpo"}, LN2),
+    "cdpo": ({"name": "cdpo"}, LN2),
+    "dpo_norm": ({"name": "dpo_norm"}, LN2),
+    "ipo mean": ({"name": "ipo"}, 25.0),
+    "ipo sum": ({"name": "ipo", "normalize": "sum"}, 25.0),
+    "kto": ({"name": "kto"}, 0.5),
+    "bco": ({"name": "bco"}, LN2),
+    "apo_zero": ({"name": "apo_zero"}, 1.0),
+    "apo_down": ({"name": "apo_down"}, 1.0),
+    "nca": ({"name": "nca"}, 2 * LN2),
+    "hinge": ({"name": "hinge"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", STEP0)
+def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path_factory) -> None:
+    """Prepare, cache, packing, masks, head and metrics have to be right at once for these to hold."""
+    store = tmp_path_factory.getbasetemp() / "step0"
+    block, expected = STEP0[name]
+    result = through_training(settings(tiny_model, preferences, loss=block), store)
+    assert result["audit_max_abs_diff"] == 0.0
+    assert result["step0"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["step0"]["rewards/accuracies"] == 0.5
+    assert result["step0"]["rewards/margins"] == 0.0
+    assert result["step0"]["logratios/chosen"] == result["step0"]["logratios/rejected"] == 0.0
+    assert result["final"]["loss"] < result["step0"]["loss"]
+
+
+def test_one_reference_pass_serves_every_loss_seed_and_learning_rate(
+    tiny_model, preferences, tmp_path
+) -> None:
+    run = session(settings(tiny_model, preferences), tmp_path)
+    run.run("prepare")
+    first = run.run("cache-ref")
+    assert first["rows_scored"] == first["rows_needed"] > 0
+    assert first["forwards"] > 0
+    for changes in (
+        {"loss": {"name": "kto"}},
+        {"loss": {"name": "ipo", "beta": 0.3}},
+        {"train": {"learning_rate": 5e-4, "seed": 3, "batch_size": 8}},
+        {"compute": {"tokens_per_batch": 64}},
+    ):
+        again = session(settings(tiny_model, preferences, **changes), tmp_path)
+        assert again.run("cache-ref")["forwards"] == 0
+        assert not again.run("train")["reused"]
+    assert session(settings(tiny_model, preferences, loss={"name": "kto"}), tmp_path).run("train")["reused"]
+
+
+def test_more_data_scores_only_the_new_rows(tiny_model, preferences, tmp_path) -> None:
+    lines = preferences.read_text().splitlines()
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(lines[:12]) + "\n")
+    store = tmp_path / "store"
+    tree = settings(tiny_model, fewer, prepare={"mismatched": False})
+    session(tree, store).run("prepare")
+    before = session(tree, store).run("cache-ref")
+    tree["data"] = {"path": str(preferences)}
+    session(tree, store).run("prepare")
+    after = session(tree, store).run("cache-ref")
+    assert after["rows_needed"] == before["rows_needed"] * 2
+    assert after["rows_scored"] == before["rows_needed"]
+
+
+def test_training_never_opens_the_reference(tiny_model, preferences, tmp_path) -> None:
+    """The reference is a folder of its own; after cache-ref it is gone from the disk, and train does not miss it."""
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny_model, reference)
+    tree = settings(tiny_model, preferences, reference={"model": str(reference)})
+    run = session(tree, tmp_path / "store")
+    run.run("prepare")
+    run.run("cache-ref")
+    shutil.rmtree(reference)
+    opened: list[str] = []
+    _watch(opened)
+    result = session(tree, tmp_path / "store").run("train")
+    assert result["step0"]["loss"] == pytest.approx(LN2, rel=1e-6)
+    assert [path for path in opened if str(reference) in path] == []
+    assert [path for path in opened if str(tiny_model) in path] != []
+
+
+def _watch(opened: list[str]) -> None:
+    """Record every path opened from now on (audit hooks cannot be removed; later events cost little)."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            opened.append(os.fspath(arguments[0]))
+
+    sys.addaudithook(hook)
+
+
+def _edit_one_weight(folder: Path) -> None:
+    """Change one number of the model in place, keeping size and modification time."""
+    path = folder / "model.safetensors"
+    stat = path.stat()
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]].view(-1)[0] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_a_model_edited_in_place_is_noticed(tiny_model, preferences, tmp_path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    tree = settings(model, preferences)
+    run = session(tree, tmp_path / "store")
+    run.run("prepare")
+    run.run("cache-ref")
+    _edit_one_weight(model)
+    with pytest.raises(StaleError, match=r"has changed since.*align cache-ref"):
+        session(tree, tmp_path / "store").run("train")
+    assert session(tree, tmp_path / "store").run("cache-ref")["rows_scored"] > 0
+    assert not session(tree, tmp_path / "store").run("train")["reused"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing"),
+    [("cache-ref", "align prepare"), ("train", "align prepare"), ("sample", "align prepare")],
+)
+def test_a_missing_input_names_the_command_that_makes_it(
+    stage, missing, tiny_model, preferences, tmp_path
+) -> None:
+    with pytest.raises(StaleError, match=missing):
+        session(settings(tiny_model, preferences), tmp_path).run(stage)
+
+
+def test_train_without_the_cache_names_cache_ref(tiny_model, preferences, tmp_path) -> None:
+    run = session(settings(tiny_model, preferences), tmp_path)
+    run.run("prepare")
+    with pytest.raises(StaleError, match="align cache-ref"):
+        run.run("train")
+
+
+def test_a_lost_shard_is_named_before_anything_is_trained(tiny_model, preferences, tmp_path) -> None:
+    run = session(settings(tiny_model, preferences), tmp_path)
+    run.run("prepare")
+    folder = Path(run.run("cache-ref")["artifact"])
+    next(folder.glob("*.arrow")).unlink()
+    with pytest.raises(StaleError, match=r"missing for \d+ of \d+ rows.*align cache-ref"):
+        session(settings(tiny_model, preferences), tmp_path).run("train")
+    assert not list((tmp_path / "policy").glob("*/*.safetensors"))
+
+
+def test_the_audit_stops_a_store_whose_values_were_changed_consistently(
+    tiny_model, preferences, tmp_path
+) -> None:
+    """Checksums cannot see it: every shard is valid, one number in it is not this model's."""
+    tree = settings(tiny_model, preferences)
+    run = session(tree, tmp_path)
+    run.run("prepare")
+    folder = Path(run.run("cache-ref")["artifact"])
+    stored = json.loads((folder / "manifest.json").read_text())["identity"]
+    reference = RefLogps(folder, stored)
+    keys = list(reference._where)
+    values = [reference.get(key).copy() for key in keys]
+    for value in values:
+        value[0] -= 0.25
+    for shard in folder.glob("*.arrow"):
+        shard.unlink()
+    RefLogps(folder, stored).add(keys, values)
+    with pytest.raises(CorruptError, match=r"completion token 0: the cached reference log-prob is"):
+        session(tree, tmp_path).run("train")
+
+
+def test_a_diverging_run_stops_with_step_and_rows(tiny_model, preferences, tmp_path) -> None:
+    tree = settings(
+        tiny_model, preferences, train={"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}
+    )
+    with pytest.raises(AlignError, match=r"Step \d+: loss .*preferences"):
+        through_training(tree, tmp_path)
+    assert not list((tmp_path / "policy").glob("*/manifest.json"))
+
+
+def test_the_policy_folder_is_a_model_that_transformers_opens(tiny_model, preferences, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = through_training(settings(tiny_model, preferences), tmp_path)
+    folder = Path(result["artifact"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    start = load_file(tiny_model / "model.safetensors")
+    assert any(
+        not torch.equal(start[name], tensor)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    )
+    assert model.config._attn_implementation != "align_segments"
+    assert not list(folder.glob("checkpoint-*"))
+    open_artifact(folder).check_files()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(result["steps"] + 1))
+
+
+def test_a_dry_run_writes_nothing(tiny_model, preferences, tmp_path) -> None:
+    plan = session(settings(tiny_model, preferences), tmp_path / "store").plan("run")
+    assert plan["prepare"]["would"] == "read and tokenize"
+    assert "align prepare" in plan["train"]["would"]
+    assert not (tmp_path / "store").exists()
+
+
+def _digest(folder: Path) -> tuple[str, list[dict]]:
+    """sha256 of the weights, and the metrics without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("step_seconds", None)
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), lines
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path) -> None:
+    """SIGKILL in the middle, twice; weights and metrics end as if nothing had happened."""
+    import yaml
+
+    tree = settings(
+        tiny_model,
+        preferences,
+        loss={"name": "bco"},
+        train={"num_epochs": 6, "eval_steps": 3, "save_steps": 1, "batch_size": 4},
+    )
+    whole = through_training(tree, tmp_path / "whole")
+    config, store = tmp_path / "run.yaml", tmp_path / "killed"
+    config.write_text(yaml.safe_dump(tree))
+    for stage in ("prepare", "cache-ref"):
+        session(tree, store).run(stage)
+    command = [sys.executable, "-m", "pipeline", "train", "-c", str(config), "--store", str(store)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    reached = []
+    for lines_before_kill in (4, 12):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        reached.append(_kill_after(process, store, lines_before_kill))
+    assert reached[0] < reached[1] < whole["steps"]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "Continuing from step" in finished.stderr
+    policy = next((store / "policy").glob("[!.]*"))
+    assert _digest(policy) == _digest(Path(whole["artifact"]))
+
+
+def _kill_after(process: subprocess.Popen, store: Path, lines: int) -> int:
+    """Wait until so many metrics are written, kill, and return how many there are."""
+    deadline = time.monotonic() + 240
+    count = 0
+    while time.monotonic() < deadline and count < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        found = list((store / "policy").glob(".tmp-*/metrics.jsonl"))
+        count = len(found[0].read_text().splitlines()) if found else 0
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return count
+
+
+@pytest.mark.slow
+def test_two_torchrun_ranks_train_like_one(tiny_model, preferences, tmp_path) -> None:
+    import yaml
+
+    tree = settings(tiny_model, preferences, loss={"name": "kto"})
+    alone = through_training(tree, tmp_path / "one")
+    config, store = tmp_path / "run.yaml", tmp_path / "two"
+    config.write_text(yaml.safe_dump(tree))
+    session(tree, store).run("prepare")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "pipeline",
+    ]
+    for stage in ("cache-ref", "train"):
+        done = subprocess.run(
+            [*launch, stage, "-c", str(config), "--store", str(store), "--json"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for name, value in alone["final"].items():
+        assert result["final"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+    one, two = (_digest(Path(found["artifact"]))[1] for found in (alone, result))
+    assert [line["loss"] for line in two[1:]] == pytest.approx([line["loss"] for line in one[1:]], abs=1e-5)
