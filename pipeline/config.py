@@ -6,6 +6,7 @@ name.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from stages.settings import (
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
 MAX_YAML_BYTES = 1 << 20
-SECRET_WORDS = ("token", "secret", "password", "api_key")
+SECRET = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
 
 
 class RunConfig(Settings):
@@ -61,7 +62,7 @@ class RunConfig(Settings):
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it gives the same run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: str | None) -> RunConfig:
@@ -131,6 +132,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that a YAML 1.1 or a YAML 1.2 reader would take for something else."""
+
+
 _FLOAT = r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"
 _INT = r"^[-+]?(0|[1-9]\d*)$"
 _BOOL = r"^(true|True|TRUE|false|False|FALSE)$"
@@ -144,15 +149,14 @@ _PLAIN = {
 
 def _yaml_1_2_resolvers() -> None:
     """YAML 1.1 would read `no` as false, `1:30` as 90 and `1e-5` as text."""
-    import re
-
     _Loader.yaml_implicit_resolvers = {
         letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _PLAIN]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
-    _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), list("tTfF"))
+    for side in (_Loader, _Dumper):
+        side.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
+        side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+        side.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), list("tTfF"))
 
 
 _yaml_1_2_resolvers()
@@ -176,7 +180,7 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
         )
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(
             f"--set {assignment!r}: the value is not valid YAML ({' '.join(str(error).split())})."
         ) from error
@@ -202,7 +206,7 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], prefix: str
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in model.model_fields:
-            if any(word in str(key).lower().split("_") for word in SECRET_WORDS):
+            if SECRET.search(str(key)):
                 raise UsageError(
                     f"{name}: secrets do not belong in a configuration. Log in with `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY."
                 )

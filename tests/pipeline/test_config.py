@@ -1,0 +1,298 @@
+"""Configurations: the files in configs/, who overrides whom, what YAML means, and what is refused."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from cache.errors import UsageError
+from pipeline.config import CONFIGS, MAX_YAML_BYTES, RunConfig, build_config, load_config
+from stages.formats import FORMATS
+from stages.losses import LOSSES, parse_loss
+
+REFERENCE = CONFIGS / "reference.yaml"
+SEED_RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem in LOSSES)
+
+
+def load(text: str, tmp_path: Path, *assignments: str, loss: str | None = None) -> RunConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config([path], assignments, loss)
+
+
+def refusal(text: str, tmp_path: Path, *assignments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(text, tmp_path, *assignments)
+    return str(caught.value)
+
+
+# configs/reference.yaml
+
+
+def commented_keys(text: str) -> dict[str, tuple[str, str]]:
+    """For each `block.key` of a two-level YAML file: the comment above it, in one line, and its value."""
+    found, comment, block = {}, [], ""
+    for line in text.splitlines():
+        if line.strip().startswith("#"):
+            comment.append(line.strip().removeprefix("#").strip())
+            continue
+        key, _, value = line.partition(":")
+        if line.startswith("  "):
+            found[f"{block}.{key.strip()}"] = (" ".join(comment), value.strip())
+        elif line:
+            block = key
+            found[block] = (" ".join(comment), value.strip())
+        comment = []
+    return found
+
+
+def fields() -> Iterator[tuple[str, str, str]]:
+    """Every key with its description and its allowed values, from the models the code uses."""
+    config = RunConfig()  # its loss is dpo
+    for block in RunConfig.model_fields:
+        settings: BaseModel = getattr(config, block)
+        properties = type(settings).model_json_schema()["properties"]
+        for key, part in sorted(properties.items(), key=lambda item: item[0] != "name"):
+            yield f"{block}.{key}", part.get("description", ""), allowed(part)
+
+
+def allowed(part: dict[str, Any]) -> str:
+    """The values of a key as the reference writes them, from its JSON schema."""
+    if "anyOf" in part:
+        return ", or ".join(allowed(choice) for choice in part["anyOf"])
+    if "enum" in part:
+        return " | ".join(part["enum"])
+    if "const" in part:
+        return "any loss" if part["const"] in LOSSES else part["const"]
+    if part["type"] == "boolean":
+        return "true | false"
+    if part["type"] in ("integer", "number"):
+        above = f"> {part['exclusiveMinimum']:g}" if "exclusiveMinimum" in part else ""
+        from_ = f">= {part['minimum']:g}" if "minimum" in part else ""
+        to = f"<= {part['maximum']:g}" if "maximum" in part else ""
+        below = f"< {part['exclusiveMaximum']:g}" if "exclusiveMaximum" in part else ""
+        bounds = " and ".join(bound for bound in (above, from_, to, below) if bound)
+        return f"{part['type']} {bounds}".strip()
+    return {"string": "text", "null": "null"}[part["type"]]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, tuple[str, str]]:
+    return commented_keys(REFERENCE.read_text(encoding="utf-8"))
+
+
+def test_the_reference_holds_the_defaults():
+    assert load_config([REFERENCE], [], None) == RunConfig()
+
+
+def test_the_reference_lists_every_key_once_in_the_order_of_the_code(reference):
+    keys = [key for key in reference if "." in key]
+    assert keys == [key for key, _, _ in fields()]
+    assert [key for key in reference if "." not in key] == list(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(("key", "description", "values"), list(fields()), ids=lambda value: str(value)[:40])
+def test_a_reference_comment_is_the_description_in_the_code(reference, key, description, values):
+    comment, _ = reference[key]
+    assert comment.startswith(description), f"configs/reference.yaml, {key}: begin with: {description}"
+    assert comment.endswith(f"[{values}]"), f"configs/reference.yaml, {key}: end with: [{values}]"
+    assert len(comment) > len(values) + 2
+
+
+def test_the_reference_names_every_format_and_every_loss(reference):
+    formats, losses = reference["data.format"][0], reference["loss.name"][0]
+    assert [format_.name for format_ in FORMATS if format_.name not in formats] == []
+    assert [name for name in LOSSES if not re.search(rf"\b{name}\b", losses)] == []
+
+
+# The other files in configs/
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_loads_and_says_what_it_is(path):
+    load_config([path], [], None)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_there_is_a_configuration_for_every_loss():
+    assert [path.stem for path in SEED_RUNS] == sorted(LOSSES)
+
+
+@pytest.mark.parametrize("path", SEED_RUNS, ids=lambda path: path.stem)
+def test_runs_of_the_losses_differ_in_nothing_but_the_loss(path):
+    config = load_config([path], [], None)
+    dpo = load_config([CONFIGS / "dpo.yaml"], [], None)
+    assert config.loss.model_dump()["name"] == path.stem
+    assert config.data.max_samples == (12_800 if path.stem in ("simpo", "orpo") else 6_400)
+    same_data = config.model_copy(update={"data": dpo.data, "loss": dpo.loss, "train": dpo.train})
+    assert same_data == dpo
+    assert config.train.model_copy(update={"learning_rate": dpo.train.learning_rate}) == dpo.train
+
+
+# Defaults < YAML < --set < --loss
+
+
+def test_each_source_overrides_the_one_before(tmp_path):
+    text = "train:\n  seed: 1\n  num_epochs: 2\n"
+    assert RunConfig().train.seed == 0
+    assert load(text, tmp_path).train.seed == 1
+    changed = load(text, tmp_path, "train.seed=2", "train.seed=3")
+    assert (changed.train.seed, changed.train.num_epochs) == (3, 2)
+
+
+def test_later_files_win_key_by_key(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {seed: 1, num_epochs: 2}\n")
+    second.write_text("train: {seed: 5}\n")
+    merged = load_config([first, second], [], None)
+    assert (merged.train.seed, merged.train.num_epochs) == (5, 2)
+
+
+def test_without_a_file_the_quickstart_is_meant():
+    assert load_config([], [], None) == load_config([CONFIGS / "quickstart.yaml"], [], None)
+
+
+IPO = "loss: {name: ipo, beta: 0.3, normalize: sum}\n"
+
+
+def test_naming_a_loss_replaces_the_whole_block(tmp_path):
+    assert load(IPO, tmp_path, loss="kto").loss == parse_loss({"name": "kto"})
+    assert load(IPO, tmp_path, loss="ipo").loss == parse_loss({"name": "ipo"})
+    assert load(IPO, tmp_path, "loss.name=kto").loss == parse_loss({"name": "kto"})
+
+
+def test_a_second_file_that_names_a_loss_replaces_the_block_too(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("loss: {name: cdpo}\n")
+    (tmp_path / "ipo.yaml").write_text(IPO)
+    assert load_config([tmp_path / "ipo.yaml", other], [], None).loss == parse_loss({"name": "cdpo"})
+
+
+def test_fields_set_beside_a_named_loss_are_its_fields(tmp_path):
+    wanted = parse_loss({"name": "kto", "beta": 0.2})
+    assert load(IPO, tmp_path, "loss.beta=0.2", loss="kto").loss == wanted
+    assert load(IPO, tmp_path, "loss.name=kto", "loss.beta=0.2").loss == wanted
+
+
+def test_a_field_without_a_name_changes_the_loss_that_is_there(tmp_path):
+    assert load(IPO, tmp_path, "loss.beta=0.2").loss == parse_loss({**IPO_FIELDS, "beta": 0.2})
+    assert load("loss: {beta: 0.2}\n", tmp_path).loss == parse_loss({"name": "dpo", "beta": 0.2})
+
+
+IPO_FIELDS = {"name": "ipo", "normalize": "sum"}
+
+
+# YAML
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("1e-5", 1e-5), ("1.0e-5", 1e-5), ("1E-5", 1e-5), (".5", 0.5), ("5.", 5.0), ("+1", 1.0)],
+)
+def test_numbers_are_those_of_yaml_1_2(tmp_path, written, read):
+    assert load(f"train: {{learning_rate: {written}}}\n", tmp_path).train.learning_rate == read
+    assert load("", tmp_path, f"train.learning_rate={written}").train.learning_rate == read
+
+
+@pytest.mark.parametrize("text", ["no", "on", "Off", "yes", "1:30", "2020-01-01", "0x1f", "1_000", "12e"])
+def test_words_that_yaml_1_1_rewrites_stay_text(tmp_path, text):
+    assert load(f"data: {{split: {text}}}\n", tmp_path).data.split == text
+    assert load("", tmp_path, f"data.split={text}").data.split == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {seed: 1}\ntrain: {seed: 2}\n", "key 'train' appears twice near line 1"),
+        ("train:\n  seed: 1\n  seed: 2\n", "key 'seed' appears twice near line 2"),
+        ("data: &x {path: a}\npolicy: *x\n", "aliases (*x) are not allowed here; write the value out"),
+        ("train: {seed: 1}\n---\ntrain: {seed: 2}\n", "expected a single document"),
+        ("[" * 20_000, "is not valid YAML"),
+        ("train: [1\n", "is not valid YAML"),
+        ("data: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        ("- 1\n", "expected keys and values, found list"),
+        ("#" * (MAX_YAML_BYTES + 1), f"is larger than {MAX_YAML_BYTES} bytes"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_what_is_no_configuration_is_refused_in_one_line(tmp_path, text, message):
+    found = refusal(text, tmp_path)
+    assert message in found
+    assert "config.yaml" in found
+    assert "\n" not in found
+
+
+def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"No such configuration file: .*nope\.yaml"):
+        load_config([tmp_path / "nope.yaml"], [], None)
+    (tmp_path / "latin.yaml").write_bytes(b"data: {path: \xe9}\n")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        load_config([tmp_path / "latin.yaml"], [], None)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lerning_rate: 1}\n", "'train.lerning_rate'. Did you mean train.learning_rate?"),
+        ("learning_rate: 1\n", "'learning_rate'. Did you mean train.learning_rate?"),
+        ("trian: {seed: 1}\n", "'trian'. Did you mean train?"),
+        ("data: {colour: red}\n", "'data.colour'. Known keys: path, format,"),
+        ("loss: {name: kt0}\n", "unknown loss 'kt0'"),
+        ("loss: {name: kto, normalize: sum}\n", "loss.normalize is not a field of kto"),
+        ("loss: kto\n", "loss: expected a block with a name"),
+        ("train:\n", "train: expected a block of keys (learning_rate,"),
+        ("train: {seed: 1.5}\n", "train.seed: Input should be a valid integer, found 1.5"),
+        ("train: {seed: 010}\n", "train.seed: Input should be a valid integer"),
+        ("train: {batch_size: 0}\n", "train.batch_size: Input should be greater than 0, found 0"),
+        ("train: {learning_rate: .nan}\n", "train.learning_rate: Input should be a valid number"),
+        ("train: {learning_rate: nan}\n", "train.learning_rate: Input should be a finite number"),
+        ("prepare: {append_eos: no}\n", "prepare.append_eos: Input should be a valid boolean, found no"),
+        ("prepare: {truncation_mode: left}\n", "'keep_end' or 'keep_start', found left"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path, text, message):
+    found = refusal(text, tmp_path)
+    assert message in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize("key", ["hf_token", "token", "wandb_api_key", "api_key", "password", "MY_SECRET"])
+def test_secrets_are_sent_where_they_belong(tmp_path, key):
+    for text in (f"{key}: x\n", f"track: {{{key}: x}}\n"):
+        found = refusal(text, tmp_path)
+        assert "secrets do not belong in a configuration" in found
+        assert "HF_TOKEN" in found
+
+
+@pytest.mark.parametrize("assignment", ["train", "train.seed", "=3", "train.=2", ".seed=2", "train.seed=["])
+def test_an_assignment_says_how_it_is_written(tmp_path, assignment):
+    assert f"--set {assignment!r}" in refusal("", tmp_path, assignment)
+
+
+def test_a_nested_assignment_is_no_traceback(tmp_path):
+    assert "not valid YAML" in refusal("", tmp_path, "data.path=" + "[" * 20_000)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_saved_configuration_is_the_same_run(tmp_path, path):
+    config = load_config([path], [], None)
+    assert load(config.to_yaml(), tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-6", "no", "1", "true", "null", "2020-01-01", "1234e56", "~", " x", "é: #"]
+)
+def test_text_that_looks_like_something_else_survives_saving(tmp_path, text):
+    config = build_config({"track": {"run_name": text}})
+    assert load(config.to_yaml(), tmp_path) == config
+    assert yaml.safe_load(config.to_yaml())["track"]["run_name"] == text

@@ -1,0 +1,82 @@
+"""The house: imports go down only, and every file is named for one idea."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("cache", "stages", "pipeline")
+NAMES_OF_NOTHING = ("utils", "util", "helpers", "helper", "common", "base", "misc")
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Every module a file imports, at its top or inside a function."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append("." * node.level + (node.module or ""))
+    return found
+
+
+def upward_imports(root: Path) -> list[str]:
+    """`file imports module` for each import of a higher floor, or relative import (which hides its floor)."""
+    wrong = []
+    for height, floor in enumerate(FLOORS):
+        for path in sorted((root / floor).rglob("*.py")):
+            for module in imported_modules(path):
+                if module.split(".")[0] in FLOORS[height + 1 :] or module.startswith("."):
+                    wrong.append(f"{path.relative_to(root)} imports {module}")
+    return wrong
+
+
+def badly_named(root: Path) -> list[str]:
+    """Files whose name says nothing of what they hold."""
+    paths = [path for floor in (*FLOORS, "tests", "benchmarks") for path in (root / floor).rglob("*.py")]
+    return sorted(str(path.relative_to(root)) for path in paths if path.stem in NAMES_OF_NOTHING)
+
+
+def test_imports_go_down_only():
+    assert upward_imports(ROOT) == []
+
+
+def test_no_file_is_a_drawer():
+    assert badly_named(ROOT) == []
+
+
+def test_the_ground_floor_knows_no_language_model():
+    known = {"torch", "transformers", "vllm", "datasets", "tokenizers"}
+    wrong = [
+        f"{path.name} imports {module}"
+        for path in (ROOT / "cache").glob("*.py")
+        for module in imported_modules(path)
+        if module.split(".")[0] in known
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "wrong"),
+    [
+        ("cache/a.py", "import stages.rows", "imports stages.rows"),
+        ("cache/a.py", "from pipeline import cli", "imports pipeline"),
+        ("cache/a.py", "def f():\n    from stages.rows import Row", "imports stages.rows"),
+        ("stages/losses/a.py", "from pipeline.config import RunConfig", "imports pipeline.config"),
+        ("stages/a.py", "from ..pipeline import run", "imports ..pipeline"),
+        ("stages/a.py", "import cache.files\nimport stagesque\nfrom pipelines import x", None),
+        ("pipeline/a.py", "import cache.files, stages.rows", None),
+    ],
+)
+def test_a_violation_is_found(tmp_path, file, line, wrong):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(line + "\n")
+    assert upward_imports(tmp_path) == ([f"{file} {wrong}"] if wrong else [])
+
+
+def test_a_drawer_is_found(tmp_path):
+    (tmp_path / "stages/losses").mkdir(parents=True)
+    (tmp_path / "stages/losses/base.py").touch()
+    (tmp_path / "stages/baseline.py").touch()
+    assert badly_named(tmp_path) == ["stages/losses/base.py"]
