@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cache.errors import DataError
-from stages.formats import Candidate, Message, Preference
+from stages.columns import Message
+from stages.formats import Candidate, Preference
 from stages.reading import BadRow
 
 RENDER_VERSION = 1

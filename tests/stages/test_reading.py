@@ -5,7 +5,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -74,7 +74,6 @@ def test_a_bad_line_is_a_problem_of_that_line_alone(read, line, problem):
     assert problem in rows[1][1]
 
 
-@settings(max_examples=50)
 @given(st.lists(st.binary(max_size=30), max_size=5))
 def test_any_bytes_give_one_row_or_problem_for_each_line_that_is_not_blank(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("read") / "rows.jsonl"
