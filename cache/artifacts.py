@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -25,7 +26,15 @@ from typing import Any
 import pyarrow as pa
 
 from cache.errors import CorruptError, StaleError
-from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_bytes, write_json
+from cache.files import (
+    TEMPORARY_PREFIX,
+    no_space_is_the_users,
+    publish_folder,
+    read_json,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from cache.fingerprint import canonical_json, fingerprint, short
 from cache.shards import ShardRecord, read_shard, write_shard
 
@@ -107,13 +116,14 @@ class Store:
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:
-        """Start an artifact. `keep` reuses the files of an interrupted draft instead of clearing them."""
+        """Start an artifact in a folder of its own. `keep` goes on in that of an interrupted draft."""
         final = self.folder(kind, name, identity)
         staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
         if not keep:
-            staging = staging.with_name(f"{staging.name}.{os.getpid()}")
-            shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True, exist_ok=True)
+            # Process ids alone repeat between containers and machines that share a store.
+            staging = staging.with_name(f"{staging.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        with no_space_is_the_users(staging):
+            staging.mkdir(parents=True, exist_ok=True)
         return Draft(staging, final, stage, identity)
 
     def publish(
@@ -159,6 +169,7 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again."
         )
     manifest = read_json(path)
+    manifest = manifest if isinstance(manifest, dict) else {}
     body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
     if manifest.get("manifest_sha256") != hashlib.sha256(canonical_json(body)).hexdigest():
         raise CorruptError(

@@ -101,7 +101,12 @@ class RefLogps:
         path = self.folder / MANIFEST
         if not path.is_file():
             return
-        stored = read_json(path).get("identity", {})
+        manifest = read_json(path)
+        stored = manifest.get("identity") if isinstance(manifest, dict) else None
+        if not isinstance(stored, dict):
+            raise CorruptError(
+                f"{path} does not say which reference it belongs to. Delete {path}; it is written again."
+            )
         if fingerprint(stored) != self.fingerprint:
             fields = "; ".join(differing_fields(stored, self.identity))
             raise StaleError(

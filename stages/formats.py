@@ -6,16 +6,25 @@ for a well-formed row that carries no preference (always dropped, counted by rea
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cache.errors import DataError
+from stages.columns import (
+    Message,
+    as_messages,
+    check_completion,
+    completion_of,
+    finite_number,
+    messages,
+    prompt_of,
+    role_of,
+    shown,
+    text,
+)
 from stages.reading import BadRow
 
-Message = dict[str, Any]
-ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant"}
-MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen-rating", "rejected-rating"),
@@ -58,8 +67,8 @@ class Explicit:
     @staticmethod
     def convert(row: Mapping[str, Any]) -> Preference:
         """The preference of a row."""
-        prompt = text_or_messages(row, "prompt")
-        chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+        prompt = prompt_of(row)
+        chosen, rejected = completion_of(row, "chosen"), completion_of(row, "rejected")
         if isinstance(chosen, str) != isinstance(rejected, str):
             raise BadRow("chosen and rejected: one is text and the other is messages")
         if isinstance(prompt, str) != isinstance(chosen, str):
@@ -91,9 +100,8 @@ class UltraFeedback:
             for message in preference.prompt
             if isinstance(message, dict) and message["role"] == "user"
         ]
-        if isinstance(row["prompt"], str) and row["prompt"].strip() not in [
-            content.strip() for content in users
-        ]:
+        prompt = prompt_of(row)
+        if isinstance(prompt, str) and prompt.strip() not in [content.strip() for content in users]:
             raise BadRow("prompt: the conversations in chosen and rejected do not contain it")
         return preference
 
@@ -114,7 +122,10 @@ class Implicit:
     @staticmethod
     def convert(row: Mapping[str, Any]) -> Preference:
         """The preference of a row."""
-        return pair(*split_shared(messages(row, "chosen"), messages(row, "rejected")), *scores(row))
+        prompt, chosen, rejected = split_shared(messages(row, "chosen"), messages(row, "rejected"))
+        check_completion(chosen, "chosen")
+        check_completion(rejected, "rejected")
+        return pair(prompt, chosen, rejected, *scores(row))
 
 
 class Transcript:
@@ -167,10 +178,10 @@ class Unpaired:
     @staticmethod
     def convert(row: Mapping[str, Any]) -> Preference:
         """The preference of a row."""
-        label = row["label"]
+        label = row.get("label")
         if not isinstance(label, bool) and label not in (0, 1):
             raise BadRow(f"label: expected true or false, found {shown(label)}")
-        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
+        prompt, completion = prompt_of(row), completion_of(row, "completion")
         if isinstance(prompt, str) != isinstance(completion, str):
             prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
         return Preference(prompt, [Candidate(completion, "desirable" if label else "undesirable")])
@@ -190,21 +201,20 @@ class Graded:
     @staticmethod
     def convert(row: Mapping[str, Any]) -> Preference:
         """The preference of a row."""
-        responses, rewards = row["responses"], row["rewards"]
+        responses, rewards = row.get("responses"), row.get("rewards")
         if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
             raise BadRow("responses and rewards: expected lists of equal length")
-        if not all(isinstance(reward, int | float) and not isinstance(reward, bool) for reward in rewards):
-            raise BadRow(f"rewards: expected numbers, found {shown(rewards)}")
+        rewards = [finite_number(reward, "rewards") for reward in rewards]
         if len(responses) < 2:
             raise Unusable("fewer_than_two_responses")
         best, worst = (pick(range(len(rewards)), key=rewards.__getitem__) for pick in (max, min))
         if rewards[best] == rewards[worst]:
             raise Unusable("tie")
-        prompt = text_or_messages(row, "prompt")
+        prompt = prompt_of(row)
         sides = [text({"responses": responses[index]}, "responses") for index in (best, worst)]
         if not isinstance(prompt, str):
             sides = [as_messages(side, "assistant") for side in sides]
-        return pair(prompt, sides[0], sides[1], float(rewards[best]), float(rewards[worst]))
+        return pair(prompt, sides[0], sides[1], rewards[best], rewards[worst])
 
 
 FORMATS = (Explicit, UltraFeedback, Implicit, Transcript, Unpaired, Graded)
@@ -261,69 +271,17 @@ def scores(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """The scores of the chosen and the rejected completion, where the row has such columns."""
     for columns in SCORE_COLUMNS:
         values = [row.get(column) for column in columns]
-        if all(isinstance(value, int | float) for value in values):
-            return float(values[0]), float(values[1])  # type: ignore[arg-type]
+        if all(value is not None for value in values):
+            chosen, rejected = (
+                finite_number(value, column) for column, value in zip(columns, values, strict=True)
+            )
+            return chosen, rejected
     return None, None
-
-
-def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
-    """A column that holds text or messages."""
-    return messages(row, column) if isinstance(row.get(column), list) else text(row, column)
-
-
-def text(row: Mapping[str, Any], column: str) -> str:
-    """A column that holds text, encodable as UTF-8."""
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise BadRow(f"{column}: expected text, found {shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"{column}: half a surrogate pair at character {error.start}, which is no text"
-        ) from error
-    return value
-
-
-def messages(row: Mapping[str, Any], column: str) -> list[Message]:
-    """A column that holds a non-empty list of `{role, content}` messages."""
-    value = row.get(column)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRow(f"{column}: expected a non-empty list of messages, found {shown(value)}")
-    checked = []
-    for number, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise BadRow(
-                f"{column}[{number}]: expected an object with role and content, found {shown(message)}"
-            )
-        role = ROLE_NAMES.get(message["role"], message["role"])
-        if role not in MESSAGE_ROLES:
-            raise BadRow(
-                f"{column}[{number}].role: expected one of {', '.join(MESSAGE_ROLES)}, found {shown(role)}"
-            )
-        text(message, "content")
-        # Parquet gives every message every key of the column, most of them null.
-        checked.append({**{key: part for key, part in message.items() if part is not None}, "role": role})
-    return checked
-
-
-def as_messages(value: str | list[Message], role: str) -> list[Message]:
-    """Text as one message of `role`; messages as they are."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: escaped and cut."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _repeats_prompt(row: Mapping[str, Any]) -> bool:
     sides = row["chosen"], row["rejected"]
     return all(
-        isinstance(side, list)
-        and side
-        and isinstance(side[0], Mapping)
-        and side[0].get("role") != "assistant"
+        isinstance(side, list) and side and isinstance(side[0], Mapping) and role_of(side[0]) != "assistant"
         for side in sides
     )

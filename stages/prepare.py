@@ -9,7 +9,7 @@ skipped). Its identity is the source's content, the tokenizer, the template and 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
+from cache.files import write_bytes
 from cache.fingerprint import canonical_json
 from stages.context import Context
 from stages.formats import Format, Preference, Unusable, choose_format
@@ -26,7 +27,7 @@ from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Encoded, Template
 from stages.truncation import Fitted, fit
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 BATCH_ROWS = 512
 SHARD_EXAMPLES = 2048
 # Examples whose completions rotate to make each other's mismatched rows; small, so that an optimizer
@@ -119,7 +120,7 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
             )
         if report.rejected:
             lines = "".join(json.dumps(entry, ensure_ascii=True) + "\n" for entry in report.rejected)
-            (draft.path / "rejected.jsonl").write_text(lines)
+            write_bytes(draft.path / "rejected.jsonl", lines.encode())
         counts = {**report.counts(format_.name), "turn_end_ids": template.turn_end_ids()}
         return context.store.publish(draft, counts, {}, context.config_text, data_path=data.path)
     finally:
@@ -269,19 +270,18 @@ class _SplitWriter:
             self._write()
 
     def _add_mismatched(self, cycle: list[Example]) -> None:
-        """Give each example the completions of the next one in the cycle that has another prompt."""
+        """Give each example the completions of another one in the cycle, one with another prompt."""
+        prompts = [example.prompt_ids.tolist() for example in cycle]
         matched = [list(example.rows) for example in cycle]
-        for index, example in enumerate(cycle):
-            others = (cycle[(index + step) % len(cycle)] for step in range(1, len(cycle)))
-            donor = next(
-                (other for other in others if other.prompt_ids.tolist() != example.prompt_ids.tolist()), None
-            )
+        for index, donor in enumerate(_donors(prompts)):
             if donor is None:
                 continue
+            example = cycle[index]
             room = self.settings.max_length - len(example.prompt_ids)
-            rows = next(rows for rows, other in zip(matched, cycle, strict=True) if other is donor)
             example.rows += [
-                Row("mismatched", row.ids[:room], row.mask[:room]) for row in rows if row.mask[:room].any()
+                Row("mismatched", row.ids[:room], row.mask[:room])
+                for row in matched[donor]
+                if row.mask[:room].any()
             ]
 
     def _write(self) -> None:
@@ -296,3 +296,25 @@ class _SplitWriter:
         self.draft.write_shard(f"{self.split}-{self.num_shards:05d}.arrow", to_table(self.done, self.cycles))
         self.num_shards += 1
         self.done, self.cycles = [], []
+
+
+def _donors(prompts: Sequence[Any]) -> list[int | None]:
+    """For each example of a cycle, the one whose completions are its mismatched rows.
+
+    The next one, or, where neighbours share a prompt, the nearest rotation in which none meets its own,
+    so that every completion serves once. Where no rotation does, whichever comes next with another prompt.
+    """
+    count = len(prompts)
+    for step in range(1, count):
+        donors = [(index + step) % count for index in range(count)]
+        if all(prompts[index] != prompts[donor] for index, donor in enumerate(donors)):
+            return list(donors)
+    others = [
+        [
+            (index + step) % count
+            for step in range(1, count)
+            if prompts[(index + step) % count] != prompts[index]
+        ]
+        for index in range(count)
+    ]
+    return [found[0] if found else None for found in others]

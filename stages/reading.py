@@ -6,7 +6,10 @@ JSONL is read line by line here, so that memory stays flat and every message can
 
 import gzip
 import json
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from cache.files import sha256_file
 from stages.settings import DataSettings
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ARROW_FILE_MAGIC = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class BadRow(ValueError):
@@ -82,15 +88,27 @@ def _read_file(path: Path) -> Iterator[SourceRow]:
     return _read_json(path) if suffix == ".json" else _read_arrow(path, suffix)
 
 
+@contextmanager
 def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    """The bytes of a file, unpacked; a damaged .gz is a `DataError`."""
+    if path.suffix != ".gz":
+        with open(path, "rb") as handle:
+            yield handle
+        return
+    try:
+        with gzip.open(path, "rb") as handle:
+            yield handle
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is not a whole .gz file ({_first_line(error)}). Copy or download it again."
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[SourceRow]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             location = f"{path.name}:{number}"
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if not text.strip():
                 continue
             try:
@@ -106,7 +124,7 @@ def _read_jsonl(path: Path) -> Iterator[SourceRow]:
 
 def _read_json(path: Path) -> Iterator[SourceRow]:
     with _open(path) as handle:
-        content = handle.read()
+        content = handle.read().removeprefix(BYTE_ORDER_MARK)
     try:
         value = _parse(content)
     except ValueError as error:
@@ -124,7 +142,7 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
 
 
 def _parse(content: bytes) -> Any:
-    """JSON with duplicate keys, NaN and invalid UTF-8 refused (ValueError)."""
+    """JSON with duplicate keys, NaN, infinities and invalid UTF-8 refused (ValueError)."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
@@ -136,8 +154,16 @@ def _parse(content: bytes) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):
+            raise ValueError(f"{number} is larger than any float")
+        return value
+
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -146,21 +172,49 @@ def _parse(content: bytes) -> Any:
 
 def _read_arrow(path: Path, suffix: str) -> Iterator[SourceRow]:
     import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in _batches(path, suffix):
+            for value in _values(batch):
+                number += 1
+                location = f"{path.name}#{number}"
+                if isinstance(value, dict):
+                    yield SourceRow(location, value)
+                else:
+                    yield SourceRow(location, None, str(value))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable {suffix[1:]} file ({_first_line(error)}, after row {number})."
+        ) from error
+
+
+def _batches(path: Path, suffix: str) -> Iterable[Any]:
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    if suffix == ".parquet":
+        return parquet.ParquetFile(path).iter_batches(batch_size=1024)
+    source = pa.memory_map(str(path))
+    if source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC:
+        reader = pa.ipc.open_file(source)
+        return (reader.get_batch(index) for index in range(reader.num_record_batches))
+    # The stream format, which `datasets` writes. Cut between two batches it would pass for a shorter table.
+    source.seek(max(0, source.size() - len(ARROW_STREAM_END)))
+    if source.read() != ARROW_STREAM_END:
+        raise pa.ArrowInvalid("neither an Arrow file nor a whole Arrow stream")
+    source.seek(0)
+    return pa.ipc.open_stream(source)
+
+
+def _values(batch: Any) -> list[dict[str, Any] | ValueError]:
+    """The rows of a batch as dicts; in place of a row whose text is not UTF-8, the error."""
     try:
-        if suffix == ".parquet":
-            batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        else:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield SourceRow(f"{path.name}#{number}", row)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable {suffix[1:]} file ({error}).") from error
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [ValueError(f"not UTF-8 at byte {error.start} of a text")]
+        return [value for row in range(batch.num_rows) for value in _values(batch.slice(row, 1))]
 
 
 def _hub_builder(data: DataSettings):
@@ -177,6 +231,7 @@ def _hub_builder(data: DataSettings):
 
 def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     _hub_builder(data)
     try:
@@ -185,9 +240,14 @@ def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
         raise DataError(
             f"Dataset {data.path!r}: {_first_line(error)}. Choose with --set data.split=NAME or data.config=NAME."
         ) from error
+    except DatasetsError as error:
+        raise DataError(
+            f"Dataset {data.path!r} cannot be read ({_first_line(error.__cause__ or error)}). "
+            f"Give one of its files with --set data.path=PATH, and errors name the row."
+        ) from error
     for number, row in enumerate(dataset, start=1):
         yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

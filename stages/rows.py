@@ -2,8 +2,8 @@
 
 A *row* is one prompt with one completion, tokenized and masked. An *example* is the rows that share
 one prompt; its rows are contiguous and never split over shards. Pairs, unpaired feedback, ranked
-lists and KTO's mismatched completions are all examples. A *cycle* is a run of examples with distinct
-prompts in which each example's completions serve as the next one's mismatched rows.
+lists and KTO's mismatched completions are all examples. A *cycle* is a short run of examples in which
+each example's completions serve as the mismatched rows of another, with another prompt.
 """
 
 from collections.abc import Iterable, Sequence

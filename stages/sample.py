@@ -15,9 +15,9 @@ from typing import Any
 from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json, weights_fingerprint
+from stages.columns import Message, text_or_messages
 from stages.compute import Compute
 from stages.context import Context
-from stages.formats import Message, text_or_messages
 from stages.generation import Completion, EngineOptions, Sampling, generate_each
 from stages.models import ModelSource
 from stages.outputs import SampleRecord, write_alpaca_eval, write_jsonl

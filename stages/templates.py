@@ -1,32 +1,37 @@
 """From text or messages to token ids and the mask of what is trained.
 
 With a chat template, the prompt is rendered with its generation prompt and must be a prefix of the
-whole conversation, as text and as token ids; only assistant turns are kept by the mask. Without one,
-a plain prompt and its completion are simply joined, and messages use `PLAIN_TEMPLATE`.
+whole conversation; only assistant turns are kept by the mask. Without one, a plain prompt and its
+completion are simply joined, and messages use `PLAIN_TEMPLATE`. The prompt's ids are those of the
+prompt alone, as in sampling: where tokens would merge across the cut, such as the line breaks of a
+generation prompt and of a reply, the completion is tokenized as a continuation, and counted.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from cache.errors import DataError
-from stages.formats import Candidate, Message, Preference
+from stages.columns import Message
+from stages.formats import Candidate, Preference
 from stages.reading import BadRow
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 # For base models: the transcript style of hh-rlhf, which needs no special tokens but end of sequence.
+# (Line breaks stand inside expressions, because `-%}` would swallow them.)
 PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}"
+    "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}\n\nAssistant: {{ message['content'] }}{{ eos_token }}"
-    "{%- elif message['role'] == 'user' -%}\n\nHuman: {{ message['content'] }}"
-    "{%- else -%}\n\n{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{%- if message['role'] == 'assistant' -%}{{- '\n\nAssistant: ' ~ message['content'] ~ (eos_token or '') -}}"
+    "{%- elif message['role'] == 'user' -%}{{- '\n\nHuman: ' ~ message['content'] -}}"
+    "{%- else -%}{{- '\n\n' ~ (message['role'] | capitalize) ~ ': ' ~ message['content'] -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}\n\nAssistant:{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
 ANCHORS = ("\n", ".", "a")
@@ -78,7 +83,11 @@ class Template:
         self.tokenizer = tokenizer
         self.append_eos = append_eos
         self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
-        self._source = tokenizer.chat_template if self.uses_chat else PLAIN_TEMPLATE
+        self._source = _chat_template(tokenizer) if self.uses_chat else PLAIN_TEMPLATE
+        # What tokenizer.json says of truncation and padding was set for another use.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self._num_appended = _num_appended(tokenizer.backend_tokenizer)
         self._special = sorted(
             {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
             | set(tokenizer.all_special_tokens)
@@ -160,31 +169,26 @@ class Template:
             raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
         completions, rejoined = [], 0
         for parts, whole in zip(item.completions, wholes, strict=True):
-            if whole[: len(prompt_ids)] == prompt_ids:
-                ids = whole[len(prompt_ids) :]
-            elif item.plain:
-                ids = self._continuation("".join(part.text for part in parts))
+            head, ids = item.prompt, whole[len(prompt_ids) :]
+            if whole[: len(prompt_ids)] != prompt_ids:
+                head, ids = self._continuation("".join(part.text for part in parts))
                 rejoined += 1
-            else:
-                raise BadRow(
-                    "the prompt's token ids are not a prefix of the whole conversation's; the chat template joins them"
-                )
-            mask = (
-                np.ones(len(ids), dtype=bool)
-                if all(part.kept for part in parts)
-                else self._mask(item.prompt, parts, prompt_ids)
-            )
+            mask = np.ones(len(ids), dtype=bool)
+            if not all(part.kept for part in parts):
+                mask = self._mask(head, parts, len(ids))
             completions.append((np.array(ids, dtype=np.int32), mask))
         return Encoded(np.array(prompt_ids, dtype=np.int32), completions, rejoined)
 
-    def _mask(self, prompt: str, parts: list[Segment], prompt_ids: list[int]) -> np.ndarray:
+    def _mask(self, head: str, parts: list[Segment], num_tokens: int) -> np.ndarray:
+        """Which of the last `num_tokens` tokens of `head` and `parts` together lie in a part that is kept."""
         encoding = self.tokenizer.backend_tokenizer.encode(
-            prompt + "".join(part.text for part in parts), add_special_tokens=False
+            head + "".join(part.text for part in parts), add_special_tokens=False
         )
-        ends = np.cumsum([len(prompt)] + [len(part.text) for part in parts])
+        ends = np.cumsum([len(head)] + [len(part.text) for part in parts])
         kept = np.array([False] + [part.kept for part in parts])
-        # A token belongs to the segment that holds its last character.
-        last = np.array([max(start, end - 1) for start, end in encoding.offsets[len(prompt_ids) :]])
+        # A token belongs to the segment that holds its last character. (Byte-level tokenizers may leave
+        # spaces out of the offsets; a token of nothing but a space then begins and ends behind it.)
+        last = np.array([end - 1 for _, end in encoding.offsets[len(encoding.ids) - num_tokens :]])
         return kept[np.searchsorted(ends, last, side="right")]
 
     def _encode(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
@@ -197,21 +201,18 @@ class Template:
                 [texts[number] for number in index], add_special_tokens=special
             )
             for number, encoding in zip(index, encodings, strict=True):
-                result[number] = (
-                    _without_added_eos(encoding.ids, texts[number], self.tokenizer)
-                    if special
-                    else encoding.ids
-                )
+                added = self._num_appended if special else 0
+                result[number] = encoding.ids[: len(encoding.ids) - added]
         return result
 
-    def _continuation(self, text: str) -> list[int]:
-        """Ids of text that continues a prompt, where tokenizing both at once would merge across the cut."""
+    def _continuation(self, text: str) -> tuple[str, list[int]]:
+        """Ids of text that continues a prompt with which it would merge, and the text it was tokenized after."""
         backend = self.tokenizer.backend_tokenizer
         for anchor in ANCHORS:
             head = backend.encode(anchor, add_special_tokens=False).ids
             whole = backend.encode(anchor + text, add_special_tokens=False).ids
             if whole[: len(head)] == head:
-                return whole[len(head) :]
+                return anchor, whole[len(head) :]
         raise BadRow("the completion cannot be tokenized as a continuation of the prompt")
 
     def _segments(self, prompt: list[Message], head: str, completion: str | list[Message]) -> list[Segment]:
@@ -225,7 +226,9 @@ class Template:
                     parts.append(Segment(_continues(text, opened), False))
                     text = opened
                 whole = self._apply(history, False)
-                parts.append(Segment(_continues(text, whole), True))
+                turn = _continues(text, whole)
+                end = self._end_of_turn(turn)
+                parts += [Segment(turn[:end], True), Segment(turn[end:], False)]
             else:
                 whole = self._apply(history, False)
                 parts.append(Segment(_continues(text, whole), False))
@@ -237,10 +240,18 @@ class Template:
         last = next((number for number in reversed(range(len(parts))) if parts[number].kept), None)
         if last is None or not parts[last].text.strip():
             return parts
-        text = parts[last].text.rstrip()
-        if not any(text.endswith(token) for token in self._special):
-            text = parts[last].text + (self.tokenizer.eos_token if self.append_eos else "")
+        text = parts[last].text
+        if self.append_eos and not self._is_closed(text):
+            text += self.tokenizer.eos_token
         return [*parts[:last], Segment(text, True)]
+
+    def _end_of_turn(self, turn: str) -> int:
+        """Where a rendered assistant turn ends: after its end token, or, where it has none, at its very end."""
+        closed = turn.rstrip()
+        return len(closed) if self._is_closed(closed) else len(turn)
+
+    def _is_closed(self, text: str) -> bool:
+        return any(text.endswith(token) for token in self._special)
 
     def _apply(self, turns: list[Message], open_turn: bool) -> str:
         try:
@@ -251,16 +262,14 @@ class Template:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
 
     def _refuse_forged_turns(self, preference: Preference) -> None:
-        texts = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-        for value in texts:
-            for content in (
-                [value] if isinstance(value, str) else [str(message["content"]) for message in value]
-            ):
-                for token in self._special:
-                    if token in content:
-                        raise BadRow(
-                            f"the text spells the special token {token}, with which data could forge a turn"
-                        )
+        for text in _strings(
+            [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
+        ):
+            for token in self._special:
+                if token in text:
+                    raise BadRow(
+                        f"the text spells the special token {token}, with which data could forge a turn"
+                    )
 
 
 def _continues(before: str, whole: str) -> str:
@@ -271,9 +280,35 @@ def _continues(before: str, whole: str) -> str:
     return whole[len(before) :]
 
 
-def _without_added_eos(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """Drop the end token some tokenizers append to everything; a completion's own end stays."""
-    end = tokenizer.eos_token_id
-    if ids and ids[-1] == end and not text.endswith(tokenizer.eos_token or "\0"):
-        return ids[:-1]
-    return ids
+def _chat_template(tokenizer: Any) -> str:
+    """The template's source; of several, the one called default."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise DataError(
+            f"{tokenizer.name_or_path} has several chat templates and none is called default "
+            f"({', '.join(tokenizer.chat_template)}). Leave one in the model folder, or use --set prepare.template=plain."
+        ) from error
+
+
+def _num_appended(backend: Any) -> int:
+    """How many tokens, such as an end of sequence, a tokenizer appends to every text of its own accord."""
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = (
+        start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare
+    )
+    start = next(starts, len(whole) - len(bare)) if bare else len(whole)
+    return len(whole) - start - len(bare)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a message, a list of messages, or a text."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)

@@ -5,9 +5,16 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cache.artifacts import Store
 from stages.context import Context
+
+# The same examples in every run, and no failure because a machine was busy.
+settings.register_profile(
+    "align", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("align")
 
 ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = (

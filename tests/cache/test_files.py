@@ -42,9 +42,14 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
 
 def test_an_exception_halfway_leaves_the_old_file(tmp_path):
     write_bytes(tmp_path / "file", OLD)
-    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "file") as temporary:
-        temporary.write_bytes(NEW)
-        1 / 0  # noqa: B018
+
+    def write():
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_bytes(NEW)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write()
     assert (tmp_path / "file").read_bytes() == OLD
     assert names(tmp_path) == ["file"]
 

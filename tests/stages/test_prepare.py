@@ -1,0 +1,407 @@
+"""From a file to rows: nothing is lost in silence, no prompt is on both sides, and the identity is exact."""
+
+import json
+import random
+from collections import Counter, defaultdict
+
+import pytest
+
+from cache.artifacts import Store
+from cache.errors import AlignError, DataError, EnvironmentError_
+from stages.context import Context
+from stages.prepare import find_rows, prepare, rows_identity
+from stages.rows import SPLITS, RowSet
+from stages.settings import DataSettings, PrepareSettings
+from stages.templates import Template
+
+EVERYTHING_FITS = PrepareSettings(max_length=4096, heldout_fraction=0.25)
+
+
+@pytest.fixture(scope="module")
+def base(base_tokenizer):
+    return Template(base_tokenizer, "auto", append_eos=True)
+
+
+@pytest.fixture(scope="module")
+def chat(chat_tokenizer):
+    return Template(chat_tokenizer, "auto", append_eos=True)
+
+
+def write(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return DataSettings(path=str(path), on_bad_row="skip")
+
+
+def pairs(count):
+    return [
+        {"prompt": f"q{number}", "chosen": f" good {number}", "rejected": " bad"} for number in range(count)
+    ]
+
+
+def examples(artifact):
+    """Per split, each example as (source, cycle, prompt text ids, rows as (role, ids))."""
+    found = {}
+    for split in SPLITS:
+        rows = RowSet.of(artifact, split)
+        found[split] = [
+            (
+                rows.sources[rows.starts[number]],
+                int(rows.cycles[number]),
+                tuple(rows.prompt(rows.starts[number]).tolist()),
+                [
+                    (str(rows.roles[row]), tuple(rows.completion(row).tolist()))
+                    for row in range(rows.starts[number], rows.ends[number])
+                ],
+            )
+            for number in range(rows.num_examples)
+        ]
+    return found
+
+
+MIXED = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "",
+    '{"prompt": "cut',
+    {"prompt": "q", "chosen": "a"},
+    {"prompt": "q", "chosen": "same", "rejected": "same"},
+    {"prompt": "q", "chosen": "a", "rejected": " \n"},
+    {"prompt": "q<|end|>", "chosen": "a", "rejected": "b"},
+    {"prompt": "long", "chosen": "x" * 30 + "a", "rejected": "x" * 30 + "b"},
+    {"prompt": [{"role": "user", "content": "q"}], "chosen": [], "rejected": "b"},
+    {"prompt": "r", "chosen": "a", "rejected": "b"},
+    "[1]",
+]
+
+
+def test_rows_in_are_rows_kept_and_rows_dropped_by_reason(tmp_path, base, context):
+    data = write(tmp_path / "mixed.jsonl", MIXED)
+    artifact = prepare(data, PrepareSettings(max_length=8, heldout_fraction=0.0), base, context)
+    counts = artifact.counts
+    assert counts["dropped"] == {
+        "bad_row": 5,
+        "empty_completion": 1,
+        "identical_after_truncation": 1,
+        "identical_completions": 1,
+    }
+    assert (counts["rows_in"], counts["rows_kept"]) == (10, 2)
+    assert counts["rows_in"] == counts["rows_kept"] + sum(counts["dropped"].values())
+    assert counts["rows_by_role"] == {"chosen": 2, "rejected": 2, "mismatched": 4}
+    rejected = [json.loads(line) for line in (artifact.path / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["location"] for entry in rejected] == [f"mixed.jsonl:{line}" for line in (3, 4, 7, 9, 11)]
+    assert "rejected: expected text, found None" in rejected[1]["problem"]
+    assert "special token <|end|>" in rejected[2]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (2, "Invalid control"),
+        (3, "rejected: expected text, found None"),
+        (6, "spells the special token"),
+        (8, "chosen: "),
+    ],
+)
+def test_a_bad_row_stops_with_file_and_line_and_leaves_nothing(
+    tmp_path, base, context, store, number, problem
+):
+    good = pairs(4)
+    path = tmp_path / "rows.jsonl"
+    write(path, [*good, MIXED[number]])
+    with pytest.raises(DataError, match=r"rows\.jsonl:5: .*--set data\.on_bad_row=skip") as caught:
+        prepare(DataSettings(path=str(path)), EVERYTHING_FITS, base, context)
+    assert problem in str(caught.value)
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+    assert list((store.root / "rows").iterdir()) == []
+
+
+def test_more_rows_than_a_batch_and_a_shard_hold(tmp_path, base, context):
+    """2,200 rows; rows are read 512 at a time and shards hold about 2,048 examples."""
+    rows = pairs(2200)
+    del rows[600]["rejected"]
+    rows[700] = '{"prompt": '
+    rows[1500] = {**rows[1500], "chosen": rows[1500]["rejected"]}
+    data = write(tmp_path / "many.jsonl", rows)
+    artifact = prepare(data, EVERYTHING_FITS.model_copy(update={"heldout_fraction": 0.02}), base, context)
+    assert artifact.counts["dropped"] == {"bad_row": 2, "identical_completions": 1}
+    found = examples(artifact)
+    assert sum(record["name"].startswith("train-") for record in artifact.manifest["files"]) == 2
+    sources = [source for split in SPLITS for source, *_ in found[split]]
+    expected = [f"many.jsonl:{line}" for line in range(1, 2201) if line not in (601, 701, 1501)]
+    assert sorted(sources) == sorted(expected)
+    order = [int(source.rpartition(":")[2]) for source, *_ in found["train"]]
+    assert order == sorted(order)
+    for split in SPLITS:
+        assert_each_completion_serves_once(found[split])
+
+
+def assert_each_completion_serves_once(split):
+    """In every cycle, the mismatched completions are the matched ones, each with another prompt than its own."""
+    cycles = defaultdict(list)
+    for _, cycle, prompt, rows in split:
+        cycles[cycle].append((prompt, rows))
+    for members in cycles.values():
+        assert len(members) >= 2
+        own = Counter(ids for _, rows in members for role, ids in rows if role != "mismatched")
+        lent = Counter(ids for _, rows in members for role, ids in rows if role == "mismatched")
+        assert own == lent
+        for prompt, rows in members:
+            borrowed = [ids for role, ids in rows if role == "mismatched"]
+            lenders = {
+                other
+                for other, others in members
+                if {ids for role, ids in others if role != "mismatched"} & set(borrowed)
+            }
+            assert lenders - {prompt}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8, 9])
+def test_however_many_examples_each_completion_serves_once_as_mismatched(tmp_path, base, context, count):
+    data = write(
+        tmp_path / "rows.jsonl", [{**row, "rejected": f" bad {n}"} for n, row in enumerate(pairs(count))]
+    )
+    artifact = prepare(data, PrepareSettings(heldout_fraction=0.0), base, context)
+    assert_each_completion_serves_once(examples(artifact)["train"])
+    assert artifact.counts["rows_by_role"]["mismatched"] == 2 * count
+
+
+def test_neighbours_that_share_a_prompt_lend_each_other_nothing(tmp_path, base, context):
+    """Pairs taken apart into single completions: good and bad of one prompt follow each other."""
+    rows = [
+        {"prompt": f"q{number}", "completion": f" {label} {number}", "label": label}
+        for number in range(4)
+        for label in (True, False)
+    ]
+    artifact = prepare(
+        write(tmp_path / "rows.jsonl", rows), PrepareSettings(heldout_fraction=0.0), base, context
+    )
+    split = examples(artifact)["train"]
+    assert_each_completion_serves_once(split)
+    answers = defaultdict(set)
+    for _, _, prompt, members in split:
+        answers[prompt] |= {ids for role, ids in members if role != "mismatched"}
+    assert all(
+        ids not in answers[prompt]
+        for _, _, prompt, members in split
+        for role, ids in members
+        if role == "mismatched"
+    )
+
+
+def test_a_prompt_that_is_alone_has_no_mismatched_rows(tmp_path, base, context):
+    rows = [{"prompt": "q", "completion": f" {number}", "label": True} for number in range(5)]
+    artifact = prepare(
+        write(tmp_path / "rows.jsonl", rows), PrepareSettings(heldout_fraction=0.0), base, context
+    )
+    assert artifact.counts["rows_by_role"] == {"desirable": 5}
+
+
+def test_mismatched_rows_can_be_left_out(preferences, chat, context):
+    data, without = (
+        DataSettings(path=str(preferences)),
+        EVERYTHING_FITS.model_copy(update={"mismatched": False}),
+    )
+    assert prepare(data, without, chat, context).counts["rows_by_role"] == {"chosen": 24, "rejected": 24}
+
+
+def test_a_mismatched_row_fits_into_max_length(tmp_path, base, context):
+    rows = [
+        {"prompt": "q" * 8, "chosen": "a", "rejected": "b"},
+        {"prompt": "r", "chosen": "c" * 20, "rejected": "d" * 20},
+    ]
+    settings = PrepareSettings(heldout_fraction=0.0, max_length=14, truncation_mode="keep_start")
+    split = RowSet.of(prepare(write(tmp_path / "rows.jsonl", rows), settings, base, context), "train")
+    assert split.max_length() == 14
+    assert len(split) == 8
+
+
+def prompts_of(found):
+    return {split: {prompt for _, _, prompt, _ in members} for split, members in found.items()}
+
+
+def repeated_prompts(count=60):
+    rows = [{"prompt": f"q{n % 20}", "chosen": f" good {n}", "rejected": f" bad {n}"} for n in range(count)]
+    return rows
+
+
+def test_no_prompt_is_on_both_sides(tmp_path, base, context):
+    data = write(tmp_path / "rows.jsonl", repeated_prompts())
+    found = examples(prepare(data, EVERYTHING_FITS, base, context))
+    prompts = prompts_of(found)
+    assert prompts["train"] & prompts["heldout"] == set()
+    assert len(prompts["train"]) + len(prompts["heldout"]) == 20
+    assert len(prompts["heldout"]) > 0
+
+
+def test_the_order_of_the_file_changes_neither_the_sides_nor_the_keys(tmp_path, base, context):
+    settings = EVERYTHING_FITS.model_copy(update={"mismatched": False})
+    rows = repeated_prompts()
+    first = prepare(write(tmp_path / "a.jsonl", rows), settings, base, context)
+    random.Random(1).shuffle(rows)
+    second = prepare(write(tmp_path / "b.jsonl", rows), settings, base, context)
+    assert first.fingerprint != second.fingerprint
+    assert prompts_of(examples(first)) == prompts_of(examples(second))
+    for split in SPLITS:
+        one, other = (RowSet.of(artifact, split) for artifact in (first, second))
+        assert sorted(one.keys) == sorted(other.keys)
+        assert sorted(one.example_ids) == sorted(other.example_ids)
+
+
+def test_a_larger_share_holds_out_the_same_prompts_and_more(tmp_path, base, context):
+    data = write(tmp_path / "rows.jsonl", pairs(40))
+    sides = [
+        prompts_of(examples(prepare(data, PrepareSettings(heldout_fraction=share), base, context)))["heldout"]
+        for share in (0.0, 0.1, 0.4)
+    ]
+    assert sides[0] == set()
+    assert sides[1] < sides[2]
+    assert 8 <= len(sides[2]) <= 24  # 40 draws of 0.4: 16 expected, 3.1 the standard deviation
+
+
+def test_copies_of_a_row_are_two_examples(tmp_path, base, context):
+    data = write(tmp_path / "rows.jsonl", [*pairs(2), *pairs(2)])
+    artifact = prepare(data, PrepareSettings(heldout_fraction=0.0), base, context)
+    rows = RowSet.of(artifact, "train")
+    assert rows.num_examples == 4
+    assert len(set(rows.example_ids)) == 2
+
+
+def test_two_runs_write_the_same_bytes(preferences, chat, tmp_path):
+    data = DataSettings(path=str(preferences))
+    files = []
+    for name in ("one", "two"):
+        artifact = prepare(data, EVERYTHING_FITS, chat, Context(Store(tmp_path / name)))
+        files.append(artifact.manifest["files"])
+    assert files[0] == files[1]
+    assert any(record["name"].startswith("heldout-") for record in files[0])
+
+
+def test_what_was_prepared_is_found_and_nothing_else(preferences, chat, context):
+    data = DataSettings(path=str(preferences))
+    assert find_rows(data, EVERYTHING_FITS, chat, context) is None
+    artifact = prepare(data, EVERYTHING_FITS, chat, context)
+    found = find_rows(data, EVERYTHING_FITS, chat, context)
+    assert found is not None
+    assert found.path == artifact.path
+    assert find_rows(data, PrepareSettings(), chat, context) is None
+    assert artifact.path.name.startswith("preferences-")
+
+
+OTHER_SETTINGS = {
+    "max_length": 77,
+    "max_prompt_length": 11,
+    "max_completion_length": 12,
+    "truncation_mode": "keep_start",
+    "heldout_fraction": 0.5,
+    "mismatched": False,
+}
+OTHER_DATA = {"format": "preference", "max_samples": 5, "on_bad_row": "skip"}
+NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main"}  # of a local file
+
+
+def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, chat, chat_tokenizer):
+    """`template` and `append_eos` do so through the template that is made of them."""
+    data, settings = DataSettings(path=str(preferences)), PrepareSettings()
+    identity = rows_identity(data, settings, chat)
+    assert set(PrepareSettings.model_fields) - {"template", "append_eos"} == set(OTHER_SETTINGS)
+    for name, value in OTHER_SETTINGS.items():
+        assert rows_identity(data, settings.model_copy(update={name: value}), chat) != identity, name
+    assert set(DataSettings.model_fields) - {"path"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
+    for name, value in OTHER_DATA.items():
+        assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
+    for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
+        assert rows_identity(data, settings, template) != identity
+    preferences.write_text(preferences.read_text() + "\n")
+    assert rows_identity(data, settings, chat) != identity
+
+
+def test_what_does_not_change_the_rows_does_not_change_the_identity(
+    preferences, chat, chat_tokenizer, tmp_path
+):
+    data, settings = DataSettings(path=str(preferences)), PrepareSettings()
+    identity = rows_identity(data, settings, chat)
+    assert rows_identity(data.model_copy(update=NOT_IN_THE_ROWS), settings, chat) == identity
+    assert (
+        rows_identity(
+            data, settings.model_copy(update={"template": "chat"}), Template(chat_tokenizer, "chat", True)
+        )
+        == identity
+    )
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(preferences.read_bytes())
+    assert rows_identity(DataSettings(path=str(moved)), settings, chat) == identity
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("rows.jsonl", "", "holds no rows"),
+        ("rows.json", "[]", "holds no rows"),
+        ("rows.jsonl", "\n\n", "holds no rows"),
+        ("rows.jsonl", "no\nno\n", r"rows\.jsonl:1: .*No row at the beginning of the file could be read"),
+        ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question fits no known format"),
+        ("rows.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n', r"no usable training row among 1 \(1 identical_completions\)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_source_without_usable_rows_says_why(tmp_path, base, context, name, content, problem, on_bad_row):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=problem):
+        prepare(
+            DataSettings(path=str(tmp_path / name), on_bad_row=on_bad_row), EVERYTHING_FITS, base, context
+        )
+
+
+def test_a_store_that_cannot_be_written_is_one_line(preferences, chat):
+    context = Context(Store(preferences))  # a file
+    with pytest.raises(EnvironmentError_, match="Cannot write"):
+        prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, chat, context)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../../x", "a b/ü é.jsonl", "x" * 300, ".jsonl", "CON.jsonl", "a\n\x07b.jsonl"]
+)
+def test_no_name_of_a_source_leads_out_of_the_store(tmp_path, context, name):
+    from stages.prepare import artifact_name
+
+    folder = context.store.folder("rows", artifact_name(DataSettings(path=name)), {})
+    assert folder.parent == context.store.root / "rows"
+    assert folder.name.isprintable()
+    folder.mkdir(parents=True)
+
+
+def test_the_counts_of_what_was_cut(tmp_path, base, context):
+    """`q` is one id after the beginning of sequence; 6 letters and the end are 7 ids, of which 4 are cut off."""
+    rows = [
+        {"prompt": "q", "chosen": "xzxzxz", "rejected": "z"},
+        {"prompt": "x", "chosen": "q", "rejected": "z"},
+    ]
+    settings = PrepareSettings(max_completion_length=3, heldout_fraction=0.0, mismatched=False)
+    counts = prepare(write(tmp_path / "rows.jsonl", rows), settings, base, context).counts
+    assert (counts["prompts_cut"], counts["completions_cut"], counts["tokens_cut"]) == (0, 1, 4)
+    assert counts["tokens"] == 2 + 3 + 2 + (2 + 2 + 2)
+
+
+def test_hh_rlhf_itself(shared_data, base, context):
+    data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"))
+    counts = prepare(data, PrepareSettings(max_length=1 << 20), base, context).counts
+    assert counts["rows_in"] == 2312
+    assert counts["dropped"] == {"empty_completion": 4, "prompts_differ": 5}
+    assert (counts["format"], counts["rows_kept"]) == ("hh", 2303)
+
+
+def test_graded_stories_themselves(shared_data, base, context):
+    data = DataSettings(path=str(shared_data / "graded" / "tinystories_graded_synthetic.jsonl"))
+    counts = prepare(data, PrepareSettings(max_length=1 << 20), base, context).counts
+    assert (counts["format"], counts["rows_in"]) == ("graded", 403)
+    assert counts["rows_kept"] + sum(counts["dropped"].values()) == 403
+    assert counts["scored_rows"] == 2 * counts["rows_kept"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["pairs/llamafactory_dpo_en_demo.json", "pairs/pandalm_testset_v1.json", "graded/odpo_imdb_test.jsonl"],
+)
+def test_layouts_that_are_not_known_are_refused_and_not_guessed(shared_data, base, context, path):
+    with pytest.raises(AlignError, match="fits no known format"):
+        prepare(DataSettings(path=str(shared_data / path)), EVERYTHING_FITS, base, context)
