@@ -14,23 +14,30 @@ from torch import Tensor
 from cache.ref_logps import RefLogps
 from stages.losses.contract import Batch, Loss, Rows
 from stages.packs import Pack, build_pack, fed_length
+from stages.pairs import Pairs
 from stages.parallel import World
 from stages.planning import deal, pack
 from stages.rows import RowSet
+from stages.settings import PairStrategy
 
 if TYPE_CHECKING:
     from stages.scoring import Scorer
-
-DESIRABLE = ("chosen", "desirable")
 
 
 class RowScorer:
     """Scores groups of rows of one split for one loss."""
 
     def __init__(
-        self, scorer: "Scorer", rows: RowSet, reference: RefLogps | None, loss: Loss, world: World
+        self,
+        scorer: "Scorer",
+        rows: RowSet,
+        reference: RefLogps | None,
+        loss: Loss,
+        world: World,
+        pairs: PairStrategy = "best_worst",
     ) -> None:
-        """Line up `rows` with `reference` (None for a reference-free loss)."""
+        """Line up `rows` with `reference` (None for a reference-free loss); ranked lists are compared by `pairs`."""
+        self.pairs = Pairs(rows, pairs)
         self.scorer, self.rows, self.reference, self.loss, self.world = scorer, rows, reference, loss, world
         self.device = scorer.compute.device
 
@@ -84,14 +91,10 @@ class RowScorer:
     def batch(self, numbers: np.ndarray, rows: Rows) -> Batch:
         """How the rows of these row numbers compare: which are desirable, and which pair up."""
         roles = self.rows.roles[numbers]
-        chosen = np.flatnonzero(roles == "chosen")
-        rejected = np.flatnonzero(roles == "rejected")
-        return Batch(
-            rows=rows,
-            desirable=torch.from_numpy(np.isin(roles, DESIRABLE)).to(self.device),
-            chosen=torch.from_numpy(chosen).to(self.device),
-            rejected=torch.from_numpy(rejected).to(self.device),
-        )
+        chosen, rejected = torch.from_numpy(self.pairs.among(numbers)).to(self.device).unbind(1)
+        desirable = torch.from_numpy(roles == "desirable").to(self.device)
+        desirable[chosen] = True
+        return Batch(rows, desirable, chosen, rejected)
 
     def _field_names(self) -> list[str]:
         names = ["logps", "num_tokens", "scores"]

@@ -58,7 +58,8 @@ class Batch:
     """Rows of a micro-batch, or of a whole step, and how they compare.
 
     `chosen` and `rejected` index into `rows`, one entry per pair; `desirable` marks each row.
-    Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not.
+    Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not. Rows of
+    a ranked list may be in several pairs, on either side; there `desirable` is for `needs_labels` to ask.
     """
 
     rows: Rows
@@ -122,6 +123,11 @@ class Loss(BaseModel):
     # Training defaults that go with this loss (policies of 1-8B with fp32 master weights).
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `Batch.desirable` is read: each row has to be desirable or not, in whatever pairs it is."""
+        return self.unit == "row"
 
     @property
     def needs_shared_length(self) -> bool:

@@ -88,6 +88,11 @@ class Mixture(Loss):
         return self.parts[0].loss.keeps_state
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether any part reads single completions."""
+        return any(part.loss.needs_labels for part in self.parts)
+
+    @property
     def needs_shared_length(self) -> bool:
         """Whether any part is length-desensitised."""
         return any(part.loss.needs_shared_length for part in self.parts)
