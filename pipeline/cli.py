@@ -212,7 +212,7 @@ def _usage_line(error: Exception) -> str | None:
     if format_message is None:
         return None
     context = getattr(error, "ctx", None)
-    return f"{format_message()} Type `{context.command_path if context else 'align'} --help`."
+    return f"{format_message() or 'Nothing to do.'} Type `{context.command_path if context else 'align'} --help`."
 
 
 def _complain(line: str) -> None:

@@ -180,7 +180,7 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
         )
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(
             f"--set {assignment!r}: the value is not valid YAML ({' '.join(str(error).split())})."
         ) from error

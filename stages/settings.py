@@ -29,7 +29,7 @@ class DataSettings(Settings):
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow, each also .gz for JSON), a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz) or a folder of such files, a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",
