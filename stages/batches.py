@@ -47,7 +47,10 @@ class RowScorer:
         plan = pack(lengths, self.scorer.compute.tokens_per_batch)
         costs = [sum(lengths[item] for item in items) for items in plan]
         mine = deal(costs, self.world.size)[self.world.rank]
-        return [build_pack(self.rows, [groups[item] for item in plan[number]]) for number in mine]
+        with_prompts = self.loss.needs_prompt_logps
+        return [
+            build_pack(self.rows, [groups[item] for item in plan[number]], with_prompts) for number in mine
+        ]
 
     def score(self, batch: Pack) -> Rows:
         """Log-probs of the pack's rows, with gradient where that is on."""
@@ -56,6 +59,10 @@ class RowScorer:
             token_logps, token_collisions = self.scorer(batch, collision=True)
         else:
             token_logps, token_collisions = self.scorer(batch), None
+        token_logps, prompt_token_logps = token_logps.tensor_split([len(batch.token_rows)])
+        prompt_logps, num_prompt_tokens = (
+            _prompt_sums(batch, prompt_token_logps) if self.loss.needs_prompt_logps else (None, None)
+        )
         mask = batch.mask.to(self.device)
         sums = _RowSums(batch.token_rows.to(self.device), len(batch.rows))
         num_tokens = sums(mask)
@@ -72,6 +79,8 @@ class RowScorer:
             shared_logps=None if shared is None else sums(token_logps * shared),
             ref_shared_logps=None if shared is None or ref_tokens is None else sums(ref_tokens * shared),
             collision_logps=collision,
+            prompt_logps=prompt_logps,
+            num_prompt_tokens=num_prompt_tokens,
         )
 
     @torch.no_grad()
@@ -102,6 +111,7 @@ class RowScorer:
         names += ["ref_logps"] if self.loss.needs_reference else []
         names += ["shared_logps"] if self.loss.needs_shared_length else []
         names += ["ref_shared_logps"] if self.loss.needs_shared_length and self.loss.needs_reference else []
+        names += ["prompt_logps", "num_prompt_tokens"] if self.loss.needs_prompt_logps else []
         return names + (["collision_logps"] if self.loss.needs_vocab_sum else [])
 
     def _weights(self, batch: Pack) -> Tensor:
@@ -126,6 +136,16 @@ class RowScorer:
             for part, name in zip(np.split(mask, ends[:-1]), ids, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts))
+
+
+def _prompt_sums(batch: Pack, token_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the scored tokens of each row's prompt; the rows of an example share theirs."""
+    examples = [segment for segment in batch.segments if segment.completion_lengths]
+    lengths = [segment.prompt_length - 1 for segment in examples]
+    sums = torch.stack([part.sum() for part in token_logps.split(lengths)])
+    shared_by = torch.tensor([len(segment.completion_lengths) for segment in examples], device=sums.device)
+    numbers = torch.tensor(lengths, dtype=sums.dtype, device=sums.device)
+    return sums.repeat_interleave(shared_by), numbers.repeat_interleave(shared_by)
 
 
 class _RowSums:

@@ -91,7 +91,8 @@ def _whole_step(
     which micro-batches can add up in any order.
     """
     scored = scorer.score_all(groups)
-    names = [name for name in ("logps", "shared_logps") if getattr(scored, name) is not None]
+    names = ("logps", "shared_logps", "prompt_logps")
+    names = [name for name in names if getattr(scored, name) is not None]
     leaves = {name: getattr(scored, name).clone().requires_grad_() for name in names}
     batch = scorer.batch(np.concatenate(groups), replace(scored, **leaves))
     output = loss(batch, facts)

@@ -19,7 +19,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Rows:
     """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
 
-    `logps` and `shared_logps` carry the gradient; everything else is data. Optional fields are present
+    `logps`, `shared_logps` and `prompt_logps` carry the gradient; everything else is data. Optional fields are present
     exactly when the loss asked for them through its needs (`weights` when it takes them).
     """
 
@@ -33,6 +33,10 @@ class Rows:
     ref_shared_logps: Tensor | None = None
     # Mean over kept tokens of log sum_v pi(v)^2, without gradient (needs_vocab_sum).
     collision_logps: Tensor | None = None
+    # Sum over the tokens of the row's prompt from the second on, and their number (needs_prompt_logps).
+    # An example's rows share its prompt: it is scored once, each row holds the sum.
+    prompt_logps: Tensor | None = None
+    num_prompt_tokens: Tensor | None = None
 
     @property
     def logratios(self) -> Tensor:
@@ -137,6 +141,11 @@ class Loss(BaseModel):
     @property
     def needs_vocab_sum(self) -> bool:
         """Whether `Rows.collision_logps` is wanted."""
+        return False
+
+    @property
+    def needs_prompt_logps(self) -> bool:
+        """Whether `Rows.prompt_logps` and `Rows.num_prompt_tokens` are wanted."""
         return False
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:

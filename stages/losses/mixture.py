@@ -102,6 +102,11 @@ class Mixture(Loss):
         """Whether any part weights by the vocabulary sum."""
         return any(part.loss.needs_vocab_sum for part in self.parts)
 
+    @property
+    def needs_prompt_logps(self) -> bool:
+        """Whether any part reads the prompts too."""
+        return any(part.loss.needs_prompt_logps for part in self.parts)
+
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
         outputs = [part.loss(batch, step) for part in self.parts]

@@ -27,6 +27,11 @@ EXTRA = {
     "mixture": {
         "parts": [{"weight": 0.7, "loss": {"name": "dpo"}}, {"weight": 0.5, "loss": {"name": "sft"}}]
     },
+    "orpo_sequence": {"name": "orpo", "nll_span": "sequence"},
+    "aot_and_orpo_sequence": {
+        "name": "mixture",
+        "parts": [{"loss": {"name": "aot"}}, {"loss": {"name": "orpo", "nll_span": "sequence"}}],
+    },
     "ld_dpo": {"name": "dpo", "ld_alpha": 0.4, "sft_weight": 0.2},
     "bco_and_kto": {
         "name": "mixture",
