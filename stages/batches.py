@@ -35,9 +35,13 @@ class RowScorer:
         loss: Loss,
         world: World,
         pairs: PairStrategy = "best_worst",
+        density_ratios: np.ndarray | None = None,
     ) -> None:
-        """Line up `rows` with `reference` (None for a reference-free loss); ranked lists are compared by `pairs`."""
-        self.pairs = Pairs(rows, pairs)
+        """Line up `rows` with `reference` (None for a reference-free loss); ranked lists are compared by `pairs`.
+
+        `density_ratios`, one for each row, are there for a loss that needs them.
+        """
+        self.pairs, self.density_ratios = Pairs(rows, pairs), density_ratios
         self.scorer, self.rows, self.reference, self.loss, self.world = scorer, rows, reference, loss, world
         self.device = scorer.compute.device
 
@@ -81,6 +85,7 @@ class RowScorer:
             collision_logps=collision,
             prompt_logps=prompt_logps,
             num_prompt_tokens=num_prompt_tokens,
+            density_ratios=self._density_ratios(batch) if self.loss.needs_density_ratios else None,
         )
 
     @torch.no_grad()
@@ -112,10 +117,15 @@ class RowScorer:
         names += ["shared_logps"] if self.loss.needs_shared_length else []
         names += ["ref_shared_logps"] if self.loss.needs_shared_length and self.loss.needs_reference else []
         names += ["prompt_logps", "num_prompt_tokens"] if self.loss.needs_prompt_logps else []
+        names += ["density_ratios"] if self.loss.needs_density_ratios else []
         return names + (["collision_logps"] if self.loss.needs_vocab_sum else [])
 
     def _weights(self, batch: Pack) -> Tensor:
         return torch.from_numpy(self.rows.weights[batch.rows]).to(self.device)
+
+    def _density_ratios(self, batch: Pack) -> Tensor:
+        assert self.density_ratios is not None, "a loss that needs density ratios was given none"
+        return torch.from_numpy(self.density_ratios[batch.rows]).to(self.device)
 
     def _reference_tokens(self, batch: Pack) -> Tensor:
         assert self.reference is not None, "a loss that needs the reference was given no store"

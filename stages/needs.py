@@ -32,6 +32,11 @@ def check_needs(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Contex
             f"Loss {name} needs a score for each completion, and {unscored} in {rows.path} have none. "
             f"Use data with columns score_chosen and score_rejected, or graded responses."
         )
+    if loss.needs_density_ratios and (roles.get("chosen") or roles.get("ranked")):
+        raise UsageError(
+            f"Loss {name} with udm weights undesirable completions by how their prompts differ from those of desirable "
+            f"ones, and in {rows.path} both have the same prompts. Leave udm out, or use unpaired data."
+        )
     if pairs != "best_worst":
         _check_strategy(loss, name, rows, pairs)
 

@@ -27,6 +27,7 @@ from stages.batches import RowScorer
 from stages.checkpoints import newest_checkpoint, save_checkpoint
 from stages.compute import Compute
 from stages.context import Context, progress
+from stages.density import DensityRatios
 from stages.losses.contract import Loss
 from stages.models import ModelSource, check_length, load_model, load_tokenizer
 from stages.needs import check_needs
@@ -184,10 +185,19 @@ class _Run:
         settings = job.settings
         self.rows, self.loss, self.settings, self.plan = rows, job.loss, settings, job.plan
         self.world, self.draft = world, draft
+        ratios = DensityRatios(rows) if job.loss.needs_density_ratios else None
         self.model = load_model(job.source, job.compute)
         self.scorer = Scorer(self.model, job.compute, say, settings.gradient_checkpointing)
         self.train_scorer, self.heldout_scorer = (
-            RowScorer(self.scorer, split, job.reference, job.loss, world, settings.pairs)
+            RowScorer(
+                self.scorer,
+                split,
+                job.reference,
+                job.loss,
+                world,
+                settings.pairs,
+                ratios and ratios.of(split),
+            )
             for split in (rows, heldout)
         )
         if summary := self.train_scorer.pairs.summary():

@@ -37,6 +37,8 @@ class Rows:
     # An example's rows share its prompt: it is scored once, each row holds the sum.
     prompt_logps: Tensor | None = None
     num_prompt_tokens: Tensor | None = None
+    # Weight of a row for the prompt it answers; 1 where desirable (needs_density_ratios).
+    density_ratios: Tensor | None = None
 
     @property
     def logratios(self) -> Tensor:
@@ -146,6 +148,11 @@ class Loss(BaseModel):
     @property
     def needs_prompt_logps(self) -> bool:
         """Whether `Rows.prompt_logps` and `Rows.num_prompt_tokens` are wanted."""
+        return False
+
+    @property
+    def needs_density_ratios(self) -> bool:
+        """Whether `Rows.density_ratios` is wanted; unpaired data alone has any."""
         return False
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:

@@ -107,6 +107,11 @@ class Mixture(Loss):
         """Whether any part reads the prompts too."""
         return any(part.loss.needs_prompt_logps for part in self.parts)
 
+    @property
+    def needs_density_ratios(self) -> bool:
+        """Whether any part weights by prompts, which the pairs of a mixture share."""
+        return any(part.loss.needs_density_ratios for part in self.parts)
+
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
         outputs = [part.loss(batch, step) for part in self.parts]
