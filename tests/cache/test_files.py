@@ -40,6 +40,16 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
     assert names(path.parent) == ["file"]
 
 
+def test_the_old_bytes_are_never_written_over(tmp_path):
+    """Another name of the old file still shows it whole, as does a reader who has it open."""
+    write_bytes(tmp_path / "file", OLD)
+    os.link(tmp_path / "file", tmp_path / "other name")
+    with open(tmp_path / "file", "rb") as reader:
+        write_bytes(tmp_path / "file", NEW)
+        assert reader.read() == OLD
+    assert (tmp_path / "other name").read_bytes() == OLD
+
+
 def test_an_exception_halfway_leaves_the_old_file(tmp_path):
     write_bytes(tmp_path / "file", OLD)
 
