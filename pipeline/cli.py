@@ -159,7 +159,7 @@ def _stage(
     from pipeline.run import Session
 
     config = load_config(files or [], sets or [], loss)
-    session = Session(config, store, _arguments(files, sets, loss, store))
+    session = Session(config, store, _arguments(files, sets, store), loss)
     result = session.plan(stage) if dry_run else session.run(stage)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -169,12 +169,11 @@ def _stage(
         show(stage, result, dry_run)
 
 
-def _arguments(files: list[Path] | None, sets: list[str] | None, loss: str | None, store: Path) -> str:
+def _arguments(files: list[Path] | None, sets: list[str] | None, store: Path) -> str:
     """The arguments that select this configuration, for commands that errors suggest."""
     parts: list[str] = []
     parts += [part for path in files or [] for part in ("-c", str(path))]
     parts += [part for assignment in sets or [] for part in ("--set", assignment)]
-    parts += ["--set", f"loss.name={loss}"] if loss else []
     parts += ["--store", str(store)] if store != DEFAULT_STORE else []
     return shlex.join(parts)
 

@@ -33,12 +33,17 @@ class Session:
     """One configuration over one store."""
 
     def __init__(
-        self, config: RunConfig, store: Path, arguments: str = "", say: Callable[[str], None] | None = None
+        self,
+        config: RunConfig,
+        store: Path,
+        arguments: str = "",
+        loss: str | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Check what can be checked without loading anything."""
         self.config = config
         settings = {} if say is None else {"say": say}
-        self.context = Context(Store(store), config.to_yaml(), arguments, **settings)
+        self.context = Context(Store(store), config.to_yaml(), arguments, loss, **settings)
 
     def run(self, stage: str) -> Result:
         """Run a stage, or all of them for 'run', and return what happened as plain data."""
@@ -46,15 +51,18 @@ class Session:
             return getattr(self, f"_{stage.replace('-', '_')}")()
         results: Result = {}
         for name in STAGES:
-            if name == "cache-ref" and not self.config.loss.needs_reference:
-                self.context.say(f"cache-ref: not needed, {self._loss_name} has no reference")
-                continue
-            results[name] = self.run(name)
+            if self._is_needed(name):
+                results[name] = self.run(name)
+            else:
+                self.context.say(f"{name}: not needed, {self._loss_name} has no reference")
         return results
+
+    def _is_needed(self, stage: str) -> bool:
+        return stage != "cache-ref" or self.config.loss.needs_reference
 
     def plan(self, stage: str) -> Result:
         """What `run` would do, from what is in the store; writes nothing."""
-        stages = STAGES if stage == "run" else (stage,)
+        stages = [name for name in STAGES if self._is_needed(name)] if stage == "run" else [stage]
         if (
             QUICKSTART in (self.config.policy.model, self.config.data.path)
             and not quickstart.folder_of(self.context.store.root).is_dir()
@@ -206,8 +214,9 @@ class Session:
         reference: RefLogps | None = None
         if config.loss.needs_reference:
             name, revision = config.reference_model
-            reference = open_reference(name, revision, self._compute, self.context)
-            if (name, revision) == (config.policy.model, config.policy.revision):
+            is_start = (name, revision) == (config.policy.model, config.policy.revision)
+            reference = open_reference(name, revision, self._compute, self.context, check_files=not is_start)
+            if is_start:  # the content of the weights is known, which says more than their dates
                 check_same_model(reference, start, self.context)
         return Job(rows, self._policy_source, start, reference, config.loss, config.train, self._compute)
 

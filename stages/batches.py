@@ -60,7 +60,7 @@ class RowScorer:
             logps=sums(token_logps * mask),
             num_tokens=num_tokens,
             ref_logps=None if ref_tokens is None else sums(ref_tokens * mask),
-            weights=torch.from_numpy(self.rows.weights[batch.rows]).to(self.device),
+            weights=self._weights(batch) if self.loss.takes_weights else None,
             scores=torch.from_numpy(self.rows.scores[batch.rows]).float().to(self.device),
             shared_logps=None if shared is None else sums(token_logps * shared),
             ref_shared_logps=None if shared is None or ref_tokens is None else sums(ref_tokens * shared),
@@ -94,11 +94,15 @@ class RowScorer:
         )
 
     def _field_names(self) -> list[str]:
-        names = ["logps", "num_tokens", "weights", "scores"]
+        names = ["logps", "num_tokens", "scores"]
+        names += ["weights"] if self.loss.takes_weights else []
         names += ["ref_logps"] if self.loss.needs_reference else []
         names += ["shared_logps"] if self.loss.needs_shared_length else []
         names += ["ref_shared_logps"] if self.loss.needs_shared_length and self.loss.needs_reference else []
         return names + (["collision_logps"] if self.loss.needs_vocab_sum else [])
+
+    def _weights(self, batch: Pack) -> Tensor:
+        return torch.from_numpy(self.rows.weights[batch.rows]).to(self.device)
 
     def _reference_tokens(self, batch: Pack) -> Tensor:
         assert self.reference is not None, "a loss that needs the reference was given no store"

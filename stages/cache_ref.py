@@ -77,10 +77,12 @@ def count_missing(
     return len(needed), len(reference.missing(needed)), tokens
 
 
-def open_reference(source_name: str, revision: str | None, compute: Compute, context: Context) -> RefLogps:
+def open_reference(
+    source_name: str, revision: str | None, compute: Compute, context: Context, check_files: bool = True
+) -> RefLogps:
     """The store that cache-ref filled for this reference, without touching the reference's weights.
 
-    Raises `StaleError` when there is none, or when the model folder has changed since.
+    Raises `StaleError` when there is none, or (`check_files`) when the model's files have changed since.
     """
     path = _pointer(source_name, revision, compute, context)
     if not path.is_file():
@@ -90,10 +92,12 @@ def open_reference(source_name: str, revision: str | None, compute: Compute, con
         )
     pointer = read_json(path)
     now = _stat_files(Path(pointer["folder"]))
-    if now and now != pointer["files"]:
+    if check_files and now and now != pointer["files"]:
+        names = {*now, *pointer["files"]}
+        changed = ", ".join(sorted(name for name in names if now.get(name) != pointer["files"].get(name)))
         raise StaleError(
-            f"The model in {pointer['folder']} has changed since its log-probs were cached "
-            f"({'; '.join(differing_fields(pointer['files'], now)[:3])}). Run: {context.command('cache-ref')}"
+            f"The model {source_name} has changed since its log-probs were cached (size or date of {changed}). "
+            f"Look whether its content did, which costs nothing if not, with: {context.command('cache-ref')}"
         )
     return RefLogps(context.store.root / "ref-logps" / pointer["store"], pointer["identity"])
 
@@ -180,7 +184,9 @@ def _score_unit(
 
 
 def _folder(context: Context, name: str, identity: dict[str, Any]) -> Path:
-    return context.store.root / "ref-logps" / f"{name}-{short(fingerprint(identity))}"
+    """The store of this reference; the content decides, whatever name it was first cached under."""
+    root, digits = context.store.root / "ref-logps", short(fingerprint(identity))
+    return next(iter(sorted(root.glob(f"*-{digits}"))), root / f"{name}-{digits}")
 
 
 def _pointer(name: str, revision: str | None, compute: Compute, context: Context) -> Path:

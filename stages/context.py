@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from cache.artifacts import Store
 
 PLAIN_LINE_SECONDS = 10.0
+LOSS_STAGES = ("train", "sample", "run")
 
 
 def say_on_stderr(line: str) -> None:
@@ -21,17 +22,20 @@ class Context:
     """The surroundings of a stage run.
 
     `config_text` is the resolved configuration, saved beside the artifact. `arguments` are the
-    command-line arguments that select this configuration, repeated in commands that errors suggest.
+    command-line arguments that select this configuration, repeated in commands that errors suggest;
+    `loss` is what was given as `--loss`, for the stages that take it.
     """
 
     store: Store
     config_text: str = ""
     arguments: str = ""
+    loss: str | None = None
     say: Callable[[str], None] = field(default=say_on_stderr)
 
     def command(self, stage: str, extra: str = "") -> str:
         """The command line that runs `stage` with this configuration."""
-        return " ".join(part for part in ("align", stage, self.arguments, extra) if part)
+        loss = f"--loss {self.loss}" if self.loss and stage in LOSS_STAGES else ""
+        return " ".join(part for part in ("align", stage, loss, self.arguments, extra) if part)
 
 
 @contextmanager

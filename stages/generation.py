@@ -211,8 +211,8 @@ def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) ->
         if len(prompt) > model.max_length - 1:
             raise DataError(
                 f"Row {row_id}: the prompt has {len(prompt)} tokens; at most {model.max_length - 1} leave room for "
-                f"a completion in {model.path}. Raise sample.max_model_length if the model has more positions, or "
-                f"lower prepare.max_prompt_length."
+                f"a completion in {model.path}. Lower prepare.max_prompt_length "
+                f"or sample.max_tokens."
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             outside = next(token for token in prompt if not 0 <= token < vocab_size)

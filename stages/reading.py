@@ -39,9 +39,9 @@ class SourceRow:
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
     """What identifies the source's content: a file's sha256, or a hub dataset's resolved revision."""
-    path = _local_file(data)
-    if path is not None:
-        return {"sha256": sha256_file(path)}
+    files = _local_files(data)
+    if files is not None:
+        return {"sha256": [sha256_file(path) for path in files]}
     return {
         "path": data.path,
         "config": data.config,
@@ -52,27 +52,31 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
     """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
-    path = _local_file(data)
-    rows = _read_hub(data) if path is None else _read_file(path)
+    files = _local_files(data)
+    rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
     for number, row in enumerate(rows):
         if data.max_samples is not None and number >= data.max_samples:
             return
         yield row
 
 
-def _local_file(data: DataSettings) -> Path | None:
-    """The local file that `data.path` names, or None for a hub dataset or a dataset folder."""
+def _local_files(data: DataSettings) -> list[Path] | None:
+    """The file that `data.path` names, or the data files of the folder it names, or None for a hub dataset."""
     path = Path(data.path).expanduser()
     if path.is_file():
         if _suffix(path) not in FILE_SUFFIXES:
             raise DataError(
                 f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz)."
             )
-        return path
-    looks_local = (
-        data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES
-    )
-    if looks_local and not path.is_dir():
+        return [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in FILE_SUFFIXES)
+        if not files:
+            raise DataError(
+                f"{path} holds no data file. Expected files ending in {', '.join(FILE_SUFFIXES)}."
+            )
+        return files
+    if data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES:
         raise DataError(f"No such file: {data.path}. Give a file or a hub dataset with --set data.path=PATH.")
     return None
 

@@ -13,6 +13,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -27,7 +28,7 @@ class DataSettings(Settings):
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow, each also .gz for JSON), a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz) or a folder of such files, a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",
@@ -125,8 +126,8 @@ class TrainSettings(Settings):
         default=0.1, description="share of the steps in which the learning rate rises from 0"
     )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW weight decay, on matrices only")
-    adam_beta1: Share = Field(default=0.9, description="AdamW beta1")
-    adam_beta2: Share = Field(default=0.999, description="AdamW beta2")
+    adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
+    adam_beta2: Decay = Field(default=0.999, description="AdamW beta2")
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW epsilon")
     max_grad_norm: NonNegativeFloat = Field(
         default=1.0, description="clip the step's gradient to this norm; 0 does not clip"

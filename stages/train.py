@@ -27,6 +27,7 @@ from stages.batches import RowScorer
 from stages.checkpoints import newest_checkpoint, save_checkpoint
 from stages.compute import Compute
 from stages.context import Context, progress
+from stages.losses import LOSSES
 from stages.losses.contract import Loss
 from stages.models import ModelSource, check_length, load_model, load_tokenizer
 from stages.parallel import World, join_world
@@ -79,17 +80,24 @@ def check_needs(loss: Loss, rows: Artifact, context: Context) -> None:
     roles = rows.counts["rows_by_role"]
     name = loss.model_dump()["name"]
     if loss.unit == "pair" and not roles.get("chosen"):
+        others = [other for other, cls in LOSSES.items() if cls.unit == "row"]
         raise UsageError(
-            f"Loss {name} compares a chosen with a rejected completion, and {rows.path} has no pairs. Use --loss kto, bco or apo_zero_unpaired."
+            f"Loss {name} is computed on pairs of a chosen and a rejected completion, and {rows.path} has none. "
+            f"Losses for unpaired data: {', '.join(others)}."
         )
     if loss.needs_mismatched and not roles.get("mismatched"):
         extra = "--set prepare.mismatched=true"
         raise StaleError(
-            f"Loss {name} needs mismatched rows, and {rows.path} has none. Run: {context.command('prepare', extra)}, then cache-ref with the same option."
+            f"Loss {name} needs mismatched rows, and {rows.path} has none. "
+            f"Run: {context.command('prepare', extra)}, then cache-ref with the same option."
         )
-    if loss.needs_scores and not rows.counts["scored_rows"]:
+    unscored = (
+        sum(count for role, count in roles.items() if role != "mismatched") - rows.counts["scored_rows"]
+    )
+    if loss.needs_scores and unscored:
         raise DataError(
-            f"Loss {name} needs a score for each completion, and {rows.path} has none. Use data with score_chosen and score_rejected columns, or graded responses."
+            f"Loss {name} needs a score for each completion, and {unscored} in {rows.path} have none. "
+            f"Use data with columns score_chosen and score_rejected, or graded responses."
         )
 
 

@@ -162,7 +162,9 @@ def test_a_model_edited_in_place_is_noticed(tiny_model, preferences, tmp_path) -
     run.run("prepare")
     run.run("cache-ref")
     _edit_one_weight(model)
-    with pytest.raises(StaleError, match=r"has changed since.*align cache-ref"):
+    with pytest.raises(
+        StaleError, match=r"not of the policy's own starting weights: weights: \w+.*align cache-ref"
+    ):
         session(tree, tmp_path / "store").run("train")
     assert session(tree, tmp_path / "store").run("cache-ref")["rows_scored"] > 0
     assert not session(tree, tmp_path / "store").run("train")["reused"]

@@ -196,12 +196,19 @@ def test_identity_is_the_content_and_not_the_path(tmp_path):
     assert first == second != third
 
 
-def test_a_folder_is_read_with_datasets_and_its_errors_are_one_line(read, tmp_path):
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    assert [value for _, value in read("set")] == [{"prompt": "a"}, {"prompt": "b"}]
-    with pytest.raises(DataError, match=r'Unknown split "nope".*--set data\.split=NAME'):
-        read("set", split="nope")
-    (tmp_path / "set" / "train.jsonl").write_text('{"prompt": "a"\n')
-    with pytest.raises(DataError, match=r"cannot be read .*--set data\.path=PATH"):
-        read("set")
+def test_a_folder_is_its_files_in_name_order_and_known_by_their_content(tmp_path):
+    """An edit that keeps size and date changes the identity; `datasets` would serve the old rows."""
+    import os
+
+    (tmp_path / "b.jsonl").write_text('{"n": 2}\n')
+    (tmp_path / "a.json").write_text('[{"n": 1}]')
+    (tmp_path / "notes.txt").write_text("not data")
+    data = DataSettings(path=str(tmp_path))
+    assert [(row.location, row.value) for row in read_source(data)] == [
+        ("a.json#1", {"n": 1}),
+        ("b.jsonl:1", {"n": 2}),
+    ]
+    before, stat = source_identity(data), (tmp_path / "b.jsonl").stat()
+    (tmp_path / "b.jsonl").write_text('{"n": 3}\n')
+    os.utime(tmp_path / "b.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert source_identity(data) != before
