@@ -35,7 +35,7 @@ class CorruptError(AlignError):
     exit_code = 5
 
 
-class EnvironmentError_(AlignError):
+class MachineError(AlignError):
     """The machine cannot do this: a missing extra, no device, no memory, no disk (exit code 6)."""
 
     exit_code = 6

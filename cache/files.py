@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CorruptError, EnvironmentError_
+from cache.errors import CorruptError, MachineError
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -35,7 +35,7 @@ def no_space_is_the_users(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EnvironmentError_(
+        raise MachineError(
             f"Cannot write {path}: {error.strerror or error}. Free or enable the disk, or choose another "
             f"folder with --store DIR; what was finished before is kept, so type the same command again."
         ) from error

@@ -1,6 +1,5 @@
 """What a person sees at the end of a command: tables on stdout, made from the stages' results."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.quickstart import is_preferred
+from stages.outputs import read_jsonl
 
 SHOWN_METRICS = (
     ("loss", "loss"),
@@ -95,7 +95,7 @@ def _show_train(console: Console, result: dict[str, Any]) -> None:
 def _show_sample(console: Console, result: dict[str, Any]) -> None:
     what = f"{result['num_completions']:,} completions of {result['num_prompts']:,} prompts by {result['engine']}, {result['finished']:,} ended by themselves"
     _headline(console, "sample", what, result)
-    lines = [json.loads(line) for line in Path(result["output"]).read_text(encoding="utf-8").splitlines()]
+    lines = read_jsonl(Path(result["output"]))
     sides = list(result["models"])
     table = Table(show_lines=True, expand=False)
     table.add_column("prompt", ratio=2)

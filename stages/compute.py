@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cache.errors import EnvironmentError_
+from cache.errors import MachineError
 from stages.settings import ComputeSettings
 
 # Part of a reference log-prob's identity: raise it when the scoring engine's numbers change.
@@ -26,13 +26,13 @@ class Compute:
 
 
 def resolve_compute(settings: ComputeSettings) -> Compute:
-    """Turn 'auto' into a device and dtype; raises `EnvironmentError_` when the device is not there."""
+    """Turn 'auto' into a device and dtype; raises `MachineError` when the device is not there."""
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[device]:
-        raise EnvironmentError_(
+        raise MachineError(
             f"compute.device is {device}, which this machine does not have. Use --set compute.device=cpu."
         )
     dtype = settings.dtype

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cache.errors import DataError, EnvironmentError_, UsageError
+from cache.errors import DataError, MachineError, UsageError
 
 Engine = Literal["auto", "vllm", "transformers"]
 # vLLM raises any temperature in between to 0.01 and refuses more than 2.
@@ -151,7 +151,7 @@ def generate_each(
 
     Raises:
         DataError: a model folder or a prompt cannot be used; nothing has been started yet.
-        EnvironmentError_: `vllm` was asked for and is not installed or does not run.
+        MachineError: `vllm` was asked for and is not installed or does not run.
     """
     opened = [open_model(path, sampling, options) for path in models]
     for model in opened:
@@ -236,9 +236,9 @@ def _run(
         missing = _why_no_vllm()
         try:
             if missing:
-                raise EnvironmentError_(missing)
+                raise MachineError(missing)
             return "vllm", run_vllm(models, requests, sampling, options)
-        except EnvironmentError_ as error:
+        except MachineError as error:
             if engine == "vllm":
                 raise
             say(f"Sampling with transformers, which is slower: {error}")

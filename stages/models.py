@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError, EnvironmentError_, UsageError
+from cache.errors import DataError, MachineError, UsageError
 from cache.fingerprint import weights_fingerprint
 from stages.compute import SCORER_VERSION, Compute
 
@@ -55,7 +55,7 @@ def resolve_model(name: str, revision: str | None) -> ModelSource:
         return ModelSource(name, Path(snapshot_download(name, revision=revision, allow_patterns=patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise EnvironmentError_(
+        raise MachineError(
             f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
             f"Check the name, the network and `hf auth login`, or give a folder with --set policy.model=PATH."
         ) from error

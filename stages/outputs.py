@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cache.errors import DataError
 from cache.files import write_bytes
@@ -37,6 +37,12 @@ def write_jsonl(records: Iterable[SampleRecord], path: Path) -> None:
     """Write one JSON object per line, in the order given."""
     lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
     write_bytes(path, "".join(lines).encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that `write_jsonl` wrote; a line ends at a line feed and nowhere else."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_alpaca_eval(records: Sequence[SampleRecord], path: Path, dataset: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError, EnvironmentError_
+from cache.errors import DataError, MachineError
 from cache.files import sha256_file
 from stages.settings import DataSettings
 
@@ -227,7 +227,7 @@ def _hub_builder(data: DataSettings):
     try:
         return datasets.load_dataset_builder(data.path, data.config, revision=data.revision)
     except (ConnectionError, OSError, ValueError) as error:
-        raise EnvironmentError_(
+        raise MachineError(
             f"Dataset {data.path!r} is neither a local file nor reachable on the hub ({_first_line(error)}). "
             f"Check the name and the network, or give a local file with --set data.path=PATH."
         ) from error

@@ -6,7 +6,6 @@ a file through the same template. Writes `completions/<model>-<fingerprint>` wit
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from stages.compute import Compute
 from stages.context import Context
 from stages.generation import Completion, EngineOptions, Sampling, generate_each
 from stages.models import ModelSource
-from stages.outputs import SampleRecord, write_alpaca_eval, write_jsonl
+from stages.outputs import SampleRecord, read_jsonl, write_alpaca_eval, write_jsonl
 from stages.reading import BadRow, read_source
 from stages.rows import RowSet
 from stages.settings import DataSettings, SampleSettings
@@ -149,10 +148,7 @@ def sample(job: SampleJob, context: Context) -> Artifact:
 def read_completions(artifact: Artifact) -> list[dict[str, Any]]:
     """The lines of `completions.jsonl`, after checking the artifact's files."""
     artifact.check_files()
-    return [
-        json.loads(line)
-        for line in (artifact.path / "completions.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return read_jsonl(artifact.path / "completions.jsonl")
 
 
 def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cache.errors import EnvironmentError_
+from cache.errors import MachineError
 from stages.settings import TrackSettings
 
 
@@ -57,7 +57,7 @@ def _start_wandb(settings: TrackSettings, run_name: str, config: dict[str, Any],
     try:
         import wandb
     except ImportError as error:
-        raise EnvironmentError_("track.wandb needs wandb. Install it with: pip install wandb") from error
+        raise MachineError("track.wandb needs wandb. Install it with: pip install wandb") from error
     run = wandb.init(
         project=settings.project,
         name=settings.run_name or run_name,

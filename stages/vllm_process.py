@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from cache.errors import EnvironmentError_
+from cache.errors import MachineError
 from cache.files import read_json, write_bytes
 from stages.generation import EngineOptions, Model, Request, Sampling
 
@@ -39,7 +39,7 @@ def run_vllm(
 ) -> list[list[list[int]]]:
     """Token ids of every request's completion, for each model, up to and with its stop token.
 
-    Raises `EnvironmentError_` with the worker's last lines when it fails.
+    Raises `MachineError` with the worker's last lines when it fails.
     """
     import torch
 
@@ -100,7 +100,7 @@ def _run_worker(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if code != 0 or not result_path.is_file():
-        raise EnvironmentError_(
+        raise MachineError(
             f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Mend that, or "
             f"sample without vLLM: --set sample.engine=transformers"
         )

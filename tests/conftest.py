@@ -1,8 +1,13 @@
 """Tiny models, tokenizers and data that every floor's tests share; all made here, nothing fetched."""
 
 import json
+import os
 import random
 from pathlib import Path
+
+# The models here are tiny: a second thread only waits for the first, and on a busy machine it waits long.
+# Set before torch is imported, and inherited by every process the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings

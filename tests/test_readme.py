@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from cache.errors import AlignError, CorruptError, DataError, EnvironmentError_, StaleError, UsageError
+from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
 from pipeline.cli import EXAMPLES, app
 from pipeline.config import RunConfig, load_config
 from stages.formats import FORMATS, choose_format
@@ -146,7 +146,7 @@ def test_the_truncation_table_is_what_happens(row):
 
 def test_the_exit_codes_are_those_of_the_errors():
     documented = {int(code) for row in table(section("Exit codes")) for code in row[0].split(", ")}
-    errors = (AlignError, UsageError, DataError, StaleError, CorruptError, EnvironmentError_)
+    errors = (AlignError, UsageError, DataError, StaleError, CorruptError, MachineError)
     assert documented == {0, 130, 143} | {error.exit_code for error in errors}
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cache.artifacts import Store, open_artifact
-from cache.errors import CorruptError, EnvironmentError_, StaleError
+from cache.errors import CorruptError, MachineError, StaleError
 from cache.fingerprint import canonical_json
 
 IDENTITY = {"source": "abc", "limits": {"max_length": 8}}
@@ -91,7 +91,7 @@ def test_a_kept_draft_is_taken_up_again(store):
 
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(EnvironmentError_, match=r"Cannot write .*--store DIR"):
+    with pytest.raises(MachineError, match=r"Cannot write .*--store DIR"):
         Store(tmp_path / "file").draft("rows", "name", "prepare", IDENTITY)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CorruptError, EnvironmentError_
+from cache.errors import CorruptError, MachineError
 from cache.files import atomic_path, publish_folder, read_json, sha256_file, write_bytes, write_json
 
 OLD, NEW = b"old", b"new content"
@@ -38,6 +38,16 @@ def test_a_write_replaces_the_whole_file_and_leaves_nothing_else(tmp_path):
     write_bytes(path, NEW)
     assert path.read_bytes() == NEW
     assert names(path.parent) == ["file"]
+
+
+def test_the_old_bytes_are_never_written_over(tmp_path):
+    """Another name of the old file still shows it whole, as does a reader who has it open."""
+    write_bytes(tmp_path / "file", OLD)
+    os.link(tmp_path / "file", tmp_path / "other name")
+    with open(tmp_path / "file", "rb") as reader:
+        write_bytes(tmp_path / "file", NEW)
+        assert reader.read() == OLD
+    assert (tmp_path / "other name").read_bytes() == OLD
 
 
 def test_an_exception_halfway_leaves_the_old_file(tmp_path):
@@ -79,7 +89,7 @@ def test_a_kill_halfway_leaves_the_old_file(tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
     write_bytes(tmp_path / "file", OLD)
     with (
-        pytest.raises(EnvironmentError_, match=r"Cannot write .*file: File too large\. .*--store DIR"),
+        pytest.raises(MachineError, match=r"Cannot write .*file: File too large\. .*--store DIR"),
         full_disk(1000),
     ):
         write_bytes(tmp_path / "file", bytes(5000))
@@ -89,7 +99,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_bytes(OLD)
-    with pytest.raises(EnvironmentError_, match=r"Cannot write .*--store DIR"):
+    with pytest.raises(MachineError, match=r"Cannot write .*--store DIR"):
         write_bytes(tmp_path / "file" / "inside", NEW)
 
 
@@ -97,7 +107,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_a_read_only_folder_is_one_line(tmp_path):
     tmp_path.chmod(0o555)
     try:
-        with pytest.raises(EnvironmentError_, match="Permission denied"):
+        with pytest.raises(MachineError, match="Permission denied"):
             write_bytes(tmp_path / "file", NEW)
     finally:
         tmp_path.chmod(0o755)
@@ -144,6 +154,6 @@ def test_the_folder_that_was_published_first_stays(tmp_path):
 def test_a_folder_that_cannot_be_published_stays_where_it_was(tmp_path):
     (tmp_path / "staging").mkdir()
     (tmp_path / "final").write_text("a file is in the way")
-    with pytest.raises(EnvironmentError_, match="Cannot write"):
+    with pytest.raises(MachineError, match="Cannot write"):
         publish_folder(tmp_path / "staging", tmp_path / "final")
     assert names(tmp_path) == ["final", "staging"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cache.errors import DataError, EnvironmentError_, UsageError
+from cache.errors import DataError, MachineError, UsageError
 from stages.generation import (
     Completion,
     EngineOptions,
@@ -176,7 +176,7 @@ def test_without_vllm(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(
-        EnvironmentError_, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
+        MachineError, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
     ):
         sample("vllm", tiny, [[5]], ["a"], GREEDY)
     said: list[str] = []

@@ -1,11 +1,12 @@
 """The files of stage 4, as their readers see them."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from cache.errors import DataError
-from stages.outputs import SampleRecord, instruction, write_alpaca_eval, write_jsonl
+from stages.outputs import SampleRecord, instruction, read_jsonl, write_alpaca_eval, write_jsonl
 
 CHAT = [{"role": "user", "content": "Wie spät ist es?\n"}]
 
@@ -34,6 +35,14 @@ def test_jsonl_has_one_object_per_line(tmp_path):
     }
     assert second == first | {"sample_index": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["completions.jsonl"]
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u0085b\u2029", "a\r\nb\x0b\x0c", "\u001c"])
+def test_what_was_written_is_read_back_whatever_ends_a_line_elsewhere(tmp_path, text):
+    """`str.splitlines` would cut these texts."""
+    written = [record(0, model=text), record(1)]
+    write_jsonl(written, tmp_path / "completions.jsonl")
+    assert read_jsonl(tmp_path / "completions.jsonl") == [asdict(entry) for entry in written]
 
 
 def test_alpaca_eval_is_an_array_with_one_output_per_prompt(tmp_path):

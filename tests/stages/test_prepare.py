@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from cache.artifacts import Store
-from cache.errors import AlignError, DataError, EnvironmentError_, UsageError
+from cache.errors import AlignError, DataError, MachineError, UsageError
 from stages.context import Context
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
@@ -355,7 +355,7 @@ def test_a_source_without_usable_rows_says_why(tmp_path, base, context, name, co
 
 def test_a_store_that_cannot_be_written_is_one_line(preferences, chat):
     context = Context(Store(preferences))  # a file
-    with pytest.raises(EnvironmentError_, match="Cannot write"):
+    with pytest.raises(MachineError, match="Cannot write"):
         prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, chat, context)
 
 
