@@ -129,7 +129,8 @@ DEFINITIONS = [
     " held at 0 and our mean over rows doubled.",
     "cpo: ours takes the mean NLL per token of each pair, TRL the mean over the tokens of a micro-batch. Equal when the"
     " chosen completions are of equal length; the row `cpo, unequal lengths` measures the difference.",
-    "orpo: as cpo, and TRL's NLL covers the prompt too; the row `orpo, with prompts` measures the difference.",
+    "orpo: as cpo, and TRL's NLL covers the prompt too, as ours does with nll_span: sequence. With the default,"
+    " nll_span: completion, they differ; the row `orpo, with prompts` measures it.",
     "sft, aot, aot_unpaired, kto: the statistic (token count, ranks, z) is the optimizer step's here and a"
     " micro-batch's in TRL. Compared on one micro-batch, where both are the same.",
     "simpo: TRL's simpo_gamma is gamma, ours is gamma / beta; TRL's cpo_alpha is 1 unless set to 0.",
@@ -167,6 +168,9 @@ def compare() -> int:
                 reference_free_runs(block, trainer, peer, equal_lengths, prompt=1),
             )
         )
+    sequence = {"name": "orpo", "nll_span": "sequence"}
+    remark = "prompts of 4 tokens, chosen of equal length; odds in float32"
+    rows.append(row(sequence, name_of(sequence), remark, reference_free_runs(sequence, "ORPO", {}, True, 4)))
     differs = [
         ("cpo, unequal lengths", REFERENCE_FREE[3], 1),
         ("orpo, with prompts", REFERENCE_FREE[4], 4),
@@ -339,7 +343,12 @@ def reference_free_runs(block, trainer_name, peer, equal_lengths, prompt):
         their_grad = torch.autograd.grad(theirs, leaf, retain_graph=True)[0]
 
         token_logps = leaf[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        rows = Rows(logps=(token_logps * completion[:, 1:]).sum(1), num_tokens=lengths.double())
+        rows = Rows(
+            logps=(token_logps * completion[:, 1:]).sum(1),
+            num_tokens=lengths.double(),
+            prompt_logps=token_logps[:, : prompt - 1].sum(1),
+            num_prompt_tokens=torch.full_like(lengths, prompt - 1).double(),
+        )
         mean = loss(batch_of(rows), step_of(rows)).losses.mean()
         yield mean.detach(), torch.autograd.grad(mean, leaf)[0], theirs.detach(), their_grad
 

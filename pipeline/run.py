@@ -18,11 +18,12 @@ from stages.cache_ref import cache_ref, check_same_model, count_missing, open_re
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.needs import check_needs
 from stages.prepare import find_rows, prepare
 from stages.sample import SampleJob, find_completions, sample
 from stages.settings import DataSettings
 from stages.templates import Template
-from stages.train import Job, check_needs, find_policy, train
+from stages.train import Job, find_policy, train
 
 QUICKSTART = "quickstart"
 STAGES = ("prepare", "cache-ref", "train", "sample")
@@ -133,7 +134,7 @@ class Session:
 
     def _plan_train(self) -> Result:
         job = self._job
-        check_needs(job.loss, job.rows, self.context)
+        check_needs(job.loss, job.rows, job.settings.pairs, self.context)
         plan = job.plan
         return {
             "would": "reuse" if find_policy(job, self.context) else "train",

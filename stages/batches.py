@@ -14,23 +14,34 @@ from torch import Tensor
 from cache.ref_logps import RefLogps
 from stages.losses.contract import Batch, Loss, Rows
 from stages.packs import Pack, build_pack, fed_length
+from stages.pairs import Pairs
 from stages.parallel import World
 from stages.planning import deal, pack
 from stages.rows import RowSet
+from stages.settings import PairStrategy
 
 if TYPE_CHECKING:
     from stages.scoring import Scorer
-
-DESIRABLE = ("chosen", "desirable")
 
 
 class RowScorer:
     """Scores groups of rows of one split for one loss."""
 
     def __init__(
-        self, scorer: "Scorer", rows: RowSet, reference: RefLogps | None, loss: Loss, world: World
+        self,
+        scorer: "Scorer",
+        rows: RowSet,
+        reference: RefLogps | None,
+        loss: Loss,
+        world: World,
+        pairs: PairStrategy = "best_worst",
+        density_ratios: np.ndarray | None = None,
     ) -> None:
-        """Line up `rows` with `reference` (None for a reference-free loss)."""
+        """Line up `rows` with `reference` (None for a reference-free loss); ranked lists are compared by `pairs`.
+
+        `density_ratios`, one for each row, are there for a loss that needs them.
+        """
+        self.pairs, self.density_ratios = Pairs(rows, pairs), density_ratios
         self.scorer, self.rows, self.reference, self.loss, self.world = scorer, rows, reference, loss, world
         self.device = scorer.compute.device
 
@@ -40,7 +51,10 @@ class RowScorer:
         plan = pack(lengths, self.scorer.compute.tokens_per_batch)
         costs = [sum(lengths[item] for item in items) for items in plan]
         mine = deal(costs, self.world.size)[self.world.rank]
-        return [build_pack(self.rows, [groups[item] for item in plan[number]]) for number in mine]
+        with_prompts = self.loss.needs_prompt_logps
+        return [
+            build_pack(self.rows, [groups[item] for item in plan[number]], with_prompts) for number in mine
+        ]
 
     def score(self, batch: Pack) -> Rows:
         """Log-probs of the pack's rows, with gradient where that is on."""
@@ -49,6 +63,10 @@ class RowScorer:
             token_logps, token_collisions = self.scorer(batch, collision=True)
         else:
             token_logps, token_collisions = self.scorer(batch), None
+        token_logps, prompt_token_logps = token_logps.tensor_split([len(batch.token_rows)])
+        prompt_logps, num_prompt_tokens = (
+            _prompt_sums(batch, prompt_token_logps) if self.loss.needs_prompt_logps else (None, None)
+        )
         mask = batch.mask.to(self.device)
         sums = _RowSums(batch.token_rows.to(self.device), len(batch.rows))
         num_tokens = sums(mask)
@@ -65,6 +83,9 @@ class RowScorer:
             shared_logps=None if shared is None else sums(token_logps * shared),
             ref_shared_logps=None if shared is None or ref_tokens is None else sums(ref_tokens * shared),
             collision_logps=collision,
+            prompt_logps=prompt_logps,
+            num_prompt_tokens=num_prompt_tokens,
+            density_ratios=self._density_ratios(batch) if self.loss.needs_density_ratios else None,
         )
 
     @torch.no_grad()
@@ -84,14 +105,10 @@ class RowScorer:
     def batch(self, numbers: np.ndarray, rows: Rows) -> Batch:
         """How the rows of these row numbers compare: which are desirable, and which pair up."""
         roles = self.rows.roles[numbers]
-        chosen = np.flatnonzero(roles == "chosen")
-        rejected = np.flatnonzero(roles == "rejected")
-        return Batch(
-            rows=rows,
-            desirable=torch.from_numpy(np.isin(roles, DESIRABLE)).to(self.device),
-            chosen=torch.from_numpy(chosen).to(self.device),
-            rejected=torch.from_numpy(rejected).to(self.device),
-        )
+        chosen, rejected = torch.from_numpy(self.pairs.among(numbers)).to(self.device).unbind(1)
+        desirable = torch.from_numpy(roles == "desirable").to(self.device)
+        desirable[chosen] = True
+        return Batch(rows, desirable, chosen, rejected)
 
     def _field_names(self) -> list[str]:
         names = ["logps", "num_tokens", "scores"]
@@ -99,10 +116,16 @@ class RowScorer:
         names += ["ref_logps"] if self.loss.needs_reference else []
         names += ["shared_logps"] if self.loss.needs_shared_length else []
         names += ["ref_shared_logps"] if self.loss.needs_shared_length and self.loss.needs_reference else []
+        names += ["prompt_logps", "num_prompt_tokens"] if self.loss.needs_prompt_logps else []
+        names += ["density_ratios"] if self.loss.needs_density_ratios else []
         return names + (["collision_logps"] if self.loss.needs_vocab_sum else [])
 
     def _weights(self, batch: Pack) -> Tensor:
         return torch.from_numpy(self.rows.weights[batch.rows]).to(self.device)
+
+    def _density_ratios(self, batch: Pack) -> Tensor:
+        assert self.density_ratios is not None, "a loss that needs density ratios was given none"
+        return torch.from_numpy(self.density_ratios[batch.rows]).to(self.device)
 
     def _reference_tokens(self, batch: Pack) -> Tensor:
         assert self.reference is not None, "a loss that needs the reference was given no store"
@@ -123,6 +146,16 @@ class RowScorer:
             for part, name in zip(np.split(mask, ends[:-1]), ids, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts))
+
+
+def _prompt_sums(batch: Pack, token_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the scored tokens of each row's prompt; the rows of an example share theirs."""
+    examples = [segment for segment in batch.segments if segment.completion_lengths]
+    lengths = [segment.prompt_length - 1 for segment in examples]
+    sums = torch.stack([part.sum() for part in token_logps.split(lengths)])
+    shared_by = torch.tensor([len(segment.completion_lengths) for segment in examples], device=sums.device)
+    numbers = torch.tensor(lengths, dtype=sums.dtype, device=sums.device)
+    return sums.repeat_interleave(shared_by), numbers.repeat_interleave(shared_by)
 
 
 class _RowSums:

@@ -23,6 +23,7 @@ from stages.columns import (
     shown,
     text,
 )
+from stages.pairs import best_and_worst
 from stages.reading import BadRow
 
 SCORE_COLUMNS = (
@@ -188,7 +189,7 @@ class Unpaired:
 
 
 class Graded:
-    """`prompt`, `responses`, `rewards`: scored completions; the best is compared with the worst."""
+    """`prompt`, `responses`, `rewards`: scored completions; a pair of the best and the worst, or all."""
 
     name: ClassVar[str] = "graded"
     columns: ClassVar[str] = "prompt, responses, rewards (lists of equal length)"
@@ -198,23 +199,38 @@ class Graded:
         """Whether a row has this layout."""
         return {"prompt", "responses", "rewards"} <= row.keys()
 
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        """The best response against the worst."""
+        ranked = cls.rank(row)
+        best, worst = (ranked.candidates[place] for place in best_and_worst(row["rewards"]))
+        return pair(ranked.prompt, best.completion, worst.completion, best.score, worst.score)
+
     @staticmethod
-    def convert(row: Mapping[str, Any]) -> Preference:
-        """The preference of a row."""
+    def rank(row: Mapping[str, Any]) -> Preference:
+        """All responses, ranked by their scores."""
         responses, rewards = row.get("responses"), row.get("rewards")
         if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
             raise BadRow("responses and rewards: expected lists of equal length")
         rewards = [finite_number(reward, "rewards") for reward in rewards]
         if len(responses) < 2:
             raise Unusable("fewer_than_two_responses")
-        best, worst = (pick(range(len(rewards)), key=rewards.__getitem__) for pick in (max, min))
-        if rewards[best] == rewards[worst]:
+        if min(rewards) == max(rewards):
             raise Unusable("tie")
+        best, worst = best_and_worst(rewards)
+        if responses[best] == responses[worst]:
+            raise Unusable("identical_completions")
         prompt = prompt_of(row)
-        sides = [text({"responses": responses[index]}, "responses") for index in (best, worst)]
+        completions = [text({"responses": response}, "responses") for response in responses]
         if not isinstance(prompt, str):
-            sides = [as_messages(side, "assistant") for side in sides]
-        return pair(prompt, sides[0], sides[1], rewards[best], rewards[worst])
+            completions = [as_messages(completion, "assistant") for completion in completions]
+        return Preference(
+            prompt,
+            [
+                Candidate(completion, "ranked", reward)
+                for completion, reward in zip(completions, rewards, strict=True)
+            ],
+        )
 
 
 FORMATS = (Explicit, UltraFeedback, Implicit, Transcript, Unpaired, Graded)

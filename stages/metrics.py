@@ -2,7 +2,9 @@
 
 Sums and counts are kept on the device and reduced once, so a metric of a step does not depend on how
 the step was split. Names are those TRL's users have on their dashboards. A tie counts one half in
-`rewards/accuracies`: at step 0 policy and reference agree, and the accuracy is 0.5, not 0.
+`rewards/accuracies`: at step 0 policy and reference agree, and the accuracy is 0.5, not 0. Metrics of
+the chosen and the rejected side are means over pairs, so a row of a ranked list counts once for each
+pair it is in; over rows where the data is unpaired.
 """
 
 import torch
@@ -29,12 +31,15 @@ class Totals:
     def add_batch(self, batch: Batch, output: LossOutput) -> None:
         """Add everything that is measured of a batch."""
         self.add("loss", output.losses)
-        for label, rows in (("chosen", batch.desirable), ("rejected", ~batch.desirable)):
+        paired = len(batch.chosen) > 0
+        chosen = batch.chosen if paired else batch.desirable
+        rejected = batch.rejected if paired else ~batch.desirable
+        for label, rows in (("chosen", chosen), ("rejected", rejected)):
             self.add(f"rewards/{label}", output.rewards[rows])
             self.add(f"logps/{label}", batch.rows.logps[rows])
             if batch.rows.ref_logps is not None:
                 self.add(f"logratios/{label}", batch.rows.logratios[rows])
-        if len(batch.chosen):
+        if paired:
             self.add("rewards/accuracies", wins(output.rewards[batch.chosen], output.rewards[batch.rejected]))
         for name, values in output.metrics.items():
             self.add(name, values)

@@ -40,8 +40,10 @@ class Pack:
     """Inputs of one forward pass and what is scored in it.
 
     `input_ids`, `position_ids`: (1, positions). `predictors`: position whose hidden state predicts
-    each scored token; `targets`: that token; `token_rows`: index into `rows` it belongs to; `mask`:
-    whether it counts; all (tokens,). `rows`: row numbers in the row set, in the order scored.
+    each scored token; `targets`: that token; both (tokens,), the completions' tokens in order, then
+    those of the prompts where they are scored, each from its second. `token_rows`: index into `rows` a
+    completion token belongs to; `mask`: whether it counts; both (completion tokens,). `rows`: row
+    numbers in the row set, in the order scored.
     """
 
     input_ids: torch.Tensor
@@ -64,12 +66,16 @@ def fed_length(rows: RowSet, group: np.ndarray) -> int:
     return int(rows.prompt_lengths[group[0]] + (rows.completion_lengths[group] - 1).sum())
 
 
-def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
-    """The pack of `groups`, each holding row numbers that share a prompt."""
+def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = False) -> Pack:
+    """The pack of `groups`, each holding row numbers that share a prompt; the prompts are scored too if asked."""
     ids, positions, segments, predictors, targets, token_rows, masks = [], [], [], [], [], [], []
+    prompt_predictors, prompt_targets = [], []
     start = 0
     for group in groups:
         prompt = rows.prompt(group[0])
+        if with_prompts:
+            prompt_predictors.append(np.arange(start, start + len(prompt) - 1))
+            prompt_targets.append(prompt[1:])
         ids.append(prompt)
         positions.append(np.arange(len(prompt)))
         cursor = start + len(prompt)
@@ -96,8 +102,8 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray]) -> Pack:
         input_ids=_tensor(ids, np.int64)[None],
         position_ids=_tensor(positions, np.int64)[None],
         segments=tuple(segments),
-        predictors=_tensor(predictors, np.int64),
-        targets=_tensor(targets, np.int64),
+        predictors=_tensor(predictors + prompt_predictors, np.int64),
+        targets=_tensor(targets + prompt_targets, np.int64),
         token_rows=torch.from_numpy(token_rows),
         mask=_tensor(masks, np.float32),
         rows=numbers,

@@ -9,18 +9,19 @@ skipped). Its identity is the source's content, the tokenizer, the template and 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache.artifacts import Artifact, Draft
-from cache.errors import DataError
+from cache.errors import DataError, UsageError
 from cache.files import write_bytes
 from cache.fingerprint import canonical_json
 from stages.context import Context
-from stages.formats import Format, Preference, Unusable, choose_format
+from stages.formats import Candidate, Format, Graded, Preference, Unusable, choose_format
+from stages.pairs import best_and_worst
 from stages.reading import BadRow, SourceRow, read_source, source_identity
 from stages.rows import SPLITS, Example, Row, to_table
 from stages.settings import DataSettings, PrepareSettings
@@ -33,6 +34,7 @@ SHARD_EXAMPLES = 2048
 # Examples whose completions rotate to make each other's mismatched rows; small, so that an optimizer
 # step of any usual size holds whole cycles.
 CYCLE = 4
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -106,9 +108,10 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
         source = read_source(data)
         head = list(islice(source, BATCH_ROWS))
         format_ = _choose_format(data, head)
+        convert = _conversion(format_, data, settings)
         writers = {split: _SplitWriter(draft, split, settings, report) for split in SPLITS}
         while head:
-            for split, example in _examples(head, format_, data, settings, template, report):
+            for split, example in _examples(head, convert, data, settings, template, report):
                 writers[split].add(example)
             head = list(islice(source, BATCH_ROWS))
         for writer in writers.values():
@@ -140,9 +143,22 @@ def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
     return choose_format(data.format, readable[0].value or {}, readable[0].location)
 
 
+def _conversion(
+    format_: Format, data: DataSettings, settings: PrepareSettings
+) -> Callable[[Any], Preference]:
+    """How a source row becomes a preference; the one place where a ranked list is kept or made a pair."""
+    if settings.graded == "best_worst":
+        return format_.convert
+    if format_ is not Graded:
+        raise UsageError(
+            f"prepare.graded={settings.graded} is for data of format {Graded.name} ({Graded.columns}), and {data.path} has format {format_.name}. Leave it out."
+        )
+    return Graded.rank
+
+
 def _examples(
     rows: list[SourceRow],
-    format_: Format,
+    convert: Callable[[Any], Preference],
     data: DataSettings,
     settings: PrepareSettings,
     template: Template,
@@ -156,7 +172,7 @@ def _examples(
         try:
             if row.value is None:
                 raise BadRow(row.problem)
-            preference = format_.convert(row.value)
+            preference = convert(row.value)
             rendered.append(template.render(preference))
             converted.append((row, preference))
         except Unusable as reason:
@@ -196,9 +212,8 @@ def _usable(
     if not all(mask.any() for _, mask in fitted.completions):
         report.dropped["nothing_left_to_train"] += 1
         return None
-    if len(fitted.completions) == 2 and all(
-        a.tolist() == b.tolist() for a, b in zip(*fitted.completions, strict=True)
-    ):
+    compared = _compared(preference.candidates, fitted.completions)
+    if len(compared) == 2 and all(a.tolist() == b.tolist() for a, b in zip(*compared, strict=True)):
         report.dropped["identical_after_truncation"] += 1
         return None
     report.prompts_cut += fitted.prompt_cut > 0
@@ -206,6 +221,12 @@ def _usable(
     report.tokens_cut += fitted.prompt_cut + sum(fitted.completions_cut)
     report.rejoined_at_prompt += encoded.rejoined
     return fitted
+
+
+def _compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Value]) -> Sequence[Value]:
+    """The values that belong to the best and the worst entry of a ranked list; all values of other examples."""
+    scores = [entry.score for entry in entries if entry.role == "ranked" and entry.score is not None]
+    return [values[place] for place in best_and_worst(scores)] if scores else values
 
 
 def _is_blank(completion: Any) -> bool:
@@ -270,9 +291,12 @@ class _SplitWriter:
             self._write()
 
     def _add_mismatched(self, cycle: list[Example]) -> None:
-        """Give each example the completions of another one in the cycle, one with another prompt."""
+        """Give each example the completions of another one in the cycle, one with another prompt.
+
+        A ranked list gives its best and its worst, as a pair does.
+        """
         prompts = [example.prompt_ids.tolist() for example in cycle]
-        matched = [list(example.rows) for example in cycle]
+        matched = [list(_compared(example.rows, example.rows)) for example in cycle]
         for index, donor in enumerate(_donors(prompts)):
             if donor is None:
                 continue

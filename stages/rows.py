@@ -139,6 +139,10 @@ class RowSet:
         rows = np.arange(self.starts[example], self.ends[example])
         return rows[(self.roles[rows] == "mismatched") == mismatched]
 
+    def example_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Example number of each of these row numbers."""
+        return np.searchsorted(self.starts, numbers, side="right") - 1
+
     def max_length(self) -> int:
         """Tokens in the longest prompt and completion together."""
         return int((self.prompt_lengths + self.completion_lengths).max()) if len(self) else 0

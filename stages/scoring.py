@@ -50,7 +50,10 @@ class Scorer(nn.Module):
             model.train()
 
     def forward(self, pack: Pack, collision: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Log-probs of the pack's completion tokens, float32, nats, (tokens,); with `collision` also log sum_v pi^2."""
+        """Log-probs of the pack's targets, float32, nats, (tokens,).
+
+        With `collision` also log sum_v pi^2 at the completion tokens, (completion tokens,).
+        """
         pack = pack.to(self.compute.device)
         if not self.packed:
             return self._one_by_one(pack, collision)
@@ -68,7 +71,8 @@ class Scorer(nn.Module):
             logps = TokenLogps.apply(states, head.weight, head.bias, pack.targets, self.scale, self.softcap)
             if not collision:
                 return logps
-            return logps, collision_logps(states.detach(), head.weight, head.bias, self.scale, self.softcap)
+            completions = states[: len(pack.token_rows)].detach()
+            return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -77,29 +81,38 @@ class Scorer(nn.Module):
 
     def _one_by_one(self, pack: Pack, collision: bool) -> Tensor | tuple[Tensor, Tensor]:
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
-        logps, collisions, cursor = [], [], 0
+        scores_prompts = len(pack.targets) > len(pack.token_rows)
+        logps, prompt_logps, collisions, cursor = [], [], [], 0
         for segment in pack.segments:
             prompt_end = segment.start + segment.prompt_length
             begin = prompt_end
-            for fed in segment.completion_lengths:
+            for index, fed in enumerate(segment.completion_lengths):
                 ids = torch.cat(
                     [pack.input_ids[0, segment.start : prompt_end], pack.input_ids[0, begin : begin + fed]]
                 )
-                targets = pack.targets[cursor : cursor + fed + 1]
+                with_prompt = scores_prompts and index == 0
                 self.forwards += 1
                 with self._autocast():
                     logits = (
-                        self.model(input_ids=ids[None], use_cache=False, logits_to_keep=fed + 1)
+                        self.model(
+                            input_ids=ids[None],
+                            use_cache=False,
+                            logits_to_keep=len(ids) if with_prompt else fed + 1,
+                        )
                         .logits[0]
                         .float()
                     )
-                logps.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
+                if with_prompt:
+                    prompt_logps.append(_picked(logits[: -fed - 1], ids[1 : segment.prompt_length]))
+                logits = logits[-fed - 1 :]
+                logps.append(_picked(logits, pack.targets[cursor : cursor + fed + 1]))
                 if collision:
                     detached = logits.detach()
                     collisions.append(torch.logsumexp(2 * detached, -1) - 2 * torch.logsumexp(detached, -1))
                 begin += fed
                 cursor += fed + 1
-        return (torch.cat(logps), torch.cat(collisions)) if collision else torch.cat(logps)
+        found = torch.cat(logps + prompt_logps)
+        return (found, torch.cat(collisions)) if collision else found
 
     def _can_pack(self, say: Callable[[str], None]) -> bool:
         """Whether packed scoring reproduces the model's own logits; the model is left set up for the answer."""
@@ -130,6 +143,11 @@ class Scorer(nn.Module):
         if not difference <= SELF_CHECK_TOLERANCE:
             return f"packed log-probs differ from its own by {difference:.3g} nats"
         return ""
+
+
+def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-prob of each target under the logits of its position."""
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
 
 
 def disable_dropout(model: nn.Module) -> None:

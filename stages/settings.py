@@ -15,6 +15,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
+PairStrategy = Literal["best_worst", "all", "adjacent"]
 
 
 class Settings(BaseModel):
@@ -90,6 +91,10 @@ class PrepareSettings(Settings):
         default=True,
         description="add KTO's mismatched rows (each prompt with another prompt's completions); false saves their share of cache-ref",
     )
+    graded: Literal["best_worst", "ranked"] = Field(
+        default="best_worst",
+        description="graded responses: keep the best and the worst as a pair, or all of them as a ranked list from which train.pairs forms pairs",
+    )
 
 
 class ComputeSettings(Settings):
@@ -115,7 +120,11 @@ class TrainSettings(Settings):
     )
     batch_size: PositiveInt | None = Field(
         default=None,
-        description="examples (pairs) in one optimizer step, over all ranks; null takes the loss's own",
+        description="examples (pairs or ranked lists) in one optimizer step, over all ranks; null takes the loss's own",
+    )
+    pairs: PairStrategy = Field(
+        default="best_worst",
+        description="pairs formed from a ranked list: its best with its worst, all with different scores, or neighbours in rank",
     )
     num_epochs: PositiveInt = Field(default=1, description="passes over the training examples")
     max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")

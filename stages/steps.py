@@ -20,8 +20,8 @@ def accumulate_step(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Add the gradient of a step to the policy's `.grad` and return its metrics and the loss's next state."""
-    groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
-    facts = _facts(scorer, loss, examples, groups, state)
+    groups = [scorer.pairs.fed(example) for example in examples]
+    facts = _facts(scorer, loss, examples, state)
     numbers = np.concatenate(groups)
     units = _num_units(scorer, loss, numbers)
     totals = Totals()
@@ -54,8 +54,8 @@ def evaluate(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> dict[str, float]:
     """Metrics of the loss on fixed examples, taken as one step."""
-    groups = [scorer.rows.example_rows(example, mismatched=False) for example in examples]
-    facts = _facts(scorer, loss, examples, groups, state)
+    groups = [scorer.pairs.fed(example) for example in examples]
+    facts = _facts(scorer, loss, examples, state)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
     output = loss(batch, facts)
     totals = Totals()
@@ -66,13 +66,7 @@ def evaluate(
     return {**totals.means(scorer.world, scorer.device), **_kl_metric(facts)}
 
 
-def _facts(
-    scorer: RowScorer,
-    loss: Loss,
-    examples: Sequence[int],
-    groups: Sequence[np.ndarray],
-    state: dict[str, float],
-) -> Step:
+def _facts(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> Step:
     """What the loss may know of the whole step besides its own units."""
     kl = None
     if loss.needs_mismatched:
@@ -83,14 +77,9 @@ def _facts(
             if mismatched
             else torch.zeros((), device=scorer.device)
         )
-    rows = scorer.rows
-    chosen = [
-        int(rows.mask(row).sum())
-        for group in groups
-        for row in group
-        if rows.roles[row] in ("chosen", "desirable")
-    ]
-    return Step(kl=kl, tokens_per_pair=float(np.mean(chosen)) if chosen else 1.0, state=state)
+    chosen = np.concatenate([scorer.pairs.of(example)[:, 0] for example in examples])
+    tokens = [int(scorer.rows.mask(row).sum()) for row in chosen]
+    return Step(kl=kl, tokens_per_pair=float(np.mean(tokens)) if tokens else 1.0, state=state)
 
 
 def _whole_step(
@@ -102,7 +91,8 @@ def _whole_step(
     which micro-batches can add up in any order.
     """
     scored = scorer.score_all(groups)
-    names = [name for name in ("logps", "shared_logps") if getattr(scored, name) is not None]
+    names = ("logps", "shared_logps", "prompt_logps")
+    names = [name for name in names if getattr(scored, name) is not None]
     leaves = {name: getattr(scored, name).clone().requires_grad_() for name in names}
     batch = scorer.batch(np.concatenate(groups), replace(scored, **leaves))
     output = loss(batch, facts)
@@ -112,7 +102,7 @@ def _whole_step(
 
 
 def _num_units(scorer: RowScorer, loss: Loss, numbers: np.ndarray) -> int:
-    return int((scorer.rows.roles[numbers] == "chosen").sum()) if loss.unit == "pair" else len(numbers)
+    return len(scorer.pairs.among(numbers)) if loss.unit == "pair" else len(numbers)
 
 
 def _kl_metric(facts: Step) -> dict[str, float]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cache.artifacts import Artifact, Draft
-from cache.errors import AlignError, DataError, StaleError, UsageError
+from cache.errors import AlignError
 from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from stages.audit import audit
@@ -27,9 +27,10 @@ from stages.batches import RowScorer
 from stages.checkpoints import newest_checkpoint, save_checkpoint
 from stages.compute import Compute
 from stages.context import Context, progress
-from stages.losses import LOSSES
+from stages.density import DensityRatios
 from stages.losses.contract import Loss
 from stages.models import ModelSource, check_length, load_model, load_tokenizer
+from stages.needs import check_needs
 from stages.parallel import World, join_world
 from stages.planning import epoch_order, num_steps
 from stages.rows import RowSet
@@ -73,32 +74,6 @@ def plan_run(loss: Loss, settings: TrainSettings, num_examples: int) -> Plan:
         eval_steps=eval_steps,
         save_steps=settings.save_steps or eval_steps,
     )
-
-
-def check_needs(loss: Loss, rows: Artifact, context: Context) -> None:
-    """Raise an `AlignError` naming what the data lacks for this loss and the command that adds it."""
-    roles = rows.counts["rows_by_role"]
-    name = loss.model_dump()["name"]
-    if loss.unit == "pair" and not roles.get("chosen"):
-        others = [other for other, cls in LOSSES.items() if cls.unit == "row"]
-        raise UsageError(
-            f"Loss {name} is computed on pairs of a chosen and a rejected completion, and {rows.path} has none. "
-            f"Losses for unpaired data: {', '.join(others)}."
-        )
-    if loss.needs_mismatched and not roles.get("mismatched"):
-        extra = "--set prepare.mismatched=true"
-        raise StaleError(
-            f"Loss {name} needs mismatched rows, and {rows.path} has none. "
-            f"Run: {context.command('prepare', extra)}, then cache-ref with the same option."
-        )
-    unscored = (
-        sum(count for role, count in roles.items() if role != "mismatched") - rows.counts["scored_rows"]
-    )
-    if loss.needs_scores and unscored:
-        raise DataError(
-            f"Loss {name} needs a score for each completion, and {unscored} in {rows.path} have none. "
-            f"Use data with columns score_chosen and score_rejected, or graded responses."
-        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +126,7 @@ def find_policy(job: Job, context: Context) -> Artifact | None:
 def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     """Train the policy and return its artifact. Raises an `AlignError` before anything is loaded if it cannot."""
     rows, source, reference, loss, compute = job.rows, job.source, job.reference, job.loss, job.compute
-    check_needs(loss, rows, context)
+    check_needs(loss, rows, job.settings.pairs, context)
     train_rows, heldout = RowSet.of(rows, "train"), RowSet.of(rows, "heldout")
     if reference is not None:
         keys = (
@@ -210,10 +185,23 @@ class _Run:
         settings = job.settings
         self.rows, self.loss, self.settings, self.plan = rows, job.loss, settings, job.plan
         self.world, self.draft = world, draft
+        ratios = DensityRatios(rows) if job.loss.needs_density_ratios else None
         self.model = load_model(job.source, job.compute)
         self.scorer = Scorer(self.model, job.compute, say, settings.gradient_checkpointing)
-        self.train_scorer = RowScorer(self.scorer, rows, job.reference, job.loss, world)
-        self.heldout_scorer = RowScorer(self.scorer, heldout, job.reference, job.loss, world)
+        self.train_scorer, self.heldout_scorer = (
+            RowScorer(
+                self.scorer,
+                split,
+                job.reference,
+                job.loss,
+                world,
+                settings.pairs,
+                ratios and ratios.of(split),
+            )
+            for split in (rows, heldout)
+        )
+        if summary := self.train_scorer.pairs.summary():
+            say(summary)
         self.eval_examples = range(min(heldout.num_examples, settings.eval_samples or heldout.num_examples))
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = _optimizer(self.parameters, settings)

@@ -19,7 +19,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 class Rows:
     """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
 
-    `logps` and `shared_logps` carry the gradient; everything else is data. Optional fields are present
+    `logps`, `shared_logps` and `prompt_logps` carry the gradient; everything else is data. Optional fields are present
     exactly when the loss asked for them through its needs (`weights` when it takes them).
     """
 
@@ -33,6 +33,12 @@ class Rows:
     ref_shared_logps: Tensor | None = None
     # Mean over kept tokens of log sum_v pi(v)^2, without gradient (needs_vocab_sum).
     collision_logps: Tensor | None = None
+    # Sum over the tokens of the row's prompt from the second on, and their number (needs_prompt_logps).
+    # An example's rows share its prompt: it is scored once, each row holds the sum.
+    prompt_logps: Tensor | None = None
+    num_prompt_tokens: Tensor | None = None
+    # Weight of a row for the prompt it answers; 1 where desirable (needs_density_ratios).
+    density_ratios: Tensor | None = None
 
     @property
     def logratios(self) -> Tensor:
@@ -58,7 +64,8 @@ class Batch:
     """Rows of a micro-batch, or of a whole step, and how they compare.
 
     `chosen` and `rejected` index into `rows`, one entry per pair; `desirable` marks each row.
-    Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not.
+    Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not. Rows of
+    a ranked list may be in several pairs, on either side; there `desirable` is for `needs_labels` to ask.
     """
 
     rows: Rows
@@ -124,6 +131,11 @@ class Loss(BaseModel):
     batch_size: ClassVar[int] = 64
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether `Batch.desirable` is read: each row has to be desirable or not, in whatever pairs it is."""
+        return self.unit == "row"
+
+    @property
     def needs_shared_length(self) -> bool:
         """Whether `Rows.shared_logps` is wanted (length-desensitised variants)."""
         return False
@@ -131,6 +143,16 @@ class Loss(BaseModel):
     @property
     def needs_vocab_sum(self) -> bool:
         """Whether `Rows.collision_logps` is wanted."""
+        return False
+
+    @property
+    def needs_prompt_logps(self) -> bool:
+        """Whether `Rows.prompt_logps` and `Rows.num_prompt_tokens` are wanted."""
+        return False
+
+    @property
+    def needs_density_ratios(self) -> bool:
+        """Whether `Rows.density_ratios` is wanted; unpaired data alone has any."""
         return False
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:

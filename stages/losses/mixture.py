@@ -88,6 +88,11 @@ class Mixture(Loss):
         return self.parts[0].loss.keeps_state
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether any part reads single completions."""
+        return any(part.loss.needs_labels for part in self.parts)
+
+    @property
     def needs_shared_length(self) -> bool:
         """Whether any part is length-desensitised."""
         return any(part.loss.needs_shared_length for part in self.parts)
@@ -96,6 +101,16 @@ class Mixture(Loss):
     def needs_vocab_sum(self) -> bool:
         """Whether any part weights by the vocabulary sum."""
         return any(part.loss.needs_vocab_sum for part in self.parts)
+
+    @property
+    def needs_prompt_logps(self) -> bool:
+        """Whether any part reads the prompts too."""
+        return any(part.loss.needs_prompt_logps for part in self.parts)
+
+    @property
+    def needs_density_ratios(self) -> bool:
+        """Whether any part weights by prompts, which the pairs of a mixture share."""
+        return any(part.loss.needs_density_ratios for part in self.parts)
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""

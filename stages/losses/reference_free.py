@@ -1,7 +1,8 @@
 """Losses that need no reference model: the policy's own (mostly per-token) log-probs are the reward.
 
 In: pairs. Out: one loss per pair. L is a completion's summed log-prob, n its number of tokens, a = L / n, s
-the logistic function; NLL_w = -a_w, so no loss here needs a forward beyond the pair's.
+the logistic function; NLL_w = -a_w (or orpo's, over the prompt as well), so no loss here needs a forward
+beyond the pair's.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -11,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Step
+from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
 
 # Log-odds need p < 1: the nearest mean log-prob to 0 whose odds float32 still tells apart well.
 _MAX_MEAN_LOGP = -1e-6
@@ -58,10 +59,10 @@ class ORPO(Loss):
     Formula: `NLL_w - beta log s(o_w - o_l)`, `o = log(p / (1 - p)) = a - log(1 - e^a)`. Paper: arXiv
     2403.07691, eq. 6 and 7 (beta is its lambda).
 
-    Implementations disagree on the NLL's tokens. `nll_span: completion`, the only value here, is the chosen
-    completion's, as in the ancestor rlhf-book and LLaMA-Factory; TRL takes prompt and completion, whose
-    log-probs are not in our rows. TRL averages the NLL over tokens of a micro-batch, here each pair counts
-    the same.
+    Implementations disagree on the NLL's tokens. `nll_span: completion` takes the chosen completion's, as the
+    ancestor rlhf-book and LLaMA-Factory do; `sequence` takes the prompt's too, from its second token on, as
+    TRL does: `NLL_w = -(log p(prompt) + L_w) / (prompt tokens + n_w)`. TRL averages the
+    NLL over the tokens of a micro-batch, here each pair counts the same.
 
     The metrics are `nll` and `log_odds_ratio` = `o_w - o_l` (TRL logs this as `log_odds_chosen`, and its
     `log_odds_ratio` is the log-sigmoid of it).
@@ -75,16 +76,28 @@ class ORPO(Loss):
     learning_rate: ClassVar[float] = 5e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
-    nll_span: Literal["completion"] = "completion"
+    nll_span: Literal["completion", "sequence"] = "completion"
+
+    @property
+    def needs_prompt_logps(self) -> bool:
+        """The NLL of the sequence begins with the prompt."""
+        return self.nll_span == "sequence"
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
         chosen, rejected = batch.pairs()
-        nll = -chosen.mean_logps
+        nll = self._nll(chosen)
         log_odds_ratio = _log_odds(chosen.mean_logps) - _log_odds(rejected.mean_logps)
         losses = nll - self.beta * logsigmoid(log_odds_ratio)
         metrics = {"nll": nll.detach(), "log_odds_ratio": log_odds_ratio.detach()}
         return LossOutput(losses, self.beta * batch.rows.mean_logps.detach(), metrics)
+
+    def _nll(self, chosen: Rows) -> Tensor:
+        if self.nll_span == "completion":
+            return -chosen.mean_logps
+        assert chosen.prompt_logps is not None, "needs_prompt_logps was not met"
+        assert chosen.num_prompt_tokens is not None, "needs_prompt_logps was not met"
+        return -(chosen.prompt_logps + chosen.logps) / (chosen.num_prompt_tokens + chosen.num_tokens)
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:

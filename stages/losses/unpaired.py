@@ -7,6 +7,7 @@ function.
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import StrictBool
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -95,8 +96,10 @@ class BCO(Loss):
 
     delta is updated once for each optimizer step, over all ranks, and belongs in the checkpoint. TRL updated
     it in every micro-batch (and removed its BCO trainer); TRL's `bco_pair` has no delta and is not this loss.
-    Not here: the paper's density-ratio weights (UDM), for data whose good and bad answers belong to different
-    prompts.
+    `udm` multiplies the losses of undesirable rows by `p / (1 - p)` within [0.5, 10], p the probability that
+    an answer to the prompt is desirable: underlying distribution matching (paper, section 4), for data whose
+    good and bad answers belong to different prompts. TRL's p reads a model's embedding of the prompt, ours
+    its tokens (stages/density.py). On pairs all weights are the same, so `udm` is an error there.
 
     When: as kto, with no mismatched rows to score. The metric `delta` is the shift.
     Values: beta 0.1 (paper 0.01-0.1), learning rate as kto's (paper 5e-7 for 7-9B), batch 128 (paper,
@@ -110,6 +113,12 @@ class BCO(Loss):
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 0.1
+    udm: StrictBool = False
+
+    @property
+    def needs_density_ratios(self) -> bool:
+        """The weights of undesirable rows."""
+        return self.udm
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
@@ -117,6 +126,9 @@ class BCO(Loss):
         seen_sum, seen_count = _seen(step.state)
         delta = (seen_sum + rewards.detach().sum()) / (seen_count + len(rewards))
         losses = -logsigmoid(torch.where(batch.desirable, rewards - delta, delta - rewards))
+        if self.udm:
+            assert batch.rows.density_ratios is not None, "needs_density_ratios was not met"
+            losses = losses * batch.rows.density_ratios
         return LossOutput(losses, rewards.detach(), {"delta": delta.expand_as(losses)})
 
     def next_state(self, rewards: Tensor, state: dict[str, float]) -> dict[str, float]:

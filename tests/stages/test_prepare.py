@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from cache.artifacts import Store
-from cache.errors import AlignError, DataError, MachineError
+from cache.errors import AlignError, DataError, MachineError, UsageError
 from stages.context import Context
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
@@ -294,6 +294,7 @@ OTHER_SETTINGS = {
     "truncation_mode": "keep_start",
     "heldout_fraction": 0.5,
     "mismatched": False,
+    "graded": "ranked",
 }
 OTHER_DATA = {"format": "preference", "max_samples": 5, "on_bad_row": "skip"}
 NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main"}  # of a local file
@@ -396,6 +397,60 @@ def test_graded_stories_themselves(shared_data, base, context):
     assert (counts["format"], counts["rows_in"]) == ("graded", 403)
     assert counts["rows_kept"] + sum(counts["dropped"].values()) == 403
     assert counts["scored_rows"] == 2 * counts["rows_kept"]
+
+
+def graded(*rows):
+    return [
+        {"prompt": f"Prompt {number}.", "responses": responses, "rewards": rewards}
+        for number, (responses, rewards) in enumerate(rows)
+    ]
+
+
+RANKED = graded(
+    (["middle", "worst", "best", "other"], [2, -1, 3.5, 2]),
+    (["down", "up"], [0, 1]),
+    (["low", "high", "low"], [0, 2, 0]),
+    (["a", "b", "c"], [1, 1, 1]),
+    (["alone"], [1]),
+    (["same", "between", "same"], [2, 1, 0]),
+    (["best", " ", "worst"], [2, 1, 0]),
+)
+
+
+def test_a_ranked_list_keeps_every_response_with_its_score(tmp_path, base, context):
+    data = write(tmp_path / "graded.jsonl", RANKED)
+    settings = PrepareSettings(heldout_fraction=0, graded="ranked")
+    found = prepare(data, settings, base, context)
+    split = RowSet.of(found, "train")
+    kept = [split.example_rows(example, mismatched=False) for example in range(split.num_examples)]
+    assert [split.scores[rows].tolist() for rows in kept] == [[2, -1, 3.5, 2], [0, 1], [0, 2, 0]]
+    assert {str(role) for rows in kept for role in split.roles[rows]} == {"ranked"}
+    assert found.counts["dropped"] == {
+        "tie": 1,
+        "fewer_than_two_responses": 1,
+        "identical_completions": 1,
+        "empty_completion": 1,
+    }
+    assert found.counts["scored_rows"] == found.counts["rows_by_role"]["ranked"] == 9
+
+
+def test_a_ranked_list_lends_its_best_and_its_worst(tmp_path, base, context):
+    """The mismatched rows are those that best_worst makes, so kto trains alike on both."""
+    data = write(tmp_path / "graded.jsonl", RANKED[:3])
+    made = {}
+    for choice in ("best_worst", "ranked"):
+        split = RowSet.of(
+            prepare(data, PrepareSettings(heldout_fraction=0, graded=choice), base, context), "train"
+        )
+        rows = [split.example_rows(example, mismatched=True) for example in range(split.num_examples)]
+        made[choice] = [[split.keys[row] for row in group] for group in rows]
+    assert made["ranked"] == made["best_worst"]
+    assert [len(group) for group in made["ranked"]] == [2, 2, 2]
+
+
+def test_only_graded_data_can_be_ranked(preferences, chat, context):
+    with pytest.raises(UsageError, match=r"prepare.graded=ranked is for data of format graded.*preference"):
+        prepare(DataSettings(path=str(preferences)), PrepareSettings(graded="ranked"), chat, context)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,43 @@ def test_packed_scores_and_gradients_are_those_of_separate_forwards(name: str) -
             assert (parameter.grad - wanted[key]).abs().max() <= 2e-5 * scale + 1e-7, key
 
 
+def prompts_apart(model: torch.nn.Module, rows: RowSet) -> torch.Tensor:
+    """Log-probs of each prompt's tokens from the second on, by a forward pass of its own, in float64."""
+    found = []
+    for group in groups_of(rows):
+        ids = torch.from_numpy(rows.prompt(group[0]).astype(np.int64))[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        found.append(torch.log_softmax(logits.double(), -1).gather(1, ids[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> None:
+    """Both ways of the engine; the completions' log-probs, and their collisions, are what they are without."""
+    model, rows = make_model("llama"), make_rows()
+    weights = torch.linspace(0.5, 1.5, 11 - 1 + 3 - 1 + 19 - 1)
+    wanted = prompts_apart(model, rows)
+    (wanted * weights).sum().backward()
+    gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    scorer = Scorer(model, FLOAT32, print)
+    if not packed:
+        scorer.packed = False
+        model.set_attn_implementation("eager")
+    plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
+    found, collisions = scorer(pack, collision=True)
+    completions, prompts = found.tensor_split([len(pack.token_rows)])
+    torch.testing.assert_close(prompts.double(), wanted.detach(), rtol=0, atol=2e-5)
+    expected = scorer(plain, collision=True)
+    torch.testing.assert_close((completions, collisions), expected, rtol=0, atol=2e-5)
+    model.zero_grad()
+    (prompts * weights).sum().backward()
+    for key, parameter in model.named_parameters():
+        scale = gradients[key].abs().max()
+        assert (parameter.grad - gradients[key]).abs().max() <= 2e-5 * scale + 1e-7, key
+
+
 def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
     model, rows = make_model("llama"), make_rows()
     scorer = Scorer(model, FLOAT32, print)

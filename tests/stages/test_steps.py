@@ -27,6 +27,12 @@ EXTRA = {
     "mixture": {
         "parts": [{"weight": 0.7, "loss": {"name": "dpo"}}, {"weight": 0.5, "loss": {"name": "sft"}}]
     },
+    "orpo_sequence": {"name": "orpo", "nll_span": "sequence"},
+    "aot_and_orpo_sequence": {
+        "name": "mixture",
+        "parts": [{"loss": {"name": "aot"}}, {"loss": {"name": "orpo", "nll_span": "sequence"}}],
+    },
+    "bco_udm": {"name": "bco", "udm": True},
     "ld_dpo": {"name": "dpo", "ld_alpha": 0.4, "sft_weight": 0.2},
     "bco_and_kto": {
         "name": "mixture",
@@ -97,7 +103,10 @@ def step_of(block: dict, rows: RowSet, reference: RefLogps, budget: int, world: 
     loss = parse_loss(block)
     model = make_model(0)
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
-    row_scorer = RowScorer(scorer, rows, reference if loss.needs_reference else None, loss, world)
+    ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if loss.needs_density_ratios else None
+    row_scorer = RowScorer(
+        scorer, rows, reference if loss.needs_reference else None, loss, world, density_ratios=ratios
+    )
     state: dict[str, float] = {}
     metrics: dict[str, float] = {}
     for _ in range(passes):

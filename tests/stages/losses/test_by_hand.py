@@ -215,6 +215,24 @@ def test_simpo_with_label_smoothing(triple):
     assert losses == close(0.6931472, 0.5764133, 7.1250748)
 
 
+def test_orpo_with_the_nll_of_the_sequence(pairs):
+    """(-14 - 2) / (6 + 2) = -2; a prompt of one token has none that is predicted: (0 - 3) / (0 + 3) = -1."""
+    batch = pairs(
+        [-2, -3],
+        [-5, -4],
+        num_tokens=([2, 3], [4, 2]),
+        prompt_logps=([-14, 0], [-14, 0]),
+        num_prompt_tokens=([6, 0], [6, 0]),
+    )
+    completion = parse_loss({"name": "orpo"})(batch, Step())
+    sequence = parse_loss({"name": "orpo", "nll_span": "sequence"})(batch, Step())
+    assert sequence.metrics["nll"].tolist() == [2, 1]
+    assert completion.metrics["nll"].tolist() == [1, 1]
+    torch.testing.assert_close(
+        sequence.losses - completion.losses, torch.tensor([1.0, 0.0], dtype=torch.float64)
+    )
+
+
 def test_orpo(triple):
     """Log-odds a - log(1 - e^a): -0.5413249, -0.5413249, -5.9975182 and -0.9124205, -1.8545865, -1.2475176.
     -a_w + 0.5 log(1 + e^-x) at x = 0.3710956, 1.3132617, -4.7500006."""

@@ -21,8 +21,14 @@ VARIANTS = [
     {"name": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.7},
     {"name": "simpo", "label_smoothing": 0.1},
     {"name": "alphapo", "alpha": -0.5},
+    {"name": "orpo", "nll_span": "sequence"},
+    {"name": "bco", "udm": True},
     {"name": "mixture", "parts": [{"loss": {"name": "kto"}}, {"loss": {"name": "odpo"}, "weight": 0.3}]},
     {"name": "mixture", "parts": [{"loss": {"name": "wpo"}}, {"loss": {"name": "sft"}}]},
+    {
+        "name": "mixture",
+        "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "orpo", "nll_span": "sequence"}}],
+    },
     {
         "name": "mixture",
         "parts": [{"loss": {"name": "bco"}}, {"loss": {"name": "dpo"}}, {"loss": {"name": "aot"}}],
@@ -63,6 +69,9 @@ def random_batch(num_pairs=6, *, seed=0, dtype=torch.float64):
         shared_logps=0.6 * logps,
         ref_shared_logps=0.5 * ref_logps,
         collision_logps=-0.5 - normal().abs(),
+        prompt_logps=-5 - normal().abs(),
+        num_prompt_tokens=num_tokens.flip(0),
+        density_ratios=0.5 + normal().abs(),
     )
     rows = Rows(**{key: value.to(dtype) for key, value in vars(rows).items()})
     chosen, rejected = order.chunk(2)
@@ -181,6 +190,9 @@ def test_needs_are_honest(loss):
         "shared_logps": loss.needs_shared_length,
         "ref_shared_logps": loss.needs_shared_length,
         "collision_logps": loss.needs_vocab_sum,
+        "prompt_logps": loss.needs_prompt_logps,
+        "num_prompt_tokens": loss.needs_prompt_logps,
+        "density_ratios": loss.needs_density_ratios,
     }
 
     def run(absent, kl):
@@ -232,6 +244,7 @@ def test_float32_stays_float32_and_close_to_float64(loss):
 def test_hopeless_rows_stay_finite(pairs, loss, logps):
     """A policy 1000 nats from the reference, up and down: losses and gradients are numbers in float32."""
     columns = {"num_tokens": 200, "weights": 1, "ref_shared_logps": -500, "collision_logps": -1}
+    columns |= {"prompt_logps": -9, "num_prompt_tokens": 3, "density_ratios": 2}
     batch, leaf = with_grad(
         pairs(
             logps[:1],

@@ -75,8 +75,8 @@ PARTS = [{"loss": {"name": "dpo"}}, {"loss": {"name": "kto", "betta": 1}, "wiegh
             "loss.normalize is 'token', but it should be 'mean' or 'sum'",
         ),
         (
-            {"name": "orpo", "nll_span": "sequence"},
-            "loss.nll_span is 'sequence', but it should be 'completion'",
+            {"name": "orpo", "nll_span": "prompt"},
+            "loss.nll_span is 'prompt', but it should be 'completion' or 'sequence'",
         ),
         (
             {"name": "alphapo", "alpha": 0},

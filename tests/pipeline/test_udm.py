@@ -1,0 +1,69 @@
+"""bco's density-ratio weights through the stages: they change the policy, and refuse data without any."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from cache.artifacts import open_artifact
+from cache.errors import UsageError
+from pipeline.config import build_config
+from pipeline.run import Session
+from stages.density import DensityRatios
+from stages.rows import RowSet
+from tests.conftest import ANIMALS
+
+LN2 = 0.6931471805599453
+
+
+def through_training(model: Path, data: Path, store: Path, loss: dict) -> tuple[dict, dict]:
+    """Results of prepare and of train."""
+    tree = {
+        "data": {"path": str(data)},
+        "policy": {"model": str(model)},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.2},
+        "compute": {"dtype": "float32", "device": "cpu"},
+        "loss": loss,
+        "train": {"learning_rate": 1e-3, "batch_size": 8},
+    }
+    run = Session(build_config(tree), store, say=[].append)
+    prepared = run.run("prepare")
+    run.run("cache-ref")
+    return prepared, run.run("train")
+
+
+def test_udm_weights_unpaired_data(tiny_model, tmp_path) -> None:
+    """Questions are mostly answered well and requests badly; at step 0 the loss of a row is its weight times ln 2."""
+    rows = [
+        {
+            "prompt": f"{start} {animal}",
+            "completion": f"The {animal} {number}.",
+            "label": (number > 0) == good,
+        }
+        for start, good in (("Where is the", True), ("Tell me about a", False))
+        for number, animal in enumerate(ANIMALS)
+    ]
+    data = tmp_path / "unpaired.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weights = {}
+    for udm in (False, True):
+        prepared, result = through_training(tiny_model, data, tmp_path / "store", {"name": "bco", "udm": udm})
+        assert not result["reused"]
+        model = Path(result["artifact"]) / "model.safetensors"
+        weights[udm] = hashlib.sha256(model.read_bytes()).hexdigest(), result["step0"]["loss"]
+    assert weights[False][0] != weights[True][0]
+    train, heldout = (
+        RowSet.of(open_artifact(Path(prepared["artifact"])), split) for split in ("train", "heldout")
+    )
+    ratios = DensityRatios(train).of(heldout)[heldout.roles != "mismatched"]
+    assert len(set(ratios.tolist())) > 1
+    assert weights[False][1] == pytest.approx(LN2, rel=1e-6)
+    assert weights[True][1] == pytest.approx(LN2 * ratios.mean(), rel=1e-6)
+
+
+def test_udm_refuses_pairs(tiny_model, preferences, tmp_path) -> None:
+    with pytest.raises(
+        UsageError, match=r"Loss bco with udm .*same prompts. Leave udm out, or use unpaired data"
+    ):
+        through_training(tiny_model, preferences, tmp_path / "store", {"name": "bco", "udm": True})
