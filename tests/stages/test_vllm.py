@@ -108,6 +108,8 @@ def test_a_model_vllm_refuses(tmp_path, monkeypatch):
 def test_no_process_is_left_when_the_caller_is_stopped(folders, tmp_path, number):
     """The marker is an environment variable, so that every descendant shows it, whatever its name or session."""
     script = (
+        # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from stages.generation import *\n"
         "sampling = Sampling(1.0, 1.0, 0, 60, 0, 100)\n"
         "generate('vllm', Path(sys.argv[1]), [[5]] * 500, [str(i) for i in range(500)], sampling,"
