@@ -77,8 +77,9 @@ def arm(source, rows, reference, name: str, dtype: torch.dtype) -> dict:
     """One training with weights kept in `dtype`."""
     loss = parse_loss({"name": name})
     compute = Compute(torch.device("cpu"), torch.float32, 2048)
-    model = load_model(source, compute).to(dtype)
+    model = load_model(source, compute)
     scorer = Scorer(model, compute, print)
+    model.to(dtype)  # after the scorer's self-check, which is for float32 weights
     if not loss.needs_reference:
         reference = None
     train, heldout = (
