@@ -123,6 +123,9 @@ def _check(folder: Path) -> None:
 
 
 def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the lines through `say` are enough
     tokenizer = make_tokenizer(recipe)
     model = pretrain(tokenizer, recipe, say)
     with no_space_is_the_users(folder):
