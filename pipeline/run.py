@@ -17,13 +17,14 @@ from pipeline.config import RunConfig
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
+from stages.job import Job, find_policy
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
 from stages.prepare import find_rows, prepare
 from stages.sample import SampleJob, find_completions, sample
 from stages.settings import DataSettings
 from stages.templates import Template
-from stages.train import Job, find_policy, train
+from stages.train import train
 
 QUICKSTART = "quickstart"
 STAGES = ("prepare", "cache-ref", "train", "sample")
