@@ -20,6 +20,7 @@ from stages.losses.contract import Loss
 from stages.settings import (
     ComputeSettings,
     DataSettings,
+    EvalSettings,
     ModelSettings,
     PrepareSettings,
     ReferenceSettings,
@@ -45,6 +46,7 @@ class RunConfig(Settings):
     compute: ComputeSettings = ComputeSettings()
     loss: SerializeAsAny[Loss] = Field(default_factory=lambda: parse_loss({"name": "dpo"}))
     train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     track: TrackSettings = TrackSettings()
 

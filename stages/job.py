@@ -5,11 +5,13 @@ the identity that names the policy.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cache.artifacts import Artifact
 from cache.ref_logps import RefLogps
+from stages.checkpoints import Checkpoint
 from stages.compute import Compute
 from stages.context import Context
 from stages.losses.contract import Loss
@@ -17,8 +19,19 @@ from stages.models import ModelSource
 from stages.planning import num_steps
 from stages.settings import TrainSettings
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 NUM_DEFAULT_EVALS = 5
+# Settings that change neither the weights nor the metrics beside them, or that `Plan` fills in.
+NOT_HASHED = {
+    "learning_rate",
+    "batch_size",
+    "eval_steps",
+    "save_steps",
+    "keep_last",
+    "gradient_checkpointing",
+    "resume",
+    "resume_override",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,11 @@ def plan_run(loss: Loss, settings: TrainSettings, num_examples: int) -> Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`."""
+    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`.
+
+    `eval_sets` are rows to evaluate on besides the held-out ones, by name. `origin` is the checkpoint that
+    `train.resume` names, if any.
+    """
 
     rows: Artifact
     source: ModelSource
@@ -59,6 +76,8 @@ class Job:
     loss: Loss
     settings: TrainSettings
     compute: Compute
+    eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
+    origin: Checkpoint | None = None
 
     @property
     def name(self) -> str:
@@ -71,9 +90,8 @@ class Job:
         return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"])
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that changes the trained weights or the metrics beside them."""
-        exclude = {"learning_rate", "batch_size", "eval_steps", "save_steps", "gradient_checkpointing"}
+    def own_identity(self) -> dict[str, Any]:
+        """Everything that changes the trained weights or the metrics beside them, but for where the run continues."""
         plan = self.plan
         return {
             "stage_version": STAGE_VERSION,
@@ -82,12 +100,21 @@ class Job:
             "start": self.start,
             "loss": self.loss.model_dump(),
             "train": {
-                **self.settings.model_dump(exclude=exclude),
+                **self.settings.model_dump(exclude=NOT_HASHED),
                 "learning_rate": plan.learning_rate,
                 "batch_size": plan.batch_size,
                 "eval_steps": plan.eval_steps,
             },
+            "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`own_identity`, and the checkpoint of another run that this one continues, if it does."""
+        own = self.own_identity
+        if self.origin is None or self.origin.state["identity"] == own:
+            return own
+        return {**own, "continues": {"checkpoint": self.origin.sha256, "step": self.origin.step}}
 
 
 def find_policy(job: Job, context: Context) -> Artifact | None:
