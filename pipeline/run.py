@@ -17,7 +17,9 @@ from pipeline.config import RunConfig
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
+from stages.evaluate import evaluate_model
 from stages.job import Job, find_policy
+from stages.loop_samples import PromptPool
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
 from stages.policy import remove_leftovers
@@ -116,6 +118,12 @@ class Session:
         policy = found or train(job, self.config.track, self.context)
         return self._artifact_result("train", policy, found is not None)
 
+    def _eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        sets = evaluate_model(self._job, model, self.context)
+        return {"model": model.name, "loss": self._loss_name, "sets": sets}
+
     def _sample(self) -> Result:
         job = self._sample_job
         found = find_completions(job, self.context)
@@ -162,6 +170,11 @@ class Session:
             "batch_size": plan.batch_size,
             "learning_rate": plan.learning_rate,
         }
+
+    def _plan_eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        return {"would": "evaluate", "model": model.name, "loss": self._loss_name}
 
     def _plan_sample(self) -> Result:
         job = self._sample_job
@@ -266,7 +279,25 @@ class Session:
             self._compute,
             eval_sets=self._eval_sets,
             origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
+            pool=None if config.train.sample_steps is None else self._pool,
         )
+
+    @property
+    def _pool(self) -> PromptPool:
+        """What is sampled while training: prompts and ways of the block sample."""
+        job = SampleJob.of({}, self._rows, self._template, self.config.sample, self._compute)
+        settings = self.config.train
+        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+
+    @property
+    def _policy(self) -> ModelSource:
+        """The policy that this configuration has trained."""
+        policy = find_policy(self._job, self.context)
+        if policy is None:
+            raise StaleError(
+                f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+            )
+        return ModelSource(policy.path.name, policy.path)
 
     @cached_property
     def _sample_job(self) -> SampleJob:
@@ -275,12 +306,7 @@ class Session:
         if config.sample.model is not None:
             models["model"] = self._model(config.sample.model, None)
         else:
-            policy = find_policy(self._job, self.context)
-            if policy is None:
-                raise StaleError(
-                    f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
-                )
-            models["policy"] = ModelSource(policy.path.name, policy.path)
+            models["policy"] = self._policy
         if config.sample.compare:
             if config.sample.model is not None:
                 raise UsageError(

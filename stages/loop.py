@@ -25,6 +25,7 @@ from stages.health import Watch
 from stages.history import Best, best_evaluation, check_metric, eval_name
 from stages.interrupts import StopRequest, stop_at_a_step
 from stages.job import Job
+from stages.loop_samples import sample_policy, shown
 from stages.movement import Movement
 from stages.optimizers import make_optimizer
 from stages.parallel import World
@@ -84,7 +85,7 @@ class Run:
         """Every remaining step: train, evaluate, log, save, in that order."""
         if self.checkpoint is None:
             first = {} if self.audit_difference is None else {"audit/max_abs_diff": self.audit_difference}
-            self._log(tracker, 0, {**self._evaluate(), **first})
+            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
             self._restore(self.checkpoint, tracker)
         for key in ("best_metric", "early_stopping_metric"):
@@ -102,6 +103,7 @@ class Run:
                 metrics = self._step(step)
                 if step % self.plan.eval_steps == 0 or step == self.plan.steps:
                     metrics.update(self._evaluate())
+                metrics.update(self._sample(tracker, step))
                 self._log(tracker, step, metrics)
                 for warning in watch.new_warnings(self.history):
                     self.say(warning)
@@ -188,6 +190,17 @@ class Run:
             prefix = f"eval/{name}/" if name else "eval/"
             found.update({f"{prefix}{metric}": value for metric, value in metrics.items()})
         return found
+
+    def _sample(self, tracker: Tracker, step: int) -> dict[str, float]:
+        """Completions of a few prompts where they are due: to console and files; their metrics."""
+        every, pool = self.settings.sample_steps, self.job.pool
+        if every is None or pool is None or (step % every and step != self.plan.steps):
+            return {}
+        occasion = -(-step // every)
+        records, metrics = sample_policy(self.policy.scorer, self.job.source, pool, step, occasion)
+        self.say("\n".join([f"Samples at step {step}:", *shown(records)]))
+        tracker.log_samples(records)
+        return metrics
 
     def _log(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}

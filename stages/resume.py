@@ -35,7 +35,9 @@ MAY_CHANGE = (
     "train.early_stopping_metric",
     "train.early_stopping_patience",
     "train.on_nonfinite",
+    "train.sample_steps",
     "eval_sets",
+    "samples",
 )
 
 

@@ -79,17 +79,9 @@ def _check(job: Job, rows: RowSet, eval_rows: dict[str, RowSet], context: Contex
     make_schedule(settings, job.plan.learning_rate, job.plan.steps)
     row_sets = [rows, *eval_rows.values()]
     if job.reference is not None:
-        keys = [key for row_set in row_sets for key in _keys(row_set, job.loss.needs_mismatched)]
+        keys = [key for row_set in row_sets for key in row_set.scored_keys(job.loss.needs_mismatched)]
         job.reference.require(keys, context.command("cache-ref"))
     check_length(job.source.folder, max(row_set.max_length() for row_set in row_sets))
-
-
-def _keys(rows: RowSet, with_mismatched: bool) -> list[bytes]:
-    return [
-        key
-        for key, role in zip(rows.keys, rows.roles, strict=True)
-        if with_mismatched or role != "mismatched"
-    ]
 
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:

@@ -148,7 +148,7 @@ def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None
     tree["train"]["max_steps"] = 3
     whole = digest(Path(train(tree, store)["artifact"]))
     points = 0
-    for number in range(1, 1000, 7):
+    for number in range(1, 1000, 13):
         fresh(store)
 
         def killed(number: int = number) -> None:
@@ -161,14 +161,14 @@ def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None
         result = train(tree, store)
         assert digest(Path(result["artifact"])) == whole, f"killed at file effect {number}"
         assert not list((store / "policy").glob(".tmp-*")), f"killed at file effect {number}"
-    assert points >= 10
+    assert points >= 6
 
 
 @pytest.mark.slow
 def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(prepared, monkeypatch) -> None:
     tree, store = prepared
     whole = digest(Path(train(tree, store)["artifact"]))
-    for number in (3, 11, 24, 38):
+    for number in (3, 24):
         fresh(store)
         for again in (number, 7):
 
