@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import write_results
 
-TRAIN = {"learning_rate": 3e-4, "batch_size": 32, "num_epochs": 8, "eval_steps": 5, "save_steps": 2}
+TRAIN = {"learning_rate": 3e-4, "batch_size": 32, "num_epochs": 16, "eval_steps": 8, "save_steps": 2}
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
             for loss in arguments.losses.split(",")
         ]
     notes = (
-        f"`align train` killed by SIGKILL {arguments.kills} times, up to half a second after a random step, and typed again, against the same run left "
+        f"`align train` killed by SIGKILL {arguments.kills} times, up to a fifth of a second after a random step, and typed again, against the same run left "
         f"alone; a checkpoint every {TRAIN['save_steps']} steps. `equal` compares the sha256 of model.safetensors; `metrics_equal` "
         "every line of metrics.jsonl but for `step_seconds`. `steps_repeated` were trained again after kills."
     )
@@ -66,12 +66,12 @@ def campaign(loss: str, arguments: argparse.Namespace, folder: Path, chance: ran
     align("train", config, whole)
     total = total_steps(whole)
     reached, repeated = [], 0
-    for target in sorted(chance.sample(range(total - 2), arguments.kills)):
+    for target in sorted(chance.sample(range(total - 20), arguments.kills)):
         process = subprocess.Popen(command("train", config, killed), cwd=ROOT, stderr=subprocess.DEVNULL)
         while last_line(killed) < target and process.poll() is None:
             time.sleep(0.001)
         try:  # anywhere in the steps, evaluations and checkpoints that come next
-            process.wait(timeout=chance.uniform(0, 0.5))
+            process.wait(timeout=chance.uniform(0, 0.2))
             raise SystemExit("the run ended before it was killed: raise num_epochs in TRAIN")
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
