@@ -96,7 +96,7 @@ def _show_train(console: Console, result: dict[str, Any]) -> None:
         )
     if "best" in result:
         best = result["best"]
-        console.print(f"  best {best['metric']}: {best['value']:.4f} at step {best['step']:,}")
+        console.print(f"  best {best['metric']}: {best['value']:.4g} at step {best['step']:,}")
 
 
 def _signed(value: float | None) -> str:

@@ -411,6 +411,21 @@ def test_the_best_weights_are_published_when_asked(prepared) -> None:
     assert any(not torch.equal(last[name], tensor) for name, tensor in published.items())
 
 
+def test_the_best_weights_may_be_those_of_the_run_that_is_continued(prepared) -> None:
+    """Best at step 1 of the first run; the second continues its last checkpoint, and then finds the best damaged."""
+    tree, store = prepared
+    over = {"learning_rate": 0.05, "warmup_ratio": 0.0, "eval_steps": 1, "best_metric": "rewards/accuracies"}
+    first = Path(train(changed(tree, {}, **over, keep_last=9, max_steps=5), store)["artifact"])
+    longer = changed(tree, {}, **over, save_best=True, max_steps=7, resume=str(first / "checkpoint-5"))
+    policy = Path(train(longer, store)["artifact"])
+    best, published = (load_file(place / "model.safetensors") for place in (first / "checkpoint-1", policy))
+    assert all(torch.equal(best[name], tensor) for name, tensor in published.items())
+    shutil.rmtree(policy)
+    _flip(first / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(CorruptError, match=r"best weights are those of step 1.*is damaged"):
+        train(longer, store)
+
+
 def test_early_stopping_ends_after_its_patience(prepared) -> None:
     tree, store = prepared
     over = {"learning_rate": 0.05, "warmup_ratio": 0.0, "eval_steps": 1, "num_epochs": 6}

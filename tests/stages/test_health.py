@@ -26,12 +26,16 @@ def lines(number: int, **changes: float) -> list[dict]:
 
 
 SICK = {
-    "both_falling": (WINDOW, {"logratios/chosen": -20.0, "logps/chosen": -120.0}, ("-20", "20%")),
+    "both_falling": (
+        WINDOW,
+        {"logratios/chosen": -20.0, "logps/chosen": -120.0},
+        ("-20", "from -100 to -120"),
+    ),
     "kl_exploding": (WINDOW, {"kl": 51.0}, ("51", "50")),
     "accuracy_at_chance": (LONG_WINDOW, {"rewards/accuracies": 0.52}, ("0.520",)),
     "no_gradient": (1, {"grad_norm": 0.0}, ("step 1",)),
     "weights_stand_still": (WINDOW, {"weights_changed": 0.2}, ("20%",)),
-    "steps_skipped": (2, {"skipped": 1}, ("2 of",)),
+    "steps_skipped": (2, {"skipped": 1}, ("2 of the last 2",)),
     "samples_degenerate": (
         1,
         {"samples/repetition_share": 0.8, "samples/empty_share": 0.25},
