@@ -340,6 +340,12 @@ def test_another_configuration_is_refused_by_name_or_begins_anew(halfway) -> Non
     assert checkpoint_steps(working) == [4, 3]
 
 
+def test_a_damaged_checkpoint_of_another_run_stops_nothing(halfway) -> None:
+    tree, store, working = halfway
+    (working / "checkpoint-4" / "state.json").write_text("{")
+    assert train(changed(tree, CHANGES["train.learning_rate"]), store)["steps"] == 10
+
+
 def test_named_changes_continue_and_the_result_says_from_where(halfway) -> None:
     tree, store, working = halfway
     other = changed(
