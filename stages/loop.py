@@ -33,7 +33,7 @@ from stages.planning import epoch_order
 from stages.rows import RowSet
 from stages.schedules import make_schedule
 from stages.steps import accumulate_step, evaluate
-from stages.tracking import METRICS, Tracker, read_metrics
+from stages.tracking import METRICS, SAMPLES, Tracker, read_metrics
 from stages.trainable import load_trainable
 
 # While training; two, so that a damaged one costs steps and not the run.
@@ -83,11 +83,12 @@ class Run:
 
     def go(self, tracker: Tracker) -> None:
         """Every remaining step: train, evaluate, log, save, in that order."""
+        tracker.begin(self.checkpoint and self.checkpoint.folder)
         if self.checkpoint is None:
             first = {} if self.audit_difference is None else {"audit/max_abs_diff": self.audit_difference}
             self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
-            self._restore(self.checkpoint, tracker)
+            self._restore(self.checkpoint)
         for key in ("best_metric", "early_stopping_metric"):
             if (metric := getattr(self.settings, key)) is not None:
                 check_metric(self.history, metric, f"train.{key}")
@@ -133,13 +134,12 @@ class Run:
         order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
         return order[index * self.plan.batch_size : (index + 1) * self.plan.batch_size]
 
-    def _restore(self, checkpoint: Checkpoint, tracker: Tracker) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.say(f"Continuing from step {checkpoint.step} of {self.plan.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
         self.loss_state = dict(checkpoint.state["loss_state"])
         self.audit_difference = checkpoint.state["audit_max_abs_diff"]
         self.history = read_metrics(checkpoint.folder / METRICS)
-        tracker.restore(self.history)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
@@ -249,7 +249,9 @@ class Run:
     def _write_state(self, folder: Path) -> None:
         self.policy.save_state(folder, self.optimizer)
         if self.world.is_main:
-            shutil.copyfile(self.folder / METRICS, folder / METRICS)
+            for name in (METRICS, SAMPLES):
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
 
 
 def _finite(value: Any) -> Any:

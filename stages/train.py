@@ -11,6 +11,7 @@ from cache.fingerprint import fingerprint
 from stages.audit import audit
 from stages.checkpoints import Checkpoint, newest_checkpoint
 from stages.context import Context
+from stages.dashboards import open_dashboards
 from stages.job import Job, find_policy
 from stages.loop import Run
 from stages.models import check_length
@@ -47,11 +48,10 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
             f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token"
         )
     last_step = -1 if checkpoint is None else checkpoint.step
-    tracker = (
-        Tracker.of(draft.path, track, draft.final.name, job.identity, last_step)
-        if world.is_main
-        else Tracker(None)
-    )
+    tracker = Tracker(None)
+    if world.is_main:
+        boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
+        tracker = Tracker(draft.path, boards)
     try:
         run.go(tracker)
     finally:

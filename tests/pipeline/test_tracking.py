@@ -83,16 +83,21 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
 
 def test_metrics_continue_without_a_doubled_or_a_cut_line(tmp_path) -> None:
     lines = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(5)]
-    tracker = Tracker(tmp_path)
-    tracker.restore([])
+    run_folder, checkpoint = tmp_path / "run", tmp_path / "checkpoint-2"
+    run_folder.mkdir()
+    checkpoint.mkdir()
+    tracker = Tracker(run_folder)
+    tracker.begin(None)
     for line in lines:
         tracker.log(line)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+        if line["step"] == 2:
+            shutil.copyfile(run_folder / "metrics.jsonl", checkpoint / "metrics.jsonl")
+    with open(run_folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    assert read_metrics(tmp_path / "metrics.jsonl") == lines
-    tracker.restore(lines[:3])
+    assert read_metrics(run_folder / "metrics.jsonl") == lines
+    tracker.begin(checkpoint)
     tracker.log({"step": 3, "loss": None})
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
