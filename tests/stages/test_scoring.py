@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from stages import attention, flex
 from stages.compute import Compute
 from stages.packs import build_pack
 from stages.rows import Example, Row, RowSet, to_table
@@ -137,7 +138,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
 
     scorer = Scorer(model, FLOAT32, print)
     if not packed:
-        scorer.packed = False
+        scorer.backend = None
         model.set_attn_implementation("eager")
     plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
     found, collisions = scorer(pack, collision=True)
@@ -150,6 +151,28 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
     for key, parameter in model.named_parameters():
         scale = gradients[key].abs().max()
         assert (parameter.grad - gradients[key]).abs().max() <= 2e-5 * scale + 1e-7, key
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "smollm3"])
+def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
+    """The block mask, soft-capped scores and sliding windows of the GPU's way, forward on a CPU."""
+    model, rows = make_model(name), make_rows()
+    with torch.no_grad():
+        separate = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
+        said: list[str] = []
+        scorer = Scorer(model, FLOAT32, said.append, backends=[flex.NAME])
+        assert scorer.backend == flex.NAME, said
+        found = scorer(build_pack(rows, groups_of(rows)))
+    torch.testing.assert_close(found.double(), separate, rtol=0, atol=2e-5)
+
+
+def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
+    """One completion a row is the last resort, not the second."""
+    model, said = make_model("llama"), []
+    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", attention.NAME])
+    assert scorer.backend == attention.NAME
+    assert len(said) == 1
+    assert "no_such_attention" in said[0]
 
 
 def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
