@@ -50,7 +50,9 @@ class World:
         return list(range(self.rows.num_examples))
 
 
-def build_world(data: Path, dataset: str, max_length: int, vocabulary: int, mismatched: bool = False) -> World:
+def build_world(
+    data: Path, dataset: str, max_length: int, vocabulary: int, mismatched: bool = False
+) -> World:
     """Prepare a dataset for a model of `vocabulary` ids; nothing is made twice."""
     from pipeline.config import build_config
     from pipeline.run import Session
@@ -137,7 +139,7 @@ def statistics(world: World) -> dict[str, float]:
     prompt = rows.prompt_lengths[rows.roles == "chosen"]
     shared = prompt + chosen + rejected
     return {
-        "pairs": int(len(prompt)),
+        "pairs": len(prompt),
         "prompt_tokens": round(float(np.mean(prompt)), 1),
         "chosen_tokens": round(float(np.mean(chosen)), 1),
         "rejected_tokens": round(float(np.mean(rejected)), 1),

@@ -57,8 +57,9 @@ class TokenLogps(torch.autograd.Function):
         logsumexps, kept = rest[: len(chunks)], rest[len(chunks) :]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        wants_bias = bias is not None and ctx.needs_input_grad[2]
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         for index, rows in enumerate(chunks):
             logits = (
                 kept[index] if ctx.num_kept else _logits(hidden[rows], cast, bias, ctx.scale, ctx.softcap)

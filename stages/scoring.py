@@ -46,9 +46,7 @@ class Scorer(nn.Module):
         self.compute = compute
         self.forwards = 0
         config = model.config.get_text_config()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         disable_dropout(model)
         model.eval()
@@ -57,7 +55,9 @@ class Scorer(nn.Module):
         self._native_attention = config._attn_implementation
         # flex_attention compiles for one length, so every pack is filled up to the token budget.
         self._flex_length = -(-compute.tokens_per_batch // flex.BLOCK) * flex.BLOCK
-        self.backend = self._choose_backend(backends or BACKENDS.get(compute.device.type, (attention.NAME,)), say)
+        self.backend = self._choose_backend(
+            backends or BACKENDS.get(compute.device.type, (attention.NAME,)), say
+        )
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -188,6 +188,15 @@ class Scorer(nn.Module):
         if not difference <= SELF_CHECK_TOLERANCE:
             return f"packed log-probs differ from its own by {difference:.3g} nats"
         return ""
+
+
+def _logit_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by; a name not known here is caught by the self-check."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return divisor if config.model_type == "hyperclovax" else 1.0 / divisor
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The engine against the models' own logits: values, gradients, packings, architectures."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -251,6 +253,26 @@ def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.5
     assert not torch.equal(rounded, rounded.bfloat16().float())
+
+
+def test_weights_cast_once_for_many_packs_give_the_gradient_of_weights_cast_for_each() -> None:
+    """And new weights are cast anew: a copy that outlived the step would score with the old ones."""
+    model, rows = make_model("llama"), make_rows()
+    scorer = Scorer(model, Compute(FLOAT32.device, torch.bfloat16, 2048), print)
+    packs = [build_pack(rows, [group]) for group in groups_of(rows)]
+    gradients = []
+    for keeping in (nullcontext, scorer.weights_cast_once):
+        model.zero_grad()
+        with keeping():
+            for pack in packs:
+                scorer(pack).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    with torch.no_grad():
+        before = scorer(packs[0])
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(scorer(packs[0]), before)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
