@@ -168,6 +168,13 @@ def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
     torch.testing.assert_close(found.double(), separate, rtol=0, atol=2e-5)
 
 
+def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
+    """The reason why a CPU attends segment by segment: once this fails, it need not."""
+    sides = [torch.randn(1, 2, 128, 16, requires_grad=True) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        flex.flex_attention(*sides)
+
+
 def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
     """One completion a row is the last resort, not the second."""
     model, said = make_model("llama"), []
