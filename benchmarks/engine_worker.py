@@ -180,6 +180,7 @@ class Peer:
             trl.trainer.utils._use_triton = lambda device: True
         self.work, self.world = work, world
         self.trainer = _trainer(work, world)
+        self.trainer.current_gradient_accumulation_steps = 1  # what train() would set
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.optimizer = self.trainer.create_optimizer()
         for group in self.optimizer.param_groups:
