@@ -50,6 +50,7 @@ NAMED = {
     ),
 }
 MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>")
+PLAIN_MARKS = ("\n\nHuman:", "\n\nAssistant:", "\n\nSystem:", "\n\nTool:")
 ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
 
@@ -78,7 +79,9 @@ def choose_source(tokenizer: Any, choice: str) -> tuple[str, str, bool]:
 
 
 def marks_of(source: str) -> set[str]:
-    """The `<|...|>` marks a template writes, which begin and end turns even where they are no special tokens."""
+    """The marks a template writes, which begin and end turns even where they are no special tokens."""
+    if source == PLAIN_TEMPLATE:
+        return set(PLAIN_MARKS)
     marks = set(MARK.findall(source))
     # '<|' + role + '|>' is spelled out of parts.
     return marks | set(ROLE_MARKS) if re.search(r"""['"]<\|['"]\s*[+~]""", source) else marks

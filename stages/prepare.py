@@ -83,7 +83,7 @@ class Report:
             "completions_cut": self.completions_cut,
             "tokens_cut": self.tokens_cut,
             "rejoined_at_prompt": self.rejoined_at_prompt,
-            "notes": dict(sorted(self.notes.items())),
+            "notes": {note: count for note, count in sorted(self.notes.items()) if count},
             "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
             "tokens": self.tokens,
@@ -257,12 +257,14 @@ def _usable(
         return None
     compared = _compared(preference.candidates, fitted.completions)
     if len(compared) == 2 and all(a.tolist() == b.tolist() for a, b in zip(*compared, strict=True)):
-        report.dropped["identical_after_truncation"] += 1
+        was_cut = fitted.prompt_cut or any(fitted.completions_cut)
+        report.dropped["identical_after_truncation" if was_cut else "identical_tokens"] += 1
         return None
     report.prompts_cut += fitted.prompt_cut > 0
     report.completions_cut += sum(cut > 0 for cut in fitted.completions_cut)
     report.tokens_cut += fitted.prompt_cut + sum(fitted.completions_cut)
     report.rejoined_at_prompt += encoded.rejoined
+    report.notes["characters_lost_by_the_tokenizer"] += encoded.loses_text
     return fitted
 
 

@@ -182,7 +182,7 @@ class SampleSettings(Settings):
     )
     prompts: str | None = Field(
         default=None,
-        description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts",
+        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null means the held-out prompts",
     )
     num_prompts: PositiveInt | None = Field(default=64, description="use only the first so many prompts")
     num_samples: PositiveInt = Field(default=1, description="completions for each prompt")

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from cache.artifacts import Store
-from cache.errors import AlignError, DataError, MachineError, UsageError
+from cache.errors import DataError, MachineError, UsageError
 from stages.context import Context
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
