@@ -64,6 +64,7 @@ class Report:
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     scored_rows: int = 0
+    weighted_rows: int = 0
     tokens: int = 0
 
     def counts(self, format_name: str) -> dict[str, Any]:
@@ -86,6 +87,7 @@ class Report:
             "notes": {note: count for note, count in sorted(self.notes.items()) if count},
             "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
             "tokens": self.tokens,
         }
 
@@ -371,6 +373,7 @@ class _SplitWriter:
             return
         self.report.examples[self.split] += len(self.done)
         self.report.rows.update(row.role for example in self.done for row in example.rows)
+        self.report.weighted_rows += sum(row.weight != 1 for example in self.done for row in example.rows)
         self.report.scored_rows += sum(row.score is not None for example in self.done for row in example.rows)
         self.report.tokens += sum(
             len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done

@@ -9,6 +9,9 @@ import pytest
 from cache.artifacts import Store
 from cache.errors import DataError, MachineError, UsageError
 from stages.context import Context
+from stages.losses import LOSSES
+from stages.needs import check_needs
+from stages.pairs import Pairs
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
 from stages.settings import DataSettings, PrepareSettings
@@ -479,8 +482,6 @@ def test_a_prompt_is_on_one_side_as_text_and_as_a_conversation(tmp_path, chat, c
 
 
 def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(tmp_path, base, context):
-    from stages.pairs import Pairs
-
     values = [{"prompt": f"q{n}", "responses": [f" a{n}", f" b{n}"], "rewards": [1, n % 2]} for n in range(4)]
     settings = PrepareSettings(heldout_fraction=0.0)
     data = write(tmp_path / "rows.jsonl", values)
@@ -495,6 +496,11 @@ def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(
     assert split.weights[tied].tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert split.keys[tied[0, 0]] == split.keys[tied[1, 1]]
     assert split.weights[won].tolist() == [[1.0, 1.0]]
+    assert (dropped.counts["weighted_rows"], both.counts["weighted_rows"]) == (0, 8)
+    check_needs(LOSSES["dpo"](), both, "best_worst", context)
+    check_needs(LOSSES["simpo"](), dropped, "best_worst", context)
+    with pytest.raises(UsageError, match=r"Loss simpo takes no weights, and 8 rows .*Losses that do: dpo, "):
+        check_needs(LOSSES["simpo"](), both, "best_worst", context)
     assert both.counts["rows_by_role"] == {"chosen": 6, "rejected": 6, "mismatched": 8}
 
 
