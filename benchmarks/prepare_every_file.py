@@ -36,8 +36,8 @@ What is dropped, and why:
 - PandaLM: 105 rows without a majority among the three votes (`tie`), 52 of the rest with an empty response
   (`empty_completion`), and 6 rows whose response is the JSON value true or false and not text (`bad_row`).
 - odpo_tldr: 3 posts with one summary (`fewer_than_two_responses`), 2 whose summaries all have one score (`tie`).
-- odpo_imdb: 3 openings whose best or worst continuation is blank (`empty_completion`). Three of the 252 openings come twice in
-  the file, so its 2,560 rows are 252 lists.
+- odpo_imdb: 3 openings whose best or worst continuation is blank (`empty_completion`). Three of the 252
+  openings have 20 or 30 continuations, in several places of the file: its 2,560 rows are 252 lists.
 - prometheus: 6 questions whose four answers have the same mean score (`tie`).
 - kto_en_demo: 1 row whose text spells a special token, `</s>` for stories260K and the end of text for olmo2_dolma2 (`bad_row`).
 - torchtitan_test has no ids for most Chinese characters, so distinct answers become equal token ids (`identical_tokens`); the

@@ -582,3 +582,41 @@ def test_real_files_need_nothing_but_their_path(shared_data, base, context, path
         DataSettings(path=str(shared_data / path), on_bad_row="skip"), settings, base, context
     ).counts
     assert (counts["format"], counts["rows_in"], counts["rows_kept"], counts["dropped"]) == REAL[path]
+
+
+def test_nothing_in_the_data_is_executed_or_connected_to(tmp_path, base, context):
+    """Pickles, YAML tags, templates and code beside and inside the rows stay data."""
+    import pickle
+    import sys
+
+    class Bomb:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts = [
+        "!!python/object/apply:os.system ['id']",
+        "{{ ''.__class__.__mro__ }}",
+        "__import__('os')",
+        "${HOME}",
+    ]
+    rows = [{"prompt": text, "chosen": text + "a", "rejected": text + "b"} for text in texts]
+    write(folder / "rows.jsonl", rows)
+    (folder / "rows.pkl").write_bytes(pickle.dumps(Bomb()))
+    (folder / "conftest.py").write_text("raise SystemExit")
+    (folder / "dataset_infos.json.py").write_text("raise SystemExit")
+    seen, watching = [], True
+    forbidden = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect")
+
+    def hook(event, arguments):
+        if watching and event.startswith(forbidden):
+            seen.append((event, arguments))
+
+    sys.addaudithook(hook)
+    artifact = prepare(DataSettings(path=str(folder)), PrepareSettings(heldout_fraction=0.0), base, context)
+    watching = False
+    assert seen == []
+    split = RowSet.of(artifact, "train")
+    decoded = base.tokenizer.decode(split.prompt(0), skip_special_tokens=True)
+    assert (artifact.counts["rows_kept"], decoded) == (4, texts[0])
