@@ -30,7 +30,8 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for name, block in BLOCKS.items():
             whole, split = (
-                step_of(block, data, reference, BUDGETS[way], World(), passes=2)[0] for way in ("1x16", "16x1")
+                step_of(block, data, reference, BUDGETS[way], World(), passes=2)[0]
+                for way in ("1x16", "16x1")
             )
             peer, run = peers.get(_as_compared(name), {}), learned.get(name, {})
             rows.append(
