@@ -176,11 +176,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = DATE.strftime
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:
+            _bound(len(left) + len(right))
+            return left + right
         if operator == "+":
-            if type(left) is str and type(right) is str:  # nearly all there is to do in a chat template
-                if len(left) + len(right) > SIZE_LIMIT:
-                    _bound(len(left) + len(right))
-                return left + right
             _bound(_size(left) + _size(right))
         elif operator == "*":
             _bound(_size(left) * right if isinstance(right, int) else 0)
