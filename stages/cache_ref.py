@@ -9,7 +9,7 @@ set by hand, each process scores its own units; they need not talk. Run it with 
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +48,13 @@ class CacheRefResult:
 
 
 def cache_ref(
-    rows: Artifact, source: ModelSource, revision: str | None, compute: Compute, context: Context
+    rows: Sequence[Artifact], source: ModelSource, revision: str | None, compute: Compute, context: Context
 ) -> CacheRefResult:
-    """Score what is missing for `rows` and return the store; does nothing when nothing is missing."""
+    """Score what is missing for all of `rows` and return the store; does nothing when nothing is missing."""
     started = time.monotonic()
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
     missing = len(reference.missing(needed))
     forwards = 0
@@ -66,12 +66,12 @@ def cache_ref(
 
 
 def count_missing(
-    rows: Artifact, source: ModelSource, compute: Compute, context: Context
+    rows: Sequence[Artifact], source: ModelSource, compute: Compute, context: Context
 ) -> tuple[int, int, int]:
     """Rows needed, rows missing, and positions a run would compute; writes nothing."""
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
     seen: set[bytes] = set()
     work = [

@@ -92,6 +92,19 @@ class Scorer(nn.Module):
             completions = states[: len(pack.token_rows)].detach()
             return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
 
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model as `generate` wants it, under this scorer's arithmetic; set up for scoring again afterwards."""
+        training = self.model.training
+        self.model.eval()
+        self.model.set_attn_implementation(self._native_attention)
+        try:
+            with self._autocast():
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(self.backend or self._native_attention)
+            self.model.train(training)
+
     @property
     def packed(self) -> bool:
         """Whether packs are scored in one forward pass; else each completion has one of its own."""
