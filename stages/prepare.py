@@ -11,16 +11,28 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cache.artifacts import Artifact, Draft
-from cache.errors import DataError, UsageError
+from cache.errors import DataError
 from cache.files import write_bytes
 from cache.fingerprint import canonical_json
+from stages.columns import as_messages
 from stages.context import Context
-from stages.formats import Candidate, Format, Graded, Preference, Unusable, choose_format
+from stages.formats import (
+    DETECTION_ROWS,
+    Candidate,
+    Format,
+    Preference,
+    Tokens,
+    Unusable,
+    conversion,
+    detect_format,
+    gather,
+    renamed,
+)
 from stages.pairs import best_and_worst
 from stages.reading import BadRow, SourceRow, read_source, source_identity
 from stages.rows import SPLITS, Example, Row, to_table
@@ -28,7 +40,7 @@ from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Encoded, Template
 from stages.truncation import Fitted, fit
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 BATCH_ROWS = 512
 SHARD_EXAMPLES = 2048
 # Examples whose completions rotate to make each other's mismatched rows; small, so that an optimizer
@@ -48,9 +60,11 @@ class Report:
     completions_cut: int = 0
     tokens_cut: int = 0
     rejoined_at_prompt: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     scored_rows: int = 0
+    weighted_rows: int = 0
     tokens: int = 0
 
     def counts(self, format_name: str) -> dict[str, Any]:
@@ -70,7 +84,10 @@ class Report:
             "completions_cut": self.completions_cut,
             "tokens_cut": self.tokens_cut,
             "rejoined_at_prompt": self.rejoined_at_prompt,
+            "notes": {note: count for note, count in sorted(self.notes.items()) if count},
+            "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
             "tokens": self.tokens,
         }
 
@@ -80,7 +97,9 @@ def rows_identity(data: DataSettings, settings: PrepareSettings, template: Templ
     return {
         "stage_version": STAGE_VERSION,
         "source": source_identity(data),
-        "data": data.model_dump(include={"format", "max_samples", "on_bad_row"}),
+        "data": data.model_dump(
+            include={"format", "columns", "ties", "threshold", "max_samples", "on_bad_row"}
+        ),
         "prepare": settings.model_dump(exclude={"template", "append_eos"}),
         "template": template.identity(),
     }
@@ -105,10 +124,13 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
     draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
     try:
         report = Report()
-        source = read_source(data)
+        source = renamed(read_source(data), data.columns)
+        first = list(islice(source, DETECTION_ROWS))
+        format_ = _choose_format(data, first)
+        convert = conversion(format_, data, settings)
+        _announce(format_, data, template, context)
+        source = _gathered(format_, chain(first, source), report)
         head = list(islice(source, BATCH_ROWS))
-        format_ = _choose_format(data, head)
-        convert = _conversion(format_, data, settings)
         writers = {split: _SplitWriter(draft, split, settings, report) for split in SPLITS}
         while head:
             for split, example in _examples(head, convert, data, settings, template, report):
@@ -130,7 +152,7 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
         draft.discard()
 
 
-def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
+def _choose_format(data: DataSettings, head: list[SourceRow]) -> type[Format]:
     if not head:
         raise DataError(
             f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
@@ -140,20 +162,42 @@ def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
         raise DataError(
             f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read."
         )
-    return choose_format(data.format, readable[0].value or {}, readable[0].location)
+    return detect_format(data.format, head)
 
 
-def _conversion(
-    format_: Format, data: DataSettings, settings: PrepareSettings
-) -> Callable[[Any], Preference]:
-    """How a source row becomes a preference; the one place where a ranked list is kept or made a pair."""
-    if settings.graded == "best_worst":
-        return format_.convert
-    if format_ is not Graded:
-        raise UsageError(
-            f"prepare.graded={settings.graded} is for data of format {Graded.name} ({Graded.columns}), and {data.path} has format {format_.name}. Leave it out."
-        )
-    return Graded.rank
+def _announce(format_: type[Format], data: DataSettings, template: Template, context: Context) -> None:
+    if data.format == "auto":
+        context.say(f"detected: {format_.name} ({format_.columns}); override with --set data.format=NAME")
+    for note in template.notes():
+        context.say(note)
+
+
+def _gathered(format_: type[Format], rows: Iterator[SourceRow], report: Report) -> Iterator[SourceRow]:
+    """The rows of the format: the source's own, or lists made of those that share a prompt."""
+    if format_.gathered_by is None:
+        return rows
+
+    def counted() -> Iterator[SourceRow]:
+        for row in rows:
+            report.notes["rows_gathered_into_lists"] += 1
+            yield row
+
+    return gather(counted(), format_.gathered_by)
+
+
+def kto_weights(desirable: int, undesirable: int) -> dict[str, list[float]] | None:
+    """Suggested KTO weights for unbalanced feedback: the range of one weight, the other staying 1.
+
+    They bring desirable_weight n_D / (undesirable_weight n_U) into [1, 4/3] (KTO, 2402.01306, section 4.2).
+    None where the counts are in it already, or one of them is 0.
+    """
+    if not desirable or not undesirable or 1 <= desirable / undesirable <= 4 / 3:
+        return None
+    if desirable < undesirable:
+        ratio = undesirable / desirable
+        return {"desirable_weight": [round(ratio, 2), round(ratio * 4 / 3, 2)]}
+    ratio = desirable / undesirable
+    return {"undesirable_weight": [round(ratio * 3 / 4, 2), round(ratio, 2)]}
 
 
 def _examples(
@@ -174,6 +218,7 @@ def _examples(
                 raise BadRow(row.problem)
             preference = convert(row.value)
             rendered.append(template.render(preference))
+            report.notes.update(f"{name}_not_in_template" for name in rendered[-1].unused)
             converted.append((row, preference))
         except Unusable as reason:
             report.dropped[str(reason)] += 1
@@ -214,45 +259,60 @@ def _usable(
         return None
     compared = _compared(preference.candidates, fitted.completions)
     if len(compared) == 2 and all(a.tolist() == b.tolist() for a, b in zip(*compared, strict=True)):
-        report.dropped["identical_after_truncation"] += 1
+        was_cut = fitted.prompt_cut or any(fitted.completions_cut)
+        report.dropped["identical_after_truncation" if was_cut else "identical_tokens"] += 1
         return None
     report.prompts_cut += fitted.prompt_cut > 0
     report.completions_cut += sum(cut > 0 for cut in fitted.completions_cut)
     report.tokens_cut += fitted.prompt_cut + sum(fitted.completions_cut)
     report.rejoined_at_prompt += encoded.rejoined
+    report.notes["characters_lost_by_the_tokenizer"] += encoded.loses_text
     return fitted
 
 
 def _compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Value]) -> Sequence[Value]:
-    """The values that belong to the best and the worst entry of a ranked list; all values of other examples."""
+    """The values of the best and the worst entry of a ranked list; of other examples one, or a pair (a tie has it twice)."""
     scores = [entry.score for entry in entries if entry.role == "ranked" and entry.score is not None]
-    return [values[place] for place in best_and_worst(scores)] if scores else values
+    return [values[place] for place in best_and_worst(scores)] if scores else values[:2]
 
 
 def _is_blank(completion: Any) -> bool:
+    if isinstance(completion, Tokens):
+        return not completion.ids
     contents = (
         [completion]
         if isinstance(completion, str)
-        else [str(m["content"]) for m in completion if m["role"] == "assistant"]
+        else [
+            str(m["content"]) + str(m.get("tool_calls", "")) for m in completion if m["role"] == "assistant"
+        ]
     )
     return not any(content.strip() for content in contents)
 
 
 def _split_of(preference: Preference, settings: PrepareSettings) -> str:
     """Held out or not, by the prompt's text alone, so that a prompt never sits on both sides."""
-    digest = hashlib.sha256(canonical_json(preference.prompt)).digest()
+    prompt = preference.prompt
+    # A prompt is the same one as a text and as a conversation of one turn.
+    said = prompt.ids if isinstance(prompt, Tokens) else as_messages(prompt, "user")
+    digest = hashlib.sha256(canonical_json(said)).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < settings.heldout_fraction * 2**64 else "train"
 
 
 def _example(row: SourceRow, preference: Preference, fitted: Fitted) -> Example:
     rows = [
-        Row(candidate.role, ids, mask, candidate.score)
+        Row(candidate.role, ids, mask, candidate.score, candidate.weight)
         for candidate, (ids, mask) in zip(preference.candidates, fitted.completions, strict=True)
     ]
-    digest = hashlib.blake2b(canonical_json(preference.prompt), digest_size=12)
+    digest = hashlib.blake2b(canonical_json(_content(preference.prompt)), digest_size=12)
     for candidate in preference.candidates:
-        digest.update(canonical_json([candidate.role, candidate.completion]))
+        digest.update(canonical_json([candidate.role, _content(candidate.completion)]))
+    if preference.tools:
+        digest.update(canonical_json(preference.tools))
     return Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows)
+
+
+def _content(value: Any) -> Any:
+    return value.ids if isinstance(value, Tokens) else value
 
 
 class _SplitWriter:
@@ -313,6 +373,7 @@ class _SplitWriter:
             return
         self.report.examples[self.split] += len(self.done)
         self.report.rows.update(row.role for example in self.done for row in example.rows)
+        self.report.weighted_rows += sum(row.weight != 1 for example in self.done for row in example.rows)
         self.report.scored_rows += sum(row.score is not None for example in self.done for row in example.rows)
         self.report.tokens += sum(
             len(example.prompt_ids) + sum(len(row.ids) for row in example.rows) for example in self.done

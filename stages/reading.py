@@ -135,6 +135,9 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
         raise DataError(
             f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
         ) from error
+    if isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
+        # An object of objects, as ODPO's: each key is a row's own.
+        value = [{"key": key, **entry} for key, entry in value.items()]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {type(value).__name__}.")
     for number, row in enumerate(value, start=1):

@@ -38,6 +38,18 @@ class DataSettings(Settings):
         default="auto",
         description="how rows are laid out; 'auto' looks at the columns and says what it found",
     )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="for any other layout: from the names of a known format to the source's own columns",
+    )
+    ties: Literal["drop", "half"] = Field(
+        default="drop",
+        description="two responses judged equal: drop the row, or take both as chosen and as rejected, each with half the weight",
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="single scored responses: desirable from this score on",
+    )
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
@@ -69,9 +81,9 @@ class ReferenceSettings(Settings):
 class PrepareSettings(Settings):
     """Tokens, masks, truncation and the held-out split."""
 
-    template: Literal["auto", "chat", "plain"] = Field(
+    template: str = Field(
         default="auto",
-        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one",
+        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one; or chatml, zephyr, tulu, or the path of a Jinja file",
     )
     append_eos: Flag = Field(
         default=True,
@@ -232,7 +244,7 @@ class SampleSettings(Settings):
     )
     prompts: str | None = Field(
         default=None,
-        description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts",
+        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null means the held-out prompts",
     )
     num_prompts: PositiveInt | None = Field(default=64, description="use only the first so many prompts")
     num_samples: PositiveInt = Field(default=1, description="completions for each prompt")

@@ -1,57 +1,28 @@
-"""From text or messages to token ids and the mask of what is trained.
+"""From rendered preferences to token ids and the mask of what is trained.
 
-With a chat template, the prompt is rendered with its generation prompt and must be a prefix of the
-whole conversation; only assistant turns are kept by the mask. Without one, a plain prompt and its
-completion are simply joined, and messages use `PLAIN_TEMPLATE`. The prompt's ids are those of the
+`turns.py` makes the text, of which the prompt is a prefix. The prompt's ids are those of the
 prompt alone, as in sampling: where tokens would merge across the cut, such as the line breaks of a
 generation prompt and of a reply, the completion is tokenized as a continuation, and counted.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from cache.errors import DataError
 from stages.columns import Message
-from stages.formats import Candidate, Preference
+from stages.formats.contract import Candidate, Preference, Tokens
 from stages.reading import BadRow
+from stages.turns import Rendered, Segment, Turns
 
-RENDER_VERSION = 2
-# For base models: the transcript style of hh-rlhf, which needs no special tokens but end of sequence.
-# (Line breaks stand inside expressions, because `-%}` would swallow them.)
-PLAIN_TEMPLATE = (
-    "{{- bos_token or '' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- '\n\nAssistant: ' ~ message['content'] ~ (eos_token or '') -}}"
-    "{%- elif message['role'] == 'user' -%}{{- '\n\nHuman: ' ~ message['content'] -}}"
-    "{%- else -%}{{- '\n\n' ~ (message['role'] | capitalize) ~ ': ' ~ message['content'] -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
-)
+RENDER_VERSION = 3
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
 ANCHORS = ("\n", ".", "a")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a rendered completion and whether its tokens are trained."""
-
-    text: str
-    kept: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A preference as text: the prompt and the segments of each candidate."""
-
-    prompt: str
-    completions: list[list[Segment]]
-    plain: bool
+# A tokenizer that has ids for these has them for every character (they take bytes of two, three and four).
+RARE_CHARACTERS = "é東🦊"
 
 
 @dataclass(frozen=True)
@@ -61,37 +32,41 @@ class Encoded:
     prompt_ids: np.ndarray
     completions: list[tuple[np.ndarray, np.ndarray]]
     rejoined: int
+    # Whether the tokenizer has no ids for some of the characters.
+    loses_text: bool = False
 
 
 class Template:
     """Renders and tokenizes preferences with one tokenizer."""
 
-    def __init__(self, tokenizer: Any, mode: Literal["auto", "chat", "plain"], append_eos: bool) -> None:
-        """Use `tokenizer` (a fast Hugging Face tokenizer); raises `DataError` when `mode` cannot be had."""
+    def __init__(self, tokenizer: Any, choice: str, append_eos: bool) -> None:
+        """Use `tokenizer` (a fast Hugging Face tokenizer) and the template that `choice` names.
+
+        `choice` is as `prepare.template`. Raises `DataError` when it cannot be had.
+        """
         if not tokenizer.is_fast:
             raise DataError(
                 f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Convert it with transformers."
             )
-        if mode == "chat" and not tokenizer.chat_template:
-            raise DataError(
-                f"{tokenizer.name_or_path} has no chat template. Use --set prepare.template=plain, or add one to the model folder."
-            )
+        self._turns = Turns(tokenizer, choice, append_eos)
         if append_eos and tokenizer.eos_token is None:
             raise DataError(
                 f"{tokenizer.name_or_path} has no end-of-sequence token. Use --set prepare.append_eos=false."
             )
         self.tokenizer = tokenizer
         self.append_eos = append_eos
-        self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
-        self._source = _chat_template(tokenizer) if self.uses_chat else PLAIN_TEMPLATE
+        self.uses_chat = self._turns.uses_chat
+        self._source = self._turns.chat.source
         # What tokenizer.json says of truncation and padding was set for another use.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self._num_appended = _num_appended(tokenizer.backend_tokenizer)
-        self._special = sorted(
-            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-            | set(tokenizer.all_special_tokens)
-        )
+        self._lost: dict[str, bool] = {}
+        self._knows_every_character = not self._loses(RARE_CHARACTERS)
+
+    def notes(self) -> list[str]:
+        """What a person should know of the template with this tokenizer, one line each."""
+        return self._turns.notes()
 
     def identity(self) -> dict[str, Any]:
         """What changes the token ids: tokenizer, template, rules of this file."""
@@ -106,31 +81,11 @@ class Template:
 
     def render(self, preference: Preference) -> Rendered:
         """Text of a preference; raises `BadRow` when the template fails or rewrites the prompt."""
-        self._refuse_forged_turns(preference)
-        prompt = preference.prompt
-        if isinstance(prompt, str):
-            if self.uses_chat:
-                turns = Preference(
-                    [{"role": "user", "content": prompt}],
-                    [
-                        Candidate([{"role": "assistant", "content": str(c.completion)}], c.role, c.score)
-                        for c in preference.candidates
-                    ],
-                )
-                return self.render(turns)
-            return Rendered(
-                prompt,
-                [self._closed([Segment(str(c.completion), True)]) for c in preference.candidates],
-                True,
-            )
-        head = self._apply(prompt, True)
-        return Rendered(
-            head, [self._segments(prompt, head, c.completion) for c in preference.candidates], False
-        )
+        return self._turns.render(preference)
 
-    def prompt_text(self, prompt: str | list[Message]) -> tuple[str, bool]:
+    def prompt_text(self, prompt: str | list[Message], tools: list[Any] | None = None) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""
-        rendered = self.render(Preference(prompt, []))
+        rendered = self.render(Preference(prompt, [], tools))
         return rendered.prompt, rendered.plain
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
@@ -146,7 +101,9 @@ class Template:
         for item, prompt_ids in zip(batch, prompts, strict=True):
             own = [next(ids) for _ in item.completions]
             try:
-                results.append(self._split(item, prompt_ids, own))
+                results.append(
+                    self._checked(item.ready) if item.ready else self._split(item, prompt_ids, own)
+                )
             except BadRow as problem:
                 results.append(problem)
         return results
@@ -160,7 +117,7 @@ class Template:
         ends = {self.tokenizer.eos_token_id}
         if self.uses_chat:
             turn = [{"role": "user", "content": "a"}]
-            parts = self._segments(turn, self._apply(turn, True), [{"role": "assistant", "content": "b"}])
+            parts = self.render(Preference(turn, [Candidate("b", "chosen")])).completions[0]
             ends.add(self._encode([parts[-1].text], [False])[0][-1])
         return sorted(end for end in ends if end is not None)
 
@@ -168,6 +125,8 @@ class Template:
         if not prompt_ids:
             raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
         completions, rejoined = [], 0
+        text = item.prompt + "".join(part.text for parts in item.completions for part in parts)
+        loses_text = not self._knows_every_character and self._loses(text)
         for parts, whole in zip(item.completions, wholes, strict=True):
             head, ids = item.prompt, whole[len(prompt_ids) :]
             if whole[: len(prompt_ids)] != prompt_ids:
@@ -177,7 +136,7 @@ class Template:
             if not all(part.kept for part in parts):
                 mask = self._mask(head, parts, len(ids))
             completions.append((np.array(ids, dtype=np.int32), mask))
-        return Encoded(np.array(prompt_ids, dtype=np.int32), completions, rejoined)
+        return Encoded(np.array(prompt_ids, dtype=np.int32), completions, rejoined, loses_text)
 
     def _mask(self, head: str, parts: list[Segment], num_tokens: int) -> np.ndarray:
         """Which of the last `num_tokens` tokens of `head` and `parts` together lie in a part that is kept."""
@@ -205,6 +164,17 @@ class Template:
                 result[number] = encoding.ids[: len(encoding.ids) - added]
         return result
 
+    def _loses(self, text: str) -> bool:
+        """Whether the tokenizer has no ids for some character of a text, or only that of the unknown."""
+        backend, unknown = self.tokenizer.backend_tokenizer, self.tokenizer.unk_token_id
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        for character in set(text) - self._lost.keys():
+            ids = backend.encode(f"a{character}a", add_special_tokens=False).ids
+            plain = backend.encode("aa", add_special_tokens=False).ids
+            self._lost[character] = ids == plain or (unknown in ids and unknown not in plain)
+        return any(self._lost[character] for character in set(text))
+
     def _continuation(self, text: str) -> tuple[str, list[int]]:
         """Ids of text that continues a prompt with which it would merge, and the text it was tokenized after."""
         backend = self.tokenizer.backend_tokenizer
@@ -215,80 +185,23 @@ class Template:
                 return anchor, whole[len(head) :]
         raise BadRow("the completion cannot be tokenized as a continuation of the prompt")
 
-    def _segments(self, prompt: list[Message], head: str, completion: str | list[Message]) -> list[Segment]:
-        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        parts, text = [], head
-        for number, message in enumerate(turns):
-            history = prompt + turns[: number + 1]
-            if message["role"] == "assistant":
-                if number:
-                    opened = self._apply(history[:-1], True)
-                    parts.append(Segment(_continues(text, opened), False))
-                    text = opened
-                whole = self._apply(history, False)
-                turn = _continues(text, whole)
-                end = self._end_of_turn(turn)
-                parts += [Segment(turn[:end], True), Segment(turn[end:], False)]
-            else:
-                whole = self._apply(history, False)
-                parts.append(Segment(_continues(text, whole), False))
-            text = whole
-        return self._closed([part for part in parts if part.text])
-
-    def _closed(self, parts: list[Segment]) -> list[Segment]:
-        """Let the last assistant turn end with exactly one end token: cut what follows it, or append one."""
-        last = next((number for number in reversed(range(len(parts))) if parts[number].kept), None)
-        if last is None or not parts[last].text.strip():
-            return parts
-        text = parts[last].text
-        if self.append_eos and not self._is_closed(text):
-            text += self.tokenizer.eos_token
-        return [*parts[:last], Segment(text, True)]
-
-    def _end_of_turn(self, turn: str) -> int:
-        """Where a rendered assistant turn ends: after its end token, or, where it has none, at its very end."""
-        closed = turn.rstrip()
-        return len(closed) if self._is_closed(closed) else len(turn)
-
-    def _is_closed(self, text: str) -> bool:
-        return any(text.endswith(token) for token in self._special)
-
-    def _apply(self, turns: list[Message], open_turn: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self._source, tokenize=False, add_generation_prompt=open_turn
+    def _checked(self, preference: Preference) -> Encoded:
+        """The ids of a row that brought them, checked against the vocabulary."""
+        tokens = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
+        sides = [side for side in tokens if isinstance(side, Tokens)]
+        largest = max((max(side.ids, default=0) for side in sides), default=0)
+        if largest >= len(self.tokenizer):
+            raise BadRow(f"token id {largest}: the tokenizer has {len(self.tokenizer):,} ids")
+        if not sides[0].ids:
+            raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
+        completions = [
+            (
+                np.array(side.ids, dtype=np.int32),
+                np.array(side.mask or [True] * len(side.ids), dtype=bool),
             )
-        except Exception as error:
-            raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
-
-    def _refuse_forged_turns(self, preference: Preference) -> None:
-        for text in _strings(
-            [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-        ):
-            for token in self._special:
-                if token in text:
-                    raise BadRow(
-                        f"the text spells the special token {token}, with which data could forge a turn"
-                    )
-
-
-def _continues(before: str, whole: str) -> str:
-    if not whole.startswith(before):
-        raise BadRow(
-            "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
-        )
-    return whole[len(before) :]
-
-
-def _chat_template(tokenizer: Any) -> str:
-    """The template's source; of several, the one called default."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            f"{tokenizer.name_or_path} has several chat templates and none is called default "
-            f"({', '.join(tokenizer.chat_template)}). Leave one in the model folder, or use --set prepare.template=plain."
-        ) from error
+            for side in sides[1:]
+        ]
+        return Encoded(np.array(sides[0].ids, dtype=np.int32), completions, 0)
 
 
 def _num_appended(backend: Any) -> int:
@@ -299,16 +212,3 @@ def _num_appended(backend: Any) -> int:
     )
     start = next(starts, len(whole) - len(bare)) if bare else len(whole)
     return len(whole) - start - len(bare)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text inside a message, a list of messages, or a text."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield key
-            yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
