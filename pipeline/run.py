@@ -220,7 +220,16 @@ class Session:
             reference = open_reference(name, revision, self._compute, self.context, check_files=not is_start)
             if is_start:  # the content of the weights is known, which says more than their dates
                 check_same_model(reference, start, self.context)
-        return Job(rows, self._policy_source, start, reference, config.loss, config.train, self._compute)
+        return Job(
+            rows,
+            self._policy_source,
+            start,
+            reference,
+            config.loss,
+            config.train,
+            self._compute,
+            config.adapter,
+        )
 
     @cached_property
     def _sample_job(self) -> SampleJob:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_json
 
 FILES = "files.json"
@@ -25,23 +23,22 @@ class Checkpoint:
     step: int
     loss_state: dict[str, float]
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the weights and the optimizer back exactly as they were."""
-        saved = torch.load(self.folder / "training.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-
 
 def save_checkpoint(
-    root: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, loss_state: dict[str, float]
+    root: Path, step: int, state: Any, write_state: Callable[[Path], None], world: Any
 ) -> None:
     """Write `checkpoint-<step>` under `root`, then remove older ones."""
     final = root / f"checkpoint-{step}"
     staging = root / f"{TEMPORARY_PREFIX}{final.name}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, staging / "training.pt")
-    write_json(staging / "state.json", {"step": step, "loss_state": loss_state})
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    world.barrier()
+    write_state(staging)
+    world.barrier()
+    if not world.is_main:
+        return
+    write_json(staging / "state.json", {"step": step, **state})
     write_json(staging / FILES, {path.name: sha256_file(path) for path in sorted(staging.iterdir())})
     shutil.rmtree(final, ignore_errors=True)
     publish_folder(staging, final)

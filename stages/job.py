@@ -15,10 +15,12 @@ from stages.context import Context
 from stages.losses.contract import Loss
 from stages.models import ModelSource
 from stages.planning import num_steps
-from stages.settings import TrainSettings
+from stages.settings import AdapterSettings, TrainSettings
 
 STAGE_VERSION = 1
 NUM_DEFAULT_EVALS = 5
+# A rule of thumb: matrices of low rank that start at zero want steps about ten times as large.
+ADAPTER_LEARNING_RATE = 10
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Plan:
     save_steps: int
 
 
-def plan_run(loss: Loss, settings: TrainSettings, num_examples: int) -> Plan:
+def plan_run(loss: Loss, settings: TrainSettings, num_examples: int, adapter: AdapterSettings) -> Plan:
     """Fill in the loss's recommendations and count the steps."""
     batch_size = settings.batch_size or loss.batch_size
     steps = num_steps(num_examples, batch_size, settings.num_epochs, settings.max_steps)
     eval_steps = settings.eval_steps or max(1, math.ceil(steps / NUM_DEFAULT_EVALS))
+    recommended = loss.learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
     return Plan(
-        learning_rate=settings.learning_rate or loss.learning_rate,
+        learning_rate=settings.learning_rate or recommended,
         batch_size=batch_size,
         steps=steps,
         steps_per_epoch=-(-num_examples // batch_size),
@@ -59,21 +62,24 @@ class Job:
     loss: Loss
     settings: TrainSettings
     compute: Compute
+    adapter: AdapterSettings
 
     @property
     def name(self) -> str:
         """Readable part of the policy's folder name."""
-        return f"{self.source.short_name}-{self.loss.model_dump()['name']}"
+        adapter = "" if self.adapter.name == "none" else f"-{self.adapter.name}"
+        return f"{self.source.short_name}-{self.loss.model_dump()['name']}{adapter}"
 
     @property
     def plan(self) -> Plan:
         """The run in numbers."""
-        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"])
+        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the trained weights or the metrics beside them."""
         exclude = {"learning_rate", "batch_size", "eval_steps", "save_steps", "gradient_checkpointing"}
+        exclude |= {"activation_offload", "parallel"}
         plan = self.plan
         return {
             "stage_version": STAGE_VERSION,
@@ -81,6 +87,7 @@ class Job:
             "reference": self.reference.fingerprint if self.reference else None,
             "start": self.start,
             "loss": self.loss.model_dump(),
+            "adapter": None if self.adapter.name == "none" else self.adapter.model_dump(mode="json"),
             "train": {
                 **self.settings.model_dump(exclude=exclude),
                 "learning_rate": plan.learning_rate,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from cache.artifacts import Draft
 from cache.errors import AlignError
@@ -19,7 +18,6 @@ from stages.checkpoints import newest_checkpoint, save_checkpoint
 from stages.context import progress
 from stages.density import DensityRatios
 from stages.job import Job
-from stages.models import load_model
 from stages.optimizers import make_optimizer
 from stages.parallel import World
 from stages.planning import epoch_order
@@ -27,6 +25,7 @@ from stages.rows import RowSet
 from stages.schedules import make_schedule
 from stages.steps import accumulate_step, evaluate
 from stages.tracking import Tracker
+from stages.trainable import load_trainable
 
 METRICS = "metrics.jsonl"
 
@@ -45,16 +44,12 @@ class Run:
     def __init__(
         self, job: Job, rows: RowSet, heldout: RowSet, world: World, draft: Draft, say: Callable[[str], None]
     ) -> None:
-        from stages.scoring import (
-            Scorer,
-        )  # brings transformers' modelling code: only when there is something to train
-
         settings = job.settings
         self.rows, self.loss, self.settings, self.plan = rows, job.loss, settings, job.plan
         self.world, self.draft = world, draft
         ratios = DensityRatios(rows) if job.loss.needs_density_ratios else None
-        self.model = load_model(job.source, job.compute)
-        self.scorer = Scorer(self.model, job.compute, say, settings.gradient_checkpointing)
+        self.policy = load_trainable(job, world, say)
+        self.scorer = self.policy.scorer
         self.train_scorer, self.heldout_scorer = (
             RowScorer(
                 self.scorer,
@@ -70,8 +65,7 @@ class Run:
         if summary := self.train_scorer.pairs.summary():
             say(summary)
         self.eval_examples = range(min(heldout.num_examples, settings.eval_samples or heldout.num_examples))
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, settings)
+        self.optimizer = make_optimizer(self.policy.parameters, settings)
         self.schedule = make_schedule(settings, self.plan.steps)
         self.loss_state: dict[str, float] = {}
         self.checkpoint = newest_checkpoint(draft.path, say)
@@ -88,7 +82,7 @@ class Run:
         if self.checkpoint is None:
             self._log(tracker, 0, self._evaluate())
         else:
-            self.checkpoint.load(self.model, self.optimizer)
+            self.policy.load_state(self.checkpoint.folder, self.optimizer)
             self.loss_state = self.checkpoint.loss_state
         first = max(self.last_step, 0)
         with progress("train", self.plan.steps - first, "steps") as advance:
@@ -97,8 +91,14 @@ class Run:
                 if step % self.plan.eval_steps == 0 or step == self.plan.steps:
                     metrics.update(self._evaluate())
                 self._log(tracker, step, metrics)
-                if step % self.plan.save_steps == 0 and step != self.plan.steps and self.world.is_main:
-                    save_checkpoint(self.draft.path, step, self.model, self.optimizer, self.loss_state)
+                if step % self.plan.save_steps == 0 and step != self.plan.steps:
+                    save_checkpoint(
+                        self.draft.path,
+                        step,
+                        {"loss_state": self.loss_state},
+                        lambda folder: self.policy.save_state(folder, self.optimizer),
+                        self.world,
+                    )
                 advance(1, f"loss {metrics['loss']:.4f}")
 
     def examples_of(self, step: int) -> np.ndarray:
@@ -116,9 +116,9 @@ class Run:
         metrics, self.loss_state = accumulate_step(
             self.train_scorer, self.loss, examples.tolist(), self.loss_state
         )
-        self.world.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
-        self._check_finite(step, metrics["loss"], float(norm), examples)
+        self.policy.sum_gradients()
+        norm = self.policy.clip_gradients(self.settings.max_grad_norm)
+        self._check_finite(step, metrics["loss"], norm, examples)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         epoch = (step - 1) // self.plan.steps_per_epoch + (
@@ -126,7 +126,7 @@ class Run:
         ) / self.plan.steps_per_epoch
         return {
             **metrics,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "learning_rate": rate,
             "epoch": round(epoch, 6),
             "step_seconds": round(time.monotonic() - began, 4),

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from stages.context import Context
 from stages.loop import METRICS, Run
-from stages.models import ModelSource, load_tokenizer
+from stages.models import ModelSource
 from stages.tracking import read_metrics
 
 
 def publish_policy(run: Run, source: ModelSource, context: Context) -> None:
-    """Save the policy as a Hugging Face folder and publish the artifact."""
+    """Save the policy as a Hugging Face folder, or an adapter as peft's, and publish the artifact; all ranks call."""
     folder: Path = run.draft.path
-    run.model.set_attn_implementation("sdpa")
-    run.model.save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    run.policy.save(folder)
+    if not run.world.is_main:
+        return
     lines = read_metrics(folder / METRICS)
     evaluations = [
         {name: value for name, value in line.items() if name.startswith("eval/")} for line in lines

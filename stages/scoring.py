@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages.activations import offloaded
 from stages.attention import NAME as SEGMENT_ATTENTION
 from stages.compute import Compute
 from stages.head import TokenLogps, collision_logps
@@ -27,10 +28,19 @@ class Scorer(nn.Module):
     """A model that scores packs. Call it like a function; its parameters are the model's."""
 
     def __init__(
-        self, model: Any, compute: Compute, say: Callable[[str], None], gradient_checkpointing: bool = False
+        self,
+        model: Any,
+        compute: Compute,
+        say: Callable[[str], None],
+        gradient_checkpointing: bool = False,
+        packed: bool | None = None,
     ) -> None:
-        """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored."""
+        """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored.
+
+        `packed` is the outcome of that check where it was made on another copy of the model.
+        """
         super().__init__()
+        self.offload = False
         self.model = model
         self.compute = compute
         self.forwards = 0
@@ -44,7 +54,9 @@ class Scorer(nn.Module):
         if config._attn_implementation == SEGMENT_ATTENTION:  # wrapped before
             model.set_attn_implementation("sdpa")
         self._native_attention = config._attn_implementation
-        self.packed = self._can_pack(say)
+        self.packed = self._can_pack(say) if packed is None else packed
+        if packed:
+            model.set_attn_implementation(SEGMENT_ATTENTION)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -58,7 +70,7 @@ class Scorer(nn.Module):
         if not self.packed:
             return self._one_by_one(pack, collision)
         self.forwards += 1
-        with self._autocast():
+        with self._autocast(), offloaded(self.offload):
             body = self.model.get_decoder()
             hidden = body(
                 input_ids=pack.input_ids,

@@ -9,6 +9,7 @@ from cache.artifacts import Artifact
 from cache.fingerprint import fingerprint
 from stages.audit import audit
 from stages.context import Context
+from stages.feasible import check_feasible
 from stages.job import Job, find_policy
 from stages.loop import METRICS, Run
 from stages.models import check_length
@@ -31,7 +32,8 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
         )
         reference.require(keys, context.command("cache-ref"))
     check_length(source.folder, max(train_rows.max_length(), heldout.max_length()))
-    world = join_world(compute.device)
+    check_feasible(job)
+    world = join_world(compute.device, job.settings.parallel == "fsdp")
     draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
     say = context.say if world.is_main else _silent
     run = Run(job, train_rows, heldout, world, draft, say)
@@ -50,8 +52,7 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     finally:
         if tracker is not None:
             tracker.close()
-    if world.is_main:
-        publish_policy(run, source, context)
+    publish_policy(run, source, context)
     world.barrier()
     artifact = find_policy(job, context)
     assert artifact is not None, "the policy was published under another name"

@@ -77,6 +77,8 @@ def allowed(part: dict[str, Any]) -> str:
         below = f"< {part['exclusiveMaximum']:g}" if "exclusiveMaximum" in part else ""
         bounds = " and ".join(bound for bound in (above, from_, to, below) if bound)
         return f"{part['type']} {bounds}".strip()
+    if part["type"] == "array":
+        return f"list of {allowed(part['items'])}"
     return {"string": "text", "null": "null"}[part["type"]]
 
 
