@@ -1,4 +1,4 @@
-"""The command line: `align prepare | cache-ref | train | sample | run`.
+"""The command line: `align prepare | cache-ref | train | sample | run`, and `merge`.
 
 stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
 line and its exit code; other exceptions keep their traceback. Heavy imports happen inside commands.
@@ -60,6 +60,7 @@ EXAMPLES = {
     "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
+    "merge": ["align merge -c configs/lora.yaml"],
     "run": ["align run", "align run -c configs/dpo.yaml"],
 }
 
@@ -120,6 +121,20 @@ def sample(
 ) -> None:
     """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
     _stage("sample", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("merge"))
+def merge(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a trained adapter into its base model: a whole Hugging Face folder, checked against both."""
+    _stage("merge", config, set_, loss, store, json_, dry_run)
 
 
 @app.command(epilog=_epilog("run"))

@@ -118,6 +118,11 @@ def _show_sample(console: Console, result: dict[str, Any]) -> None:
             console.print(f"  polite answers, {side}: {share:.0%} of {len(own)}")
 
 
+def _show_merge(console: Console, result: dict[str, Any]) -> None:
+    what = f"log-probs of {result['tokens_compared']:,} tokens agree with base and adapter within {result['max_abs_diff']:.1g} nats"
+    _headline(console, "merge", what, result)
+
+
 def _headline(console: Console, stage: str, what: str, result: dict[str, Any]) -> None:
     state = "already done" if result["reused"] else "done"
     console.print(Text.assemble((f"{stage}", "bold"), f"  {what}  ({state})"))
@@ -137,4 +142,10 @@ def _one_line(value: Any) -> Text:
     return Text(shown if len(shown) <= 240 else shown[:237] + "...")
 
 
-_SHOW = {"prepare": _show_prepare, "cache-ref": _show_cache_ref, "train": _show_train, "sample": _show_sample}
+_SHOW = {
+    "prepare": _show_prepare,
+    "cache-ref": _show_cache_ref,
+    "train": _show_train,
+    "sample": _show_sample,
+    "merge": _show_merge,
+}

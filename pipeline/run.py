@@ -18,6 +18,7 @@ from stages.cache_ref import cache_ref, check_same_model, count_missing, open_re
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
 from stages.job import Job, find_policy
+from stages.merge import find_merged, merge
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
 from stages.prepare import find_rows, prepare
@@ -114,6 +115,18 @@ class Session:
         # Its preference can be counted, so the report does.
         known = {"quickstart": True} if self.config.data.path == QUICKSTART else {}
         return {**result, "output": str(completions.path / "completions.jsonl"), **known}
+
+    def _merge(self) -> Result:
+        policy = self._policy
+        found = find_merged(policy, self.context)
+        merged = found or merge(policy, self._policy_source, self._rows, self._compute, self.context)
+        return self._artifact_result("merge", merged, found is not None)
+
+    def _plan_merge(self) -> Result:
+        return {
+            "would": "reuse" if find_merged(self._policy, self.context) else "merge",
+            "policy": str(self._policy.path),
+        }
 
     def _plan_prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context)
@@ -232,18 +245,22 @@ class Session:
         )
 
     @cached_property
+    def _policy(self) -> Artifact:
+        policy = find_policy(self._job, self.context)
+        if policy is None:
+            raise StaleError(
+                f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+            )
+        return policy
+
+    @cached_property
     def _sample_job(self) -> SampleJob:
         config = self.config
         models = {}
         if config.sample.model is not None:
             models["model"] = self._model(config.sample.model, None)
         else:
-            policy = find_policy(self._job, self.context)
-            if policy is None:
-                raise StaleError(
-                    f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
-                )
-            models["policy"] = ModelSource(policy.path.name, policy.path)
+            models["policy"] = ModelSource(self._policy.path.name, self._policy.path)
         if config.sample.compare:
             if config.sample.model is not None:
                 raise UsageError(

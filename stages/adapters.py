@@ -70,10 +70,9 @@ def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)
-    local = Path(source.name).expanduser().is_dir() or source.name == source.folder.name
-    adapted.peft_config["default"].base_model_name_or_path = str(
-        source.folder.resolve() if local else source.name
-    )
+    written = adapted.peft_config["default"]
+    written.base_model_name_or_path = source.name if source.is_on_hub else str(source.folder.resolve())
+    written.revision = source.revision
     return adapted
 
 

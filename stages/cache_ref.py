@@ -87,7 +87,7 @@ def open_reference(
     path = _pointer(source_name, revision, compute, context)
     if not path.is_file():
         raise StaleError(
-            f"No reference log-probs of {source_name} in {compute.dtype_name} are in {context.store.root}. "
+            f"No reference log-probs of {source_name} in {compute.arithmetic} are in {context.store.root}. "
             f"Make them with: {context.command('cache-ref')}"
         )
     pointer = read_json(path)
@@ -125,7 +125,7 @@ def _score(
     )  # brings transformers' modelling code: only when there is something to score
 
     context.say(
-        f"Scoring {missing:,} rows with {source.name} ({compute.dtype_name} on {compute.device.type})"
+        f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     scorer = Scorer(load_model(source, compute), compute, context.say)
@@ -191,7 +191,7 @@ def _folder(context: Context, name: str, identity: dict[str, Any]) -> Path:
 
 def _pointer(name: str, revision: str | None, compute: Compute, context: Context) -> Path:
     """Where cache-ref notes which store belongs to a model name, so that train need not hash the model."""
-    asked = fingerprint({"model": name, "revision": revision, "dtype": compute.dtype_name})
+    asked = fingerprint({"model": name, "revision": revision, "dtype": compute.arithmetic})
     return context.store.root / "ref-logps" / "by-model" / f"{short(asked)}.json"
 
 
