@@ -57,7 +57,11 @@ EXAMPLES = {
         "align prepare",
         "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
     ],
-    "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
+    "cache-ref": [
+        "align cache-ref",
+        "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml",
+        "align cache-ref --shard 1/8",
+    ],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
     "merge": ["align merge -c configs/lora.yaml"],
@@ -86,13 +90,19 @@ def prepare(
 def cache_ref(
     config: Configs = None,
     set_: Sets = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="i/N", help="Score the i-th of N shares, for N independent jobs (i from 1)."
+        ),
+    ] = None,
     store: StoreDir = DEFAULT_STORE,
     json_: AsJson = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
-    _stage("cache-ref", config, set_, None, store, json_, dry_run)
+    _stage("cache-ref", config, set_, None, store, json_, dry_run, shard)
 
 
 @app.command(epilog=_epilog("train"))
@@ -168,13 +178,14 @@ def _stage(
     store: Path,
     as_json: bool,
     dry_run: bool,
+    shard: str | None = None,
 ) -> None:
     from pipeline.config import load_config
     from pipeline.report import show
     from pipeline.run import Session
 
     config = load_config(files or [], sets or [], loss)
-    session = Session(config, store, _arguments(files, sets, store), loss)
+    session = Session(config, store, _arguments(files, sets, store), loss, shard=shard)
     result = session.plan(stage) if dry_run else session.run(stage)
     if os.environ.get("RANK", "0") != "0":
         return

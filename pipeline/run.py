@@ -42,9 +42,10 @@ class Session:
         arguments: str = "",
         loss: str | None = None,
         say: Callable[[str], None] | None = None,
+        shard: str | None = None,
     ) -> None:
-        """Check what can be checked without loading anything."""
-        self.config = config
+        """Check what can be checked without loading anything. `shard` is cache-ref's share of the work, `i/N`."""
+        self.config, self.shard = config, shard
         settings = {} if say is None else {"say": say}
         self.context = Context(Store(store), config.to_yaml(), arguments, loss, **settings)
 
@@ -86,10 +87,12 @@ class Session:
 
     def _cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
-        result = cache_ref(self._rows, source, self.config.reference_model[1], self._compute, self.context)
+        revision = self.config.reference_model[1]
+        result = cache_ref(self._rows, source, revision, self._compute, self.context, self.shard)
         if not result.rows_scored:
+            whose = f" of shard {self.shard}" if self.shard else ""
             self.context.say(
-                f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}"
+                f"cache-ref: all {result.rows_needed:,} rows{whose} are already in {result.reference.folder}"
             )
         return {
             "artifact": str(result.reference.folder),

@@ -117,13 +117,19 @@ def load_model(source: ModelSource, compute: Compute) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute.dtype,
         )
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
             quantization_config=quantization,
             device_map={"": compute.device},
         )
+        for module in model.modules():
+            # On a CPU bitsandbytes 0.50 repacks weights once a layer sees an input without gradient. That
+            # kernel computes in bfloat16, and what an adapter behind it gets for a gradient is wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - Module declares its attributes as tensors
+        return model
 
     logging.disable_progress_bar()  # a bar of our own says what is going on
     try:

@@ -84,7 +84,7 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
     with pytest.raises(UsageError, match="no adapter to merge"):
         session(tree, tmp_path).run("merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
-    with pytest.raises(UsageError, match="holds an adapter, not a model.*align merge"):
+    with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
         session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")
 
 
@@ -120,14 +120,16 @@ def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, prefe
     pytest.importorskip("vllm")
     tree = adapter_settings(tiny_model, preferences, "dora", sample={"engine": "vllm"})
     through_training(tree, tmp_path)
-    with pytest.raises(MachineError, match="DoRA.*align merge"):
+    with pytest.raises(MachineError, match=r"DoRA.*align merge"):
         session(tree, tmp_path).run("sample")
 
 
 @pytest.mark.slow
 def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path):
     """SIGKILL by the run itself right after a checkpoint; the second run loads adapter and optimizer."""
-    tree = adapter_settings(tiny_model, preferences, train={"save_steps": 1, "num_epochs": 2, "batch_size": 4})
+    tree = adapter_settings(
+        tiny_model, preferences, train={"save_steps": 1, "num_epochs": 2, "batch_size": 4}
+    )
     whole = through_training(tree, tmp_path / "whole")
     store, config = tmp_path / "killed", tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))

@@ -213,3 +213,25 @@ def test_all_linear_leaves_the_output_layer_alone(tiny_model, tmp_path):
     save_adapter(adapted, tmp_path)
     names = {name.split(".")[-3] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_an_adapter_over_4_bit_weights_has_the_gradient_over_the_same_weights_written_out(tiny_model):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    source = ModelSource(str(tiny_model), tiny_model)
+    quantized = load_model(source, Compute(torch.device("cpu"), torch.float32, 4096, load_in_4bit=True))
+    written_out = load_model(source, FLOAT32)
+    layers = dict(quantized.named_modules())
+    for name, module in written_out.named_modules():
+        if isinstance(layers[name], bitsandbytes.nn.Linear4bit):
+            weight = layers[name].weight
+            module.weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    found = []
+    for model in (quantized, written_out):
+        stir(attach_adapter(model, AdapterSettings(name="lora", r=4), 0, source))
+        logps = score(model)
+        logps.sum().backward()
+        found.append((logps.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (logps, gradients), (expected_logps, expected) = found
+    assert (logps - expected_logps).abs().max() < 1e-4
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()
