@@ -21,6 +21,7 @@ from stages.settings import (
     AdapterSettings,
     ComputeSettings,
     DataSettings,
+    EvalSettings,
     ModelSettings,
     PrepareSettings,
     ReferenceSettings,
@@ -47,6 +48,7 @@ class RunConfig(Settings):
     loss: SerializeAsAny[Loss] = Field(default_factory=lambda: parse_loss({"name": "dpo"}))
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     track: TrackSettings = TrackSettings()
 

@@ -21,9 +21,11 @@ from stages.job import Job, find_policy
 from stages.merge import find_merged, merge
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
+from stages.policy import remove_leftovers
 from stages.prepare import find_rows, prepare
+from stages.resume import open_origin
 from stages.sample import SampleJob, find_completions, sample
-from stages.settings import DataSettings
+from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Template
 from stages.train import train
 
@@ -81,14 +83,20 @@ class Session:
         return plans
 
     def _prepare(self) -> Result:
-        found = find_rows(self._data, self.config.prepare, self._template, self.context)
-        rows = found or prepare(self._data, self.config.prepare, self._template, self.context)
+        result = self._prepare_one(self._data, self.config.prepare)
+        sets = {name: self._prepare_one(data, self._eval_prepare) for name, data in self._eval_data.items()}
+        return {**result, "eval_sets": sets} if sets else result
+
+    def _prepare_one(self, data: DataSettings, settings: PrepareSettings) -> Result:
+        found = find_rows(data, settings, self._template, self.context)
+        rows = found or prepare(data, settings, self._template, self.context)
         return self._artifact_result("prepare", rows, found is not None)
 
     def _cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
+        row_sets = [self._rows, *self._eval_sets.values()]
         revision = self.config.reference_model[1]
-        result = cache_ref(self._rows, source, revision, self._compute, self.context, self.shard)
+        result = cache_ref(row_sets, source, revision, self._compute, self.context, self.shard)
         if not result.rows_scored:
             whose = f" of shard {self.shard}" if self.shard else ""
             self.context.say(
@@ -107,6 +115,8 @@ class Session:
     def _train(self) -> Result:
         job = self._job
         found = find_policy(job, self.context)
+        if found:
+            remove_leftovers(found)
         policy = found or train(job, self.config.track, self.context)
         return self._artifact_result("train", policy, found is not None)
 
@@ -133,15 +143,22 @@ class Session:
 
     def _plan_prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context)
+        missing = [
+            name
+            for name, data in self._eval_data.items()
+            if find_rows(data, self._eval_prepare, self._template, self.context) is None
+        ]
         return {
-            "would": "reuse" if found else "read and tokenize",
+            "would": "reuse" if found and not missing else "read and tokenize",
             "source": self.config.data.path,
             **({"artifact": str(found.path)} if found else {}),
+            **({"eval_sets": ", ".join(missing)} if missing else {}),
         }
 
     def _plan_cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
-        needed, missing, tokens = count_missing(self._rows, source, self._compute, self.context)
+        row_sets = [self._rows, *self._eval_sets.values()]
+        needed, missing, tokens = count_missing(row_sets, source, self._compute, self.context)
         return {
             "would": "score" if missing else "reuse",
             "rows_needed": needed,
@@ -217,10 +234,29 @@ class Session:
 
     @cached_property
     def _rows(self) -> Artifact:
-        rows = find_rows(self._data, self.config.prepare, self._template, self.context)
+        return self._rows_of(self._data, self.config.prepare, self.config.data.path)
+
+    @cached_property
+    def _eval_data(self) -> dict[str, DataSettings]:
+        return dict(self.config.eval.sets)
+
+    @property
+    def _eval_prepare(self) -> PrepareSettings:
+        """How evaluation sets are prepared: as the training rows, none of them set apart."""
+        return self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
+
+    @cached_property
+    def _eval_sets(self) -> dict[str, Artifact]:
+        return {
+            name: self._rows_of(data, self._eval_prepare, f"eval.sets.{name}")
+            for name, data in self._eval_data.items()
+        }
+
+    def _rows_of(self, data: DataSettings, settings: PrepareSettings, what: str) -> Artifact:
+        rows = find_rows(data, settings, self._template, self.context)
         if rows is None:
             raise StaleError(
-                f"The rows of {self.config.data.path} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+                f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
             )
         return rows
 
@@ -245,6 +281,8 @@ class Session:
             config.train,
             self._compute,
             config.adapter,
+            eval_sets=self._eval_sets,
+            origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
         )
 
     @cached_property

@@ -11,7 +11,7 @@ scores its own units; they need not talk, and together they write the bytes that
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +72,14 @@ class CacheRefResult:
 
 
 def cache_ref(
-    rows: Artifact,
+    rows: Sequence[Artifact],
     source: ModelSource,
     revision: str | None,
     compute: Compute,
     context: Context,
     shard: str | None = None,
 ) -> CacheRefResult:
-    """Score what is missing for `rows` and return the store; does nothing when nothing is missing.
+    """Score what is missing for all of `rows` and return the store; does nothing when nothing is missing.
 
     With `shard` (`i/N`), rows needed and missing are those of that share of the work.
     """
@@ -87,7 +87,7 @@ def cache_ref(
     started = time.monotonic()
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     if shard is None:
         needed = {key for row_set in row_sets for key in row_set.keys}
     else:
@@ -103,12 +103,12 @@ def cache_ref(
 
 
 def count_missing(
-    rows: Artifact, source: ModelSource, compute: Compute, context: Context
+    rows: Sequence[Artifact], source: ModelSource, compute: Compute, context: Context
 ) -> tuple[int, int, int]:
     """Rows needed, rows missing, and positions a run would compute; writes nothing."""
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
     tokens = sum(
         fed_length(row_set, group)

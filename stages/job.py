@@ -5,11 +5,13 @@ the identity that names the policy.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cache.artifacts import Artifact
 from cache.ref_logps import RefLogps
+from stages.checkpoints import Checkpoint
 from stages.compute import Compute
 from stages.context import Context
 from stages.losses.contract import Loss
@@ -17,10 +19,23 @@ from stages.models import ModelSource
 from stages.planning import num_steps
 from stages.settings import AdapterSettings, TrainSettings
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 NUM_DEFAULT_EVALS = 5
 # A rule of thumb: matrices of low rank that start at zero want steps about ten times as large.
 ADAPTER_LEARNING_RATE = 10
+# Settings that change neither the weights nor the metrics beside them, or that `Plan` fills in.
+NOT_HASHED = {
+    "learning_rate",
+    "batch_size",
+    "eval_steps",
+    "save_steps",
+    "keep_last",
+    "gradient_checkpointing",
+    "activation_offload",
+    "parallel",
+    "resume",
+    "resume_override",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,11 @@ def plan_run(loss: Loss, settings: TrainSettings, num_examples: int, adapter: Ad
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`."""
+    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`.
+
+    `eval_sets` are rows to evaluate on besides the held-out ones, by name. `origin` is the checkpoint that
+    `train.resume` names, if any.
+    """
 
     rows: Artifact
     source: ModelSource
@@ -63,6 +82,8 @@ class Job:
     settings: TrainSettings
     compute: Compute
     adapter: AdapterSettings
+    eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
+    origin: Checkpoint | None = None
 
     @property
     def name(self) -> str:
@@ -76,10 +97,8 @@ class Job:
         return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that changes the trained weights or the metrics beside them."""
-        exclude = {"learning_rate", "batch_size", "eval_steps", "save_steps", "gradient_checkpointing"}
-        exclude |= {"activation_offload", "parallel"}
+    def own_identity(self) -> dict[str, Any]:
+        """Everything that changes the trained weights or the metrics beside them, but for where the run continues."""
         plan = self.plan
         return {
             "stage_version": STAGE_VERSION,
@@ -89,12 +108,21 @@ class Job:
             "loss": self.loss.model_dump(),
             "adapter": None if self.adapter.name == "none" else self.adapter.model_dump(mode="json"),
             "train": {
-                **self.settings.model_dump(exclude=exclude),
+                **self.settings.model_dump(exclude=NOT_HASHED),
                 "learning_rate": plan.learning_rate,
                 "batch_size": plan.batch_size,
                 "eval_steps": plan.eval_steps,
             },
+            "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`own_identity`, and the checkpoint of another run that this one continues, if it does."""
+        own = self.own_identity
+        if self.origin is None or self.origin.state["identity"] == own:
+            return own
+        return {**own, "continues": {"checkpoint": self.origin.sha256, "step": self.origin.step}}
 
 
 def find_policy(job: Job, context: Context) -> Artifact | None:

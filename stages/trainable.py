@@ -60,10 +60,7 @@ class Trainable:
             )
             save_adapter(self.adapted, folder, named)
         elif state is None:
-            attention = self.model.config._attn_implementation
-            self.model.config._attn_implementation = "sdpa"
             self.model.save_pretrained(folder)
-            self.model.config._attn_implementation = attention
         else:
             _whole(self.model.config, state).save_pretrained(folder)
         load_tokenizer(self.source).save_pretrained(folder)

@@ -79,7 +79,7 @@ def allowed(part: dict[str, Any]) -> str:
         return f"{part['type']} {bounds}".strip()
     if part["type"] == "array":
         return f"list of {allowed(part['items'])}"
-    return {"string": "text", "null": "null"}[part["type"]]
+    return {"string": "text", "null": "null", "object": "names and values"}[part["type"]]
 
 
 @pytest.fixture(scope="module")
