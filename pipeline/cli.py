@@ -5,6 +5,7 @@ line and its exit code; other exceptions keep their traceback. Heavy imports hap
 """
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -207,6 +208,8 @@ def _arguments(files: list[Path] | None, sets: list[str] | None, store: Path) ->
 def main() -> None:
     """Run the command line; the process ends with a documented exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    # Where it is installed, peft imports it, and it says that an optional kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=False)

@@ -71,6 +71,11 @@ def save_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path
     save(_sharded_state(scorer, optimizer, trained_only), checkpoint_id=folder)
 
 
+def are_shards(folder: Path) -> bool:
+    """Whether a checkpoint was written by `save_shards`."""
+    return (folder / ".metadata").is_file()
+
+
 def load_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
     """Put weights and optimizer back from `folder`, whatever number of ranks wrote it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict

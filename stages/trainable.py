@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cache.errors import StaleError
 from stages.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
 from stages.compute import Compute
 from stages.job import Job
 from stages.models import ModelSource, load_model, load_tokenizer
 from stages.parallel import World
-from stages.sharding import full_state, load_sharded, load_shards, save_shards
+from stages.sharding import are_shards, full_state, load_sharded, load_shards, save_shards
 
 if TYPE_CHECKING:
     from stages.scoring import Scorer
@@ -78,7 +79,16 @@ class Trainable:
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
     def load_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights and optimizer back exactly as `save_state` found them; all ranks call."""
+        """Put weights and optimizer back exactly as `save_state` found them; all ranks call.
+
+        Raises `StaleError` for a checkpoint of the other `train.parallel`.
+        """
+        if are_shards(folder) != self.world.sharded:
+            written, wanted = ("fsdp", "ddp") if are_shards(folder) else ("ddp", "fsdp")
+            raise StaleError(
+                f"{folder} was written with train.parallel={written}, this run has {wanted}. Continue it with "
+                f"--set train.parallel={written}, on any number of ranks."
+            )
         if self.world.sharded:
             load_shards(self.scorer, optimizer, folder, trained_only=self.adapted is not None)
             return
