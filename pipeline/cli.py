@@ -65,6 +65,7 @@ EXAMPLES = {
     ],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
+    "plan": ["align plan", "align plan -c configs/dpo.yaml --measure"],
     "merge": ["align merge -c configs/lora.yaml"],
     "run": ["align run", "align run -c configs/dpo.yaml"],
 }
@@ -132,6 +133,33 @@ def sample(
 ) -> None:
     """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
     _stage("sample", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("plan"))
+def plan(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and time a few forward and backward passes.")
+    ] = False,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Steps, tokens, memory and time of a training run, before it is started; refuses nothing."""
+    from pipeline.config import load_config
+    from pipeline.plan_report import show_plan
+    from pipeline.run import Session
+
+    session = Session(
+        load_config(config or [], set_ or [], loss), store, _arguments(config, set_, store), loss
+    )
+    result = session.training_plan(measure)
+    if json_:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_plan(result)
 
 
 @app.command(epilog=_epilog("merge"))

@@ -14,6 +14,7 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
+from pipeline.plan import plan_training
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
@@ -134,6 +135,12 @@ class Session:
         found = find_merged(policy, self.context)
         merged = found or merge(policy, self._policy_source, self._rows, self._compute, self.context)
         return self._artifact_result("merge", merged, found is not None)
+
+    def training_plan(self, measured: bool) -> Result:
+        """What a training run of this configuration will take; needs the rows, and writes nothing."""
+        source = self._policy_source
+        say = self.context.say
+        return plan_training(self.config, self._rows, source, self._compute, measured, say)
 
     def _plan_merge(self) -> Result:
         return {

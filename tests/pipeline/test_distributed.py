@@ -107,7 +107,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues_with_two_ranks_shards(
     tiny_model, preferences, tmp_path
 ):
     """Of an adapter, whose shards are few: the checkpoint holds them and their optimizer alone."""
-    changes = {"num_epochs": 12, "parallel": "fsdp", "learning_rate": 1e-4}
+    changes = {"num_epochs": 3, "parallel": "fsdp", "learning_rate": 1e-4}
     tree = tree_of(tiny_model, preferences, adapter={"name": "lora", "r": 4}, train=changes)
     expected = alone(tree, tmp_path / "one", "prepare", "cache-ref", "train")
     store = tmp_path / "two"
