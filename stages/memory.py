@@ -72,27 +72,22 @@ class Shapes:
         # On the CPU whatever the device: shapes are the same, and a GPU need not be there.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         on_cpu = Compute(torch.device("cpu"), compute.dtype, compute.tokens_per_batch)
-        with self._mode:
+        with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=torch.float32
             )
-            linear = {
-                id(module.weight): module.weight
-                for module in model.modules()
-                if type(module) is torch.nn.Linear
-            }
-            for untouched in (model.get_input_embeddings(), model.get_output_embeddings()):
-                linear.pop(id(untouched.weight), None)
-            if adapter.name != "none":
-                attach_adapter(model, adapter, 0, source)
-            self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, packed=True)
-            if adapter.name != "none" and compute.dtype == torch.bfloat16:
+        frozen = _linear_weights(model) if compute.load_in_4bit else []
+        if adapter.name != "none":
+            attach_adapter(model, adapter, 0, source)
+            if compute.dtype == torch.bfloat16:
                 halve_frozen_weights(model)
+        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, packed=True)
+        with self._mode:
+            _replace_tensors(model)
         self._parameters = list(model.parameters())
         self._trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         self.weights = sum(parameter.nbytes for parameter in self._parameters)
-        if compute.load_in_4bit:
-            self.weights -= sum(int(weight.nbytes - weight.numel() * NF4_BYTES) for weight in linear.values())
+        self.weights -= sum(int(weight.nbytes - weight.numel() * NF4_BYTES) for weight in frozen)
 
     def predict(self, pack: Pack) -> Memory:
         """Memory of a step whose largest pack is this one, with the gradients of the packs before it in place."""
@@ -131,6 +126,30 @@ class LayerwiseShapes:
         """As `Shapes.predict`: what one layer takes, and for each further one the difference that the second makes."""
         one, two = (asdict(shapes.predict(pack)) for shapes in (self._one, self._two))
         return Memory(**{name: one[name] + self._more * (two[name] - one[name]) for name in one})
+
+
+def _linear_weights(model: Any) -> list[torch.Tensor]:
+    """Weights that are loaded in 4 bits: of all linear layers but the output layer."""
+    output = model.get_output_embeddings()
+    return [
+        module.weight
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and module is not output
+    ]
+
+
+def _replace_tensors(model: Any) -> None:
+    """Fake tensors of the current mode in place of meta tensors, shared where those are."""
+    fresh: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in fresh:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                fresh[id(parameter)] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            module._parameters[name] = None if parameter is None else fresh[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _keep_layers(config: Any, number: int) -> None:

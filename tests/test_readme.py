@@ -22,10 +22,10 @@ from stages.truncation import fit
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
-    r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|run)\b[^`;#\n]*"
+    r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|run|merge|plan)\b[^`;#\n]*"
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
