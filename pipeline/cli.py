@@ -1,4 +1,4 @@
-"""The command line: `align prepare | cache-ref | train | sample | run`, and `merge`.
+"""The command line: `align prepare | cache-ref | train | sample | eval | run`, `plan` and `merge`.
 
 stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
 line and its exit code; other exceptions keep their traceback. Heavy imports happen inside commands.
@@ -67,6 +67,10 @@ EXAMPLES = {
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
     "plan": ["align plan", "align plan -c configs/dpo.yaml --measure"],
     "merge": ["align merge -c configs/lora.yaml"],
+    "eval": [
+        "align eval",
+        "align eval --set eval.model=artifacts/policy/NAME --set eval.sets.mine=pairs.jsonl",
+    ],
     "run": ["align run", "align run -c configs/dpo.yaml"],
 }
 
@@ -174,6 +178,20 @@ def merge(
 ) -> None:
     """Merge a trained adapter into its base model: a whole Hugging Face folder, checked against both."""
     _stage("merge", config, set_, loss, store, json_, dry_run)
+
+
+@app.command("eval", epilog=_epilog("eval"))
+def evaluate(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Held-out metrics of any policy: the one trained, or eval.model, with the reference's cached log-probs."""
+    _stage("eval", config, set_, loss, store, json_, dry_run)
 
 
 @app.command(epilog=_epilog("run"))

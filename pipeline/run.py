@@ -18,7 +18,9 @@ from pipeline.plan import plan_training
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
+from stages.evaluate import evaluate_model
 from stages.job import Job, find_policy
+from stages.loop_samples import PromptPool
 from stages.merge import find_merged, merge
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
@@ -121,6 +123,12 @@ class Session:
         policy = found or train(job, self.config.track, self.context)
         return self._artifact_result("train", policy, found is not None)
 
+    def _eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        sets = evaluate_model(self._job, model, self.context)
+        return {"model": model.name, "loss": self._loss_name, "sets": sets}
+
     def _sample(self) -> Result:
         job = self._sample_job
         found = find_completions(job, self.context)
@@ -131,7 +139,7 @@ class Session:
         return {**result, "output": str(completions.path / "completions.jsonl"), **known}
 
     def _merge(self) -> Result:
-        policy = self._policy
+        policy = self._policy_artifact
         found = find_merged(policy, self.context)
         merged = found or merge(policy, self._policy_source, self._rows, self._compute, self.context)
         return self._artifact_result("merge", merged, found is not None)
@@ -144,8 +152,8 @@ class Session:
 
     def _plan_merge(self) -> Result:
         return {
-            "would": "reuse" if find_merged(self._policy, self.context) else "merge",
-            "policy": str(self._policy.path),
+            "would": "reuse" if find_merged(self._policy_artifact, self.context) else "merge",
+            "policy": str(self._policy_artifact.path),
         }
 
     def _plan_prepare(self) -> Result:
@@ -185,6 +193,11 @@ class Session:
             "batch_size": plan.batch_size,
             "learning_rate": plan.learning_rate,
         }
+
+    def _plan_eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        return {"would": "evaluate", "model": model.name, "loss": self._loss_name}
 
     def _plan_sample(self) -> Result:
         job = self._sample_job
@@ -290,10 +303,23 @@ class Session:
             config.adapter,
             eval_sets=self._eval_sets,
             origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
+            pool=None if config.train.sample_steps is None else self._pool,
         )
 
+    @property
+    def _pool(self) -> PromptPool:
+        """What is sampled while training: prompts and ways of the block sample."""
+        job = SampleJob.of({}, self._rows, self._template, self.config.sample, self._compute)
+        settings = self.config.train
+        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+
+    @property
+    def _policy(self) -> ModelSource:
+        """The policy that this configuration has trained."""
+        return ModelSource(self._policy_artifact.path.name, self._policy_artifact.path)
+
     @cached_property
-    def _policy(self) -> Artifact:
+    def _policy_artifact(self) -> Artifact:
         policy = find_policy(self._job, self.context)
         if policy is None:
             raise StaleError(
@@ -308,7 +334,7 @@ class Session:
         if config.sample.model is not None:
             models["model"] = self._model(config.sample.model, None)
         else:
-            models["policy"] = ModelSource(self._policy.path.name, self._policy.path)
+            models["policy"] = self._policy
         if config.sample.compare:
             if config.sample.model is not None:
                 raise UsageError(

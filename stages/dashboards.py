@@ -5,6 +5,7 @@ the environment or from the dashboards' own logins, never from here.
 """
 
 import importlib
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ class _Wandb:
         wandb = _require("wandb", "track.wandb")
         stored = folder / RUN_ID
         if not stored.is_file():
-            stored.write_text(wandb.util.generate_id(), encoding="utf-8")
+            stored.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._wandb = wandb
         self._run = wandb.init(
             project=settings.project,

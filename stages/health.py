@@ -31,9 +31,9 @@ def both_falling(history: Sequence[Line]) -> str:
     if chosen >= FALLEN_SHARE * reference or rejected >= 0:
         return ""
     return (
-        f"both log-ratios are falling: chosen {chosen:.3g}, rejected {rejected:.3g} nats over the last {WINDOW} steps, so the "
-        f"chosen completions are {chosen / reference:.0%} less likely (in log-prob) than under the reference. Lower the learning "
-        f"rate, raise beta, or add loss.sft_weight"
+        f"both log-ratios are falling: chosen {chosen:.3g}, rejected {rejected:.3g} nats over the last {WINDOW} steps; the "
+        f"chosen completions fell from {reference:.3g} to {logps:.3g} nats. Lower the learning rate, raise beta, or add "
+        f"loss.sft_weight"
     )
 
 
@@ -87,7 +87,7 @@ def steps_skipped(history: Sequence[Line]) -> str:
     skipped = sum(bool(line.get("skipped")) for line in steps)
     if not skipped:
         return ""
-    return f"{skipped} of {len(steps)} steps were skipped: their loss or gradient was not finite"
+    return f"{skipped} of the last {len(steps)} steps were skipped: their loss or gradient was not finite"
 
 
 def samples_degenerate(history: Sequence[Line]) -> str:

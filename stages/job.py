@@ -14,6 +14,7 @@ from cache.ref_logps import RefLogps
 from stages.checkpoints import Checkpoint
 from stages.compute import Compute
 from stages.context import Context
+from stages.loop_samples import PromptPool
 from stages.losses.contract import Loss
 from stages.models import ModelSource
 from stages.planning import num_steps
@@ -33,6 +34,8 @@ NOT_HASHED = {
     "gradient_checkpointing",
     "activation_offload",
     "parallel",
+    "sample_prompts",
+    "sample_strategy",
     "resume",
     "resume_override",
 }
@@ -71,7 +74,7 @@ class Job:
     """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`.
 
     `eval_sets` are rows to evaluate on besides the held-out ones, by name. `origin` is the checkpoint that
-    `train.resume` names, if any.
+    `train.resume` names, `pool` what is sampled while training, if anything is.
     """
 
     rows: Artifact
@@ -84,6 +87,7 @@ class Job:
     adapter: AdapterSettings
     eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
     origin: Checkpoint | None = None
+    pool: PromptPool | None = None
 
     @property
     def name(self) -> str:
@@ -114,6 +118,7 @@ class Job:
                 "eval_steps": plan.eval_steps,
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
+            "samples": self.pool.identity if self.pool else None,
         }
 
     @property

@@ -25,6 +25,7 @@ from stages.health import Watch
 from stages.history import Best, best_evaluation, check_metric, eval_name
 from stages.interrupts import StopRequest, stop_at_a_step
 from stages.job import Job
+from stages.loop_samples import sample_policy, shown
 from stages.movement import Movement
 from stages.optimizers import make_optimizer
 from stages.parallel import World
@@ -32,7 +33,7 @@ from stages.planning import epoch_order
 from stages.rows import RowSet
 from stages.schedules import make_schedule
 from stages.steps import accumulate_step, evaluate
-from stages.tracking import METRICS, Tracker, read_metrics
+from stages.tracking import METRICS, SAMPLES, Tracker, read_metrics
 from stages.trainable import load_trainable
 
 # While training; two, so that a damaged one costs steps and not the run.
@@ -82,11 +83,12 @@ class Run:
 
     def go(self, tracker: Tracker) -> None:
         """Every remaining step: train, evaluate, log, save, in that order."""
+        tracker.begin(self.checkpoint and self.checkpoint.folder)
         if self.checkpoint is None:
             first = {} if self.audit_difference is None else {"audit/max_abs_diff": self.audit_difference}
-            self._log(tracker, 0, {**self._evaluate(), **first})
+            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
-            self._restore(self.checkpoint, tracker)
+            self._restore(self.checkpoint)
         for key in ("best_metric", "early_stopping_metric"):
             if (metric := getattr(self.settings, key)) is not None:
                 check_metric(self.history, metric, f"train.{key}")
@@ -102,6 +104,7 @@ class Run:
                 metrics = self._step(step)
                 if step % self.plan.eval_steps == 0 or step == self.plan.steps:
                     metrics.update(self._evaluate())
+                metrics.update(self._sample(tracker, step))
                 self._log(tracker, step, metrics)
                 for warning in watch.new_warnings(self.history):
                     self.say(warning)
@@ -131,13 +134,12 @@ class Run:
         order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
         return order[index * self.plan.batch_size : (index + 1) * self.plan.batch_size]
 
-    def _restore(self, checkpoint: Checkpoint, tracker: Tracker) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.say(f"Continuing from step {checkpoint.step} of {self.plan.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
         self.loss_state = dict(checkpoint.state["loss_state"])
         self.audit_difference = checkpoint.state["audit_max_abs_diff"]
         self.history = read_metrics(checkpoint.folder / METRICS)
-        tracker.restore(self.history)
 
     def _step(self, step: int) -> dict[str, Any]:
         began = time.monotonic()
@@ -189,6 +191,17 @@ class Run:
             found.update({f"{prefix}{metric}": value for metric, value in metrics.items()})
         return found
 
+    def _sample(self, tracker: Tracker, step: int) -> dict[str, float]:
+        """Completions of a few prompts where they are due: to console and files; their metrics."""
+        every, pool = self.settings.sample_steps, self.job.pool
+        if every is None or pool is None or (step % every and step != self.plan.steps):
+            return {}
+        occasion = -(-step // every)
+        records, metrics = sample_policy(self.policy.scorer, self.job.source, pool, step, occasion)
+        self.say("\n".join([f"Samples at step {step}:", *shown(records)]))
+        tracker.log_samples(records)
+        return metrics
+
     def _log(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
         self.history.append(line)
@@ -236,7 +249,9 @@ class Run:
     def _write_state(self, folder: Path) -> None:
         self.policy.save_state(folder, self.optimizer)
         if self.world.is_main:
-            shutil.copyfile(self.folder / METRICS, folder / METRICS)
+            for name in (METRICS, SAMPLES):
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, folder / name)
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.artifacts import Artifact, Draft
-from stages.checkpoints import PREFIX, checkpoint_steps
+from cache.errors import CorruptError
+from cache.files import TEMPORARY_PREFIX
+from stages.checkpoints import PREFIX, checkpoint_problem, checkpoint_steps
 from stages.context import Context
 from stages.history import Best
 from stages.loop import Run
@@ -30,7 +32,7 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     run.world.barrier()
     best = run.best if run.settings.save_best else None
     if best is not None and best.step != run.last_step:
-        run.policy.load_state(draft.path / f"{PREFIX}{best.step}", run.optimizer)
+        run.policy.load_state(_checkpoint_of(run, best.step, draft.path), run.optimizer)
         context.say(f"The policy is that of step {best.step}, the best by {run.settings.best_metric}.")
     run.policy.save(finished.path)
     if not run.world.is_main:
@@ -44,9 +46,24 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     shutil.rmtree(draft.path)
 
 
+def _checkpoint_of(run: Run, step: int, working: Path) -> Path:
+    """The checkpoint of a step: of this run, or of the one it continues."""
+    parents = [working, *([run.job.origin.folder.parent] if run.job.origin else [])]
+    problems = {
+        folder: checkpoint_problem(folder) for folder in (parent / f"{PREFIX}{step}" for parent in parents)
+    }
+    for folder, problem in problems.items():
+        if not problem:
+            return folder
+    raise CorruptError(
+        f"The best weights are those of step {step}, and {'; '.join(f'{f}: {p}' for f, p in problems.items())}. "
+        f"Publish the last instead with --set train.save_best=false, continuing with --set train.resume={working}."
+    )
+
+
 def remove_leftovers(policy: Artifact) -> None:
     """Remove the working folder of a run that was killed between publishing and tidying up."""
-    working = policy.path.with_name(f".tmp-{policy.path.name}")
+    working = policy.path.with_name(f"{TEMPORARY_PREFIX}{policy.path.name}")
     shutil.rmtree(working, ignore_errors=True)
 
 

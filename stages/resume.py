@@ -35,26 +35,34 @@ MAY_CHANGE = (
     "train.early_stopping_metric",
     "train.early_stopping_patience",
     "train.on_nonfinite",
+    "train.sample_steps",
     "eval_sets",
+    "samples",
 )
 
 
 def open_origin(path: str, context: Context) -> Checkpoint:
     """The checkpoint that `train.resume` names: a `checkpoint-<step>` folder, or the newest valid one in a folder."""
     folder = Path(path).expanduser()
+    found = _named(folder, context)
+    if found is None:
+        raise StaleError(
+            f"train.resume is {path}, and there is no valid checkpoint. Expected a folder checkpoint-<step> that "
+            f"`align train` wrote, or a folder of them."
+        )
+    if "identity" not in found.state:
+        raise StaleError(f"{found.folder} does not say which run it belongs to: an older align wrote it.")
+    return found
+
+
+def _named(folder: Path, context: Context) -> Checkpoint | None:
     if (folder / STATE).is_file():
         problem = checkpoint_problem(folder)
         if problem:
             raise CorruptError(f"Cannot continue from {folder}: {problem}. Name an older checkpoint.")
         state = read_json(folder / STATE)
         return Checkpoint(folder, state["step"], state)
-    found = newest_checkpoint(folder, context.say) if folder.is_dir() else None
-    if found is None:
-        raise StaleError(
-            f"train.resume is {path}, and there is no valid checkpoint. Expected a folder checkpoint-<step> that "
-            f"`align train` wrote, or a folder of them."
-        )
-    return found
+    return newest_checkpoint(folder, context.say) if folder.is_dir() else None
 
 
 def check_origin(job: Job, context: Context) -> None:
@@ -88,10 +96,17 @@ def nearest_interrupted(job: Job, store: Store) -> tuple[Path, int, list[str]] |
         if not steps or folder.name == f"{TEMPORARY_PREFIX}{own}":
             continue
         newest = folder / f"checkpoint-{steps[0]}"
-        if (newest / FILES).is_file():
-            identity = read_json(newest / STATE)["identity"]
+        if (newest / FILES).is_file() and (identity := _identity(newest)) is not None:
             found.append((newest, steps[0], list(_fields(identity, job.own_identity).values())))
     return min(found, key=lambda run: len(run[2]), default=None)
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says it belongs to; None where it cannot be read: it is another run's, and only mentioned."""
+    try:
+        return read_json(folder / STATE).get("identity")
+    except (CorruptError, OSError, AttributeError):
+        return None
 
 
 def _fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,8 @@ checks itself against the model's own logits; an architecture that cannot take s
 scored one completion at a time instead, said in one line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,19 @@ class Scorer(nn.Module):
                 return logps
             completions = states[: len(pack.token_rows)].detach()
             return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model as `generate` wants it, under this scorer's arithmetic; set up for scoring again afterwards."""
+        training = self.model.training
+        self.model.eval()
+        self.model.set_attn_implementation(self._native_attention)
+        try:
+            with self._autocast():
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(SEGMENT_ATTENTION if self.packed else self._native_attention)
+            self.model.train(training)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -17,6 +17,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 EvalSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+SampleStrategy = Literal["fixed", "round_robin", "random"]
 PairStrategy = Literal["best_worst", "all", "adjacent"]
 
 
@@ -234,6 +235,17 @@ class TrainSettings(Settings):
     )
     early_stopping_patience: PositiveInt = Field(
         default=3, description="evaluations in a row without improvement before the run stops"
+    )
+    sample_steps: PositiveInt | None = Field(
+        default=None,
+        description="sample the policy every so many steps, besides step 0 and the end, as the block sample says; null means never",
+    )
+    sample_prompts: PositiveInt = Field(
+        default=4, description="prompts sampled each time, from the pool that the block sample gives"
+    )
+    sample_strategy: SampleStrategy = Field(
+        default="fixed",
+        description="which of the pool: always the first, the next ones in turn, or a random draw",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stages.batches import RowScorer
+from stages.length_metrics import length_metrics
 from stages.losses.contract import Batch, Loss, LossOutput, Step
 from stages.metrics import Totals, ranking_accuracy
 
@@ -55,7 +56,7 @@ def accumulate_step(
 def evaluate(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> dict[str, float]:
-    """Metrics of the loss on fixed examples, taken as one step."""
+    """Metrics of the loss on fixed examples, taken as one step, and how they depend on length."""
     groups = [scorer.pairs.fed(example) for example in examples]
     facts = _facts(scorer, loss, examples, state)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
@@ -65,6 +66,8 @@ def evaluate(
         totals.add_batch(batch, output)
         if not len(batch.chosen):
             totals.add("rewards/accuracies", ranking_accuracy(batch, output))
+        for name, values in length_metrics(batch, output).items():
+            totals.add(name, values)
     return {**totals.means(scorer.world, scorer.device), **_kl_metric(facts)}
 
 

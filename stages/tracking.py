@@ -1,17 +1,17 @@
 """Where metrics go: `metrics.jsonl`, always, and the dashboards that are asked for.
 
 The file is the truth: a line for each logged step, in order, none twice. A run that continues from a checkpoint
-begins it anew from that checkpoint's copy; dashboards are told the step of each point, so that replayed steps
+begins with that checkpoint's copy; dashboards are told the step of each point, so that replayed steps
 fall on the points they repeat.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.dashboards import Dashboard, open_dashboards
-from stages.settings import TrackSettings
+from stages.dashboards import Dashboard
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -24,22 +24,14 @@ class Tracker:
         """Write into `folder`; None is for the ranks that do not write."""
         self._folder, self._dashboards = folder, dashboards
 
-    @classmethod
-    def of(
-        cls, folder: Path, settings: TrackSettings, run_name: str, config: Mapping[str, Any], last_step: int
-    ) -> "Tracker":
-        """The first rank's tracker of a run whose last finished step is `last_step` (-1: none)."""
-        tracker = cls(folder, open_dashboards(settings, folder, run_name, config, last_step))
-        tracker.restore([])
-        if (folder / SAMPLES).is_file():
-            kept = [line for line in read_metrics(folder / SAMPLES) if line["step"] <= last_step]
-            _write(folder / SAMPLES, kept)
-        return tracker
-
-    def restore(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Begin the metrics file with the lines that a checkpoint holds."""
-        if self._folder is not None:
-            _write(self._folder / METRICS, lines)
+    def begin(self, checkpoint: Path | None) -> None:
+        """Begin the files as a checkpoint holds them, or empty."""
+        if self._folder is None:
+            return
+        for name in (METRICS, SAMPLES):
+            (self._folder / name).unlink(missing_ok=True)
+            if checkpoint is not None and (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, self._folder / name)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Record metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
@@ -70,10 +62,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, in order; a last one that was cut short is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    path.write_text("".join(map(_json_line, lines)), encoding="utf-8")
 
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

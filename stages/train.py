@@ -11,6 +11,7 @@ from cache.fingerprint import fingerprint
 from stages.audit import audit
 from stages.checkpoints import Checkpoint, newest_checkpoint
 from stages.context import Context
+from stages.dashboards import open_dashboards
 from stages.feasible import check_feasible
 from stages.job import Job, find_policy
 from stages.loop import Run
@@ -48,11 +49,10 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
             f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token"
         )
     last_step = -1 if checkpoint is None else checkpoint.step
-    tracker = (
-        Tracker.of(draft.path, track, draft.final.name, job.identity, last_step)
-        if world.is_main
-        else Tracker(None)
-    )
+    tracker = Tracker(None)
+    if world.is_main:
+        boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
+        tracker = Tracker(draft.path, boards)
     try:
         run.go(tracker)
     finally:
@@ -81,17 +81,9 @@ def _check(job: Job, rows: RowSet, eval_rows: dict[str, RowSet], context: Contex
     make_schedule(settings, job.plan.learning_rate, job.plan.steps)
     row_sets = [rows, *eval_rows.values()]
     if job.reference is not None:
-        keys = [key for row_set in row_sets for key in _keys(row_set, job.loss.needs_mismatched)]
+        keys = [key for row_set in row_sets for key in row_set.scored_keys(job.loss.needs_mismatched)]
         job.reference.require(keys, context.command("cache-ref"))
     check_length(job.source.folder, max(row_set.max_length() for row_set in row_sets))
-
-
-def _keys(rows: RowSet, with_mismatched: bool) -> list[bytes]:
-    return [
-        key
-        for key, role in zip(rows.keys, rows.roles, strict=True)
-        if with_mismatched or role != "mismatched"
-    ]
 
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:
