@@ -69,7 +69,7 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     write_results(
-        "gpu",
+        "gpu_training",
         rows,
         "Training a 1B OLMo-2 shape",
         f"{name}. {__doc__.split(chr(10) * 2)[1].replace(chr(10), ' ')} Memory is `torch.cuda.max_memory_allocated`; "
@@ -138,7 +138,8 @@ class _Trainer:
         return 6.0 * weights * positions + 12.0 * config.num_hidden_layers * config.hidden_size * attended
 
     def _step(self, pack: Any) -> None:
-        self.scorer(pack).sum().mul(1e-6).backward()
+        with self.scorer.weights_cast_once():
+            self.scorer(pack).sum().mul(1e-6).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

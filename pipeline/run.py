@@ -125,7 +125,7 @@ class Session:
 
     def _eval(self) -> Result:
         name = self.config.eval.model
-        model = self._policy if name is None else self._model(name, None)
+        model = self._policy if name is None else self._model(name, None, or_adapter=True)
         sets = evaluate_model(self._job, model, self.context)
         return {"model": model.name, "loss": self._loss_name, "sets": sets}
 
@@ -196,7 +196,7 @@ class Session:
 
     def _plan_eval(self) -> Result:
         name = self.config.eval.model
-        model = self._policy if name is None else self._model(name, None)
+        model = self._policy if name is None else self._model(name, None, or_adapter=True)
         return {"would": "evaluate", "model": model.name, "loss": self._loss_name}
 
     def _plan_sample(self) -> Result:
@@ -229,10 +229,10 @@ class Session:
     def _quickstart(self) -> quickstart.Quickstart:
         return quickstart.build(self.context.store.root, self.context.say)
 
-    def _model(self, name: str, revision: str | None) -> ModelSource:
+    def _model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        return resolve_model(name, revision)
+        return resolve_model(name, revision, or_adapter)
 
     @cached_property
     def _data(self) -> DataSettings:
@@ -332,7 +332,7 @@ class Session:
         config = self.config
         models = {}
         if config.sample.model is not None:
-            models["model"] = self._model(config.sample.model, None)
+            models["model"] = self._model(config.sample.model, None, or_adapter=True)
         else:
             models["policy"] = self._policy
         if config.sample.compare:

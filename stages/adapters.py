@@ -15,7 +15,8 @@ from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
 from cache.fingerprint import weights_fingerprint
-from stages.models import ModelSource, resolve_model
+from stages.compute import Compute
+from stages.models import ModelSource, load_model, resolve_model
 from stages.settings import AdapterSettings
 
 CONFIG = "adapter_config.json"
@@ -90,6 +91,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder))
+
+
+def load_any(source: ModelSource, compute: Compute) -> Any:
+    """A model folder's model, or an adapter's base with the adapter in it."""
+    if not is_adapter(source.folder):
+        return load_model(source, compute)
+    return load_adapter(load_model(base_of(source.folder), compute), source.folder).get_base_model()
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:

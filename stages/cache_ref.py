@@ -2,16 +2,17 @@
 
 Loads the frozen reference once, scores only the rows that no earlier run scored, and appends shards
 to `ref-logps/<reference>-<fingerprint>`. The work is cut into units of consecutive examples and each
-unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand, and a
-resumed run writes the bytes an uninterrupted one would. A row that several units hold belongs to the
-first of them. Under `torchrun`, or as independent jobs with `--shard 1/8` ... `--shard 8/8`, each process
-scores its own units; they need not talk, and together they write the bytes that one would. Run it with
+unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand and the
+one being written meanwhile, and a resumed run writes the bytes an uninterrupted one would. A row that several units
+hold belongs to the first of them. Under `torchrun`, or as independent jobs with `--shard 1/8` ... `--shard 8/8`, each
+process scores its own units; they need not talk, and together they write the bytes that one would. Run it with
 `align cache-ref`.
 """
 
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,16 +170,25 @@ def _score(
         f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
     scorer = Scorer(load_model(source, compute), compute, context.say)
-    with progress("cache-ref", missing, "rows") as advance, torch.inference_mode():
+    with (
+        progress("cache-ref", missing, "rows") as advance,
+        ThreadPoolExecutor(max_workers=1) as writer,  # hashing and writing a unit while the next is scored
+        torch.inference_mode(),
+    ):
         began, tokens = time.monotonic(), 0
+        written: Future[Path] | None = None
         for rows, groups in work:
             todo = _without_scored(rows, groups, reference)
             if not todo:
                 continue
             keys, values, unit_tokens = _score_unit(rows, todo, scorer)
-            reference.add(keys, values)
+            if written is not None:
+                written.result()
+            written = writer.submit(reference.add, keys, values)
             tokens += unit_tokens
             advance(len(keys), f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+        if written is not None:
+            written.result()
     return scorer.forwards
 
 
@@ -216,12 +226,16 @@ def _score_unit(
 ) -> tuple[list[bytes], list[np.ndarray], int]:
     """Keys, token log-probs in key order of the unit, and positions computed."""
     lengths = [fed_length(rows, group) for group in groups]
+    batches = (
+        build_pack(rows, [groups[item] for item in items])
+        for items in pack(lengths, scorer.compute.tokens_per_batch)
+    )
+    # Values stay on the device until the unit is done, so that a GPU computes while the next pack is built.
+    scored = [(batch.rows, scorer(batch)) for batch in batches]
     found: dict[int, np.ndarray] = {}
-    for items in pack(lengths, scorer.compute.tokens_per_batch):
-        batch = build_pack(rows, [groups[item] for item in items])
-        token_logps = scorer(batch).cpu().numpy()
-        ends = np.cumsum(rows.completion_lengths[batch.rows])
-        found.update(zip(batch.rows.tolist(), np.split(token_logps, ends[:-1]), strict=True))
+    for numbers, token_logps in scored:
+        ends = np.cumsum(rows.completion_lengths[numbers])
+        found.update(zip(numbers.tolist(), np.split(token_logps.cpu().numpy(), ends[:-1]), strict=True))
     order = [int(row) for group in groups for row in group]
     return [rows.keys[row] for row in order], [found[row] for row in order], sum(lengths)
 

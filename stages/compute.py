@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cache.errors import MachineError
+from stages.allocator import keep_freed_memory
 from stages.settings import ComputeSettings
 
 # Part of a reference log-prob's identity: raise it when the scoring engine's numbers change.
@@ -45,6 +46,8 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
         )
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # a rank of torchrun has a GPU of its own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device == "cpu":
+        keep_freed_memory()
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"

@@ -56,8 +56,9 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def _pass(policy: Trainable, packs: Sequence[Pack]) -> None:
-    for pack in packs:
-        policy.scorer(pack).sum().backward()
+    with policy.scorer.weights_cast_once():
+        for pack in packs:
+            policy.scorer(pack).sum().backward()
 
 
 def _wait(device: torch.device) -> None:

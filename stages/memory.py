@@ -62,6 +62,7 @@ class Shapes:
         """`num_layers` builds only so many of the model's layers."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from stages.attention import NAME as SEGMENTS
         from stages.scoring import Scorer
 
         config: Any = AutoConfig.from_pretrained(source.folder)
@@ -81,7 +82,7 @@ class Shapes:
             attach_adapter(model, adapter, 0, source)
             if compute.dtype == torch.bfloat16:
                 halve_frozen_weights(model)
-        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, packed=True)
+        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, checked=SEGMENTS)
         with self._mode:
             _replace_tensors(model)
         self._parameters = list(model.parameters())
@@ -95,7 +96,7 @@ class Shapes:
             for parameter in self._trained:
                 parameter.grad = torch.zeros_like(parameter)
             known = [*self._parameters, *(parameter.grad for parameter in self._trained)]
-            with _Living(known) as living:
+            with _Living(known) as living, self._scorer.weights_cast_once():
                 self._scorer(pack).sum().backward()
         gradients = sum(parameter.nbytes for parameter in self._trained)
         trained = sum(parameter.numel() for parameter in self._trained)

@@ -36,11 +36,16 @@ class ModelSource:
         return self.name.rstrip("/").split("/")[-1]
 
 
-def resolve_model(name: str, revision: str | None) -> ModelSource:
-    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists."""
+def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
+    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists.
+
+    `or_adapter` takes a folder with an adapter too.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+            if or_adapter:
+                return ModelSource(name, path)
             raise UsageError(
                 f"{path} holds an adapter, not a model. Make it one with `align merge`, with the configuration that "
                 f"trained it, and give the folder that this names."

@@ -32,6 +32,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
 
     Raises `UsageError` for a model that cannot be scored in packs.
     """
+    from stages.attention import NAME as SEGMENTS
     from stages.scoring import Scorer
 
     whole, packed = None, [False]
@@ -46,7 +47,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
             f"other. Use --set train.parallel=ddp."
         )
     model, adapted = _with_adapter(job, _on_meta(job))
-    scorer = Scorer(model, job.compute, say, job.settings.gradient_checkpointing, packed=True)
+    scorer = Scorer(model, job.compute, say, job.settings.gradient_checkpointing, checked=SEGMENTS)
     _shard(scorer, job.compute)
     scorer.to_empty(device=job.compute.device)
     _receive(scorer, whole, model)

@@ -33,21 +33,22 @@ def accumulate_step(
         if scorer.world.is_main:
             totals.add_batch(batch, output)
     position = {int(row): index for index, row in enumerate(numbers)}
-    for pack in scorer.packs(groups):
-        rows = scorer.score(pack)
-        if slopes:
-            own = [position[int(row)] for row in pack.rows]
-            objective = torch.stack(
-                [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
-            ).sum()
-        else:
-            batch = scorer.batch(pack.rows, rows)
-            output = loss(batch, facts)
-            objective = output.losses.sum() / units
-            totals.add_batch(batch, output)
-        objective.backward()
-    for pack in scorer.company(groups):
-        (scorer.scorer(pack).sum() * 0.0).backward()
+    with scorer.scorer.weights_cast_once():
+        for pack in scorer.packs(groups):
+            rows = scorer.score(pack)
+            if slopes:
+                own = [position[int(row)] for row in pack.rows]
+                objective = torch.stack(
+                    [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
+                ).sum()
+            else:
+                batch = scorer.batch(pack.rows, rows)
+                output = loss(batch, facts)
+                objective = output.losses.sum() / units
+                totals.add_batch(batch, output)
+            objective.backward()
+        for pack in scorer.company(groups):
+            (scorer.scorer(pack).sum() * 0.0).backward()
     metrics = totals.means(scorer.world, scorer.device)
     return {**metrics, **_kl_metric(facts)}, state
 

@@ -88,6 +88,13 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
         session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")
 
 
+def test_eval_gives_the_held_out_metrics_that_training_ended_with(tiny_model, preferences, tmp_path):
+    tree = adapter_settings(tiny_model, preferences)
+    trained = through_training(tree, tmp_path)
+    found = session(tree, tmp_path).run("eval")["sets"]["heldout"]
+    assert found["loss"] == pytest.approx(trained["final"]["loss"], abs=1e-6)
+
+
 def sampled(run: Session) -> list[str]:
     lines = Path(run.run("sample")["output"]).read_text().splitlines()
     return [json.loads(line)["completion"] for line in lines]

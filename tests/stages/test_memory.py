@@ -42,7 +42,10 @@ def model(tmp_path_factory) -> ModelSource:
 def allocated_at_most(scorer: Scorer, pack) -> int:
     """The most bytes that a second forward and backward pass had allocated, by torch's own profiler."""
     scorer(pack).sum().backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        scorer.weights_cast_once(),
+    ):
         scorer(pack).sum().backward()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
@@ -126,6 +129,7 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
     [
         ({"four_bit": True}, UsageError, "adapter.name=lora"),
         ({"four_bit": True, "adapter": "lora", "parallel": "fsdp"}, UsageError, "train.parallel=ddp"),
+        ({"sample_steps": 2, "parallel": "fsdp"}, UsageError, "while its weights are sharded"),
         ({"optimizer": "adamw_8bit", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
         ({"optimizer": "paged_adamw_8bit"}, MachineError, "Use adamw_8bit"),
         ({"activation_offload": True}, MachineError, "compute.device is cpu"),
