@@ -12,7 +12,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cache.fingerprint import fingerprint
-from stages.generation import EngineOptions, Request, Sampling, as_completion, open_model, request_seed
+from stages.generation import (
+    EngineOptions,
+    Request,
+    Sampling,
+    as_completion,
+    check_prompts,
+    open_model,
+    request_seed,
+)
 from stages.models import ModelSource
 from stages.outputs import instruction
 from stages.settings import SampleStrategy
@@ -59,12 +67,16 @@ def choose(strategy: SampleStrategy, pool: int, number: int, occasion: int, seed
 def sample_policy(
     scorer: "Scorer", source: ModelSource, pool: PromptPool, step: int, occasion: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Records of the completions of this step, and their metrics. All ranks call and get the same."""
+    """Records of the completions of this step, and their metrics. All ranks call and get the same.
+
+    Raises `DataError` naming a prompt of the pool that leaves no room for a completion.
+    """
     sampling = pool.sampling
     places = choose(pool.strategy, len(pool.prompts), pool.number, occasion, sampling.seed)
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
     model = open_model(source.folder, sampling, EngineOptions("float32", longest))
+    check_prompts([prompt.ids for prompt in pool.prompts], [prompt.id for prompt in pool.prompts], model)
     requests = [
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)

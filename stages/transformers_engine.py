@@ -104,7 +104,7 @@ def _sample_batch(
     noise = (
         [] if sampling.temperature == 0 else [SeededNoise([request.seed for request in requests], sampling)]
     )
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what a forward pass leaves in a model may be trained on
         whole = network.generate(
             ids.to(network.device),
             attention_mask=mask.to(network.device),

@@ -106,7 +106,8 @@ def test_secrets_from_the_environment_reach_no_file(tiny_model, preferences, tmp
     pytest.importorskip("tensorboard")
     pytest.importorskip("trackio")
     track = {"wandb": "offline", "tensorboard": True, "trackio": True}
-    tree = tree_of(tiny_model, preferences, track=track)
+    sampling = {"train": {"sample_steps": 4, "sample_prompts": 2}, "sample": {"max_tokens": 4}}
+    tree = tree_of(tiny_model, preferences, track=track, **sampling)
     config, home = tmp_path / "run.yaml", tmp_path / "home"
     config.write_text(yaml.safe_dump(tree))
     home.mkdir()
