@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from stages.compute import Compute
 from stages.feasible import check_feasible
 from stages.job import Job
-from stages.measure import Measured, measure, resident_bytes
+from stages.measure import Measured, measure
 from stages.memory import LayerwiseShapes, Shapes, available_bytes, pairs_pack
 from stages.models import ModelSource, architecture
 from stages.optimizers import make_optimizer
@@ -91,10 +91,9 @@ def _table(job: Job) -> list[dict[str, Any]]:
 
 
 def _measured(job: Job, packs: list[Pack], predicted: int, tokens: int) -> dict[str, Any]:
-    before = resident_bytes(job.compute.device)
     policy = load_trainable(job, World(), print)
     optimizer = make_optimizer(policy.parameters, job.settings)
-    found: Measured = measure(policy, optimizer, packs, before)
+    found: Measured = measure(policy, optimizer, packs)
     rate = found.positions / found.seconds
     run_seconds = tokens / rate + job.plan.steps * found.update_seconds
     return {

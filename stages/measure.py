@@ -3,6 +3,9 @@
 In: a policy in training and packs.  Out: seconds of each pass, positions and peak bytes.
 """
 
+import ctypes
+import gc
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,15 +29,14 @@ class Measured:
     update_seconds: float
 
 
-def measure(
-    policy: Trainable, optimizer: torch.optim.Optimizer, packs: Sequence[Pack], before: int
-) -> Measured:
+def measure(policy: Trainable, optimizer: torch.optim.Optimizer, packs: Sequence[Pack]) -> Measured:
     """Train on `packs` once to warm up and once for the clock, at a learning rate of 0.
 
-    `before` is what `resident_bytes` said before the model was loaded: on a CPU, Python and its libraries
-    count into the memory of the process, and not into the prediction.
+    On a CPU the peak is the process's, less what it held beside the weights before the first pass: Python and
+    its libraries are no part of the prediction.
     """
     device = policy.scorer.compute.device
+    before = _held_beside(policy, device)
     _pass(policy, packs[:1])
     optimizer.step()
     _forget_peak(device)
@@ -50,9 +52,15 @@ def measure(
     return Measured(seconds, positions, None if peak is None else peak - before, update)
 
 
-def resident_bytes(device: torch.device) -> int:
-    """Memory that this process holds now: 0 on a GPU, whose count begins with the model."""
-    return 0 if device.type == "cuda" else _status("VmRSS") or 0
+def _held_beside(policy: Trainable, device: torch.device) -> int:
+    """What this process holds besides the weights; 0 on a GPU, where nothing else is counted."""
+    if device.type == "cuda":
+        return 0
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what loading the model has freed
+    weights = sum(parameter.nbytes for parameter in policy.scorer.parameters())
+    return max(0, (_status("VmRSS") or 0) - weights)
 
 
 def _pass(policy: Trainable, packs: Sequence[Pack]) -> None:
