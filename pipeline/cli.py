@@ -1,10 +1,11 @@
-"""The command line: `align prepare | cache-ref | train | sample | eval | run`.
+"""The command line: `align prepare | cache-ref | train | sample | eval | run`, `plan` and `merge`.
 
 stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
 line and its exit code; other exceptions keep their traceback. Heavy imports happen inside commands.
 """
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -57,9 +58,15 @@ EXAMPLES = {
         "align prepare",
         "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
     ],
-    "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
+    "cache-ref": [
+        "align cache-ref",
+        "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml",
+        "align cache-ref --shard 1/8",
+    ],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
+    "plan": ["align plan", "align plan -c configs/dpo.yaml --measure"],
+    "merge": ["align merge -c configs/lora.yaml"],
     "eval": [
         "align eval",
         "align eval --set eval.model=artifacts/policy/NAME --set eval.sets.mine=pairs.jsonl",
@@ -89,13 +96,19 @@ def prepare(
 def cache_ref(
     config: Configs = None,
     set_: Sets = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="i/N", help="Score the i-th of N shares, for N independent jobs (i from 1)."
+        ),
+    ] = None,
     store: StoreDir = DEFAULT_STORE,
     json_: AsJson = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
-    _stage("cache-ref", config, set_, None, store, json_, dry_run)
+    _stage("cache-ref", config, set_, None, store, json_, dry_run, shard)
 
 
 @app.command(epilog=_epilog("train"))
@@ -124,6 +137,47 @@ def sample(
 ) -> None:
     """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
     _stage("sample", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("plan"))
+def plan(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and time a few forward and backward passes.")
+    ] = False,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Steps, tokens, memory and time of a training run, before it is started; refuses nothing."""
+    from pipeline.config import load_config
+    from pipeline.plan_report import show_plan
+    from pipeline.run import Session
+
+    session = Session(
+        load_config(config or [], set_ or [], loss), store, _arguments(config, set_, store), loss
+    )
+    result = session.training_plan(measure)
+    if json_:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        show_plan(result)
+
+
+@app.command(epilog=_epilog("merge"))
+def merge(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a trained adapter into its base model: a whole Hugging Face folder, checked against both."""
+    _stage("merge", config, set_, loss, store, json_, dry_run)
 
 
 @app.command("eval", epilog=_epilog("eval"))
@@ -171,13 +225,14 @@ def _stage(
     store: Path,
     as_json: bool,
     dry_run: bool,
+    shard: str | None = None,
 ) -> None:
     from pipeline.config import load_config
     from pipeline.report import show
     from pipeline.run import Session
 
     config = load_config(files or [], sets or [], loss)
-    session = Session(config, store, _arguments(files, sets, store), loss)
+    session = Session(config, store, _arguments(files, sets, store), loss, shard=shard)
     result = session.plan(stage) if dry_run else session.run(stage)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -199,6 +254,8 @@ def _arguments(files: list[Path] | None, sets: list[str] | None, store: Path) ->
 def main() -> None:
     """Run the command line; the process ends with a documented exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    # Where it is installed, peft imports it, and it says that an optional kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=False)

@@ -18,6 +18,7 @@ from cache.errors import UsageError
 from stages.losses import LOSSES, parse_loss
 from stages.losses.contract import Loss
 from stages.settings import (
+    AdapterSettings,
     ComputeSettings,
     DataSettings,
     EvalSettings,
@@ -58,6 +59,7 @@ class RunConfig(Settings):
     prepare: PrepareSettings = PrepareSettings()
     compute: ComputeSettings = ComputeSettings()
     loss: SerializeAsAny[Loss] = Field(default_factory=lambda: parse_loss({"name": "dpo"}))
+    adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()

@@ -156,6 +156,11 @@ def _show_sample(console: Console, result: dict[str, Any]) -> None:
             console.print(f"  polite answers, {side}: {share:.0%} of {len(own)}")
 
 
+def _show_merge(console: Console, result: dict[str, Any]) -> None:
+    what = f"log-probs of {result['tokens_compared']:,} tokens agree with base and adapter within {result['max_abs_diff']:.1g} nats"
+    _headline(console, "merge", what, result)
+
+
 def _headline(console: Console, stage: str, what: str, result: dict[str, Any]) -> None:
     state = "already done" if result["reused"] else "done"
     console.print(Text.assemble((f"{stage}", "bold"), f"  {what}  ({state})"))
@@ -180,5 +185,6 @@ _SHOW = {
     "cache-ref": _show_cache_ref,
     "train": _show_train,
     "sample": _show_sample,
+    "merge": _show_merge,
     "eval": _show_eval,
 }

@@ -14,12 +14,14 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
+from pipeline.plan import plan_training
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
 from stages.evaluate import evaluate_model
 from stages.job import Job, find_policy
 from stages.loop_samples import PromptPool
+from stages.merge import find_merged, merge
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
 from stages.policy import remove_leftovers
@@ -45,9 +47,10 @@ class Session:
         arguments: str = "",
         loss: str | None = None,
         say: Callable[[str], None] | None = None,
+        shard: str | None = None,
     ) -> None:
-        """Check what can be checked without loading anything."""
-        self.config = config
+        """Check what can be checked without loading anything. `shard` is cache-ref's share of the work, `i/N`."""
+        self.config, self.shard = config, shard
         settings = {} if say is None else {"say": say}
         self.context = Context(Store(store), config.to_yaml(), arguments, loss, **settings)
 
@@ -95,10 +98,12 @@ class Session:
     def _cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
         row_sets = [self._rows, *self._eval_sets.values()]
-        result = cache_ref(row_sets, source, self.config.reference_model[1], self._compute, self.context)
+        revision = self.config.reference_model[1]
+        result = cache_ref(row_sets, source, revision, self._compute, self.context, self.shard)
         if not result.rows_scored:
+            whose = f" of shard {self.shard}" if self.shard else ""
             self.context.say(
-                f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}"
+                f"cache-ref: all {result.rows_needed:,} rows{whose} are already in {result.reference.folder}"
             )
         return {
             "artifact": str(result.reference.folder),
@@ -120,7 +125,7 @@ class Session:
 
     def _eval(self) -> Result:
         name = self.config.eval.model
-        model = self._policy if name is None else self._model(name, None)
+        model = self._policy if name is None else self._model(name, None, or_adapter=True)
         sets = evaluate_model(self._job, model, self.context)
         return {"model": model.name, "loss": self._loss_name, "sets": sets}
 
@@ -132,6 +137,24 @@ class Session:
         # Its preference can be counted, so the report does.
         known = {"quickstart": True} if self.config.data.path == QUICKSTART else {}
         return {**result, "output": str(completions.path / "completions.jsonl"), **known}
+
+    def _merge(self) -> Result:
+        policy = self._policy_artifact
+        found = find_merged(policy, self.context)
+        merged = found or merge(policy, self._policy_source, self._rows, self._compute, self.context)
+        return self._artifact_result("merge", merged, found is not None)
+
+    def training_plan(self, measured: bool) -> Result:
+        """What a training run of this configuration will take; needs the rows, and writes nothing."""
+        source = self._policy_source
+        say = self.context.say
+        return plan_training(self.config, self._rows, source, self._compute, measured, say)
+
+    def _plan_merge(self) -> Result:
+        return {
+            "would": "reuse" if find_merged(self._policy_artifact, self.context) else "merge",
+            "policy": str(self._policy_artifact.path),
+        }
 
     def _plan_prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context)
@@ -173,7 +196,7 @@ class Session:
 
     def _plan_eval(self) -> Result:
         name = self.config.eval.model
-        model = self._policy if name is None else self._model(name, None)
+        model = self._policy if name is None else self._model(name, None, or_adapter=True)
         return {"would": "evaluate", "model": model.name, "loss": self._loss_name}
 
     def _plan_sample(self) -> Result:
@@ -206,10 +229,10 @@ class Session:
     def _quickstart(self) -> quickstart.Quickstart:
         return quickstart.build(self.context.store.root, self.context.say)
 
-    def _model(self, name: str, revision: str | None) -> ModelSource:
+    def _model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        return resolve_model(name, revision)
+        return resolve_model(name, revision, or_adapter)
 
     @cached_property
     def _data(self) -> DataSettings:
@@ -277,6 +300,7 @@ class Session:
             config.loss,
             config.train,
             self._compute,
+            config.adapter,
             eval_sets=self._eval_sets,
             origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
             pool=None if config.train.sample_steps is None else self._pool,
@@ -292,19 +316,23 @@ class Session:
     @property
     def _policy(self) -> ModelSource:
         """The policy that this configuration has trained."""
+        return ModelSource(self._policy_artifact.path.name, self._policy_artifact.path)
+
+    @cached_property
+    def _policy_artifact(self) -> Artifact:
         policy = find_policy(self._job, self.context)
         if policy is None:
             raise StaleError(
                 f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
             )
-        return ModelSource(policy.path.name, policy.path)
+        return policy
 
     @cached_property
     def _sample_job(self) -> SampleJob:
         config = self.config
         models = {}
         if config.sample.model is not None:
-            models["model"] = self._model(config.sample.model, None)
+            models["model"] = self._model(config.sample.model, None, or_adapter=True)
         else:
             models["policy"] = self._policy
         if config.sample.compare:

@@ -47,14 +47,27 @@ class RowScorer:
 
     def packs(self, groups: Sequence[np.ndarray]) -> list[Pack]:
         """This rank's packs of the groups; the same plan is made on every rank."""
-        lengths = [fed_length(self.rows, group) for group in groups]
-        plan = pack(lengths, self.scorer.compute.tokens_per_batch)
-        costs = [sum(lengths[item] for item in items) for items in plan]
-        mine = deal(costs, self.world.size)[self.world.rank]
+        plan, shares = self._plan(groups)
         with_prompts = self.loss.needs_prompt_logps
         return [
-            build_pack(self.rows, [groups[item] for item in plan[number]], with_prompts) for number in mine
+            build_pack(self.rows, [groups[item] for item in plan[number]], with_prompts)
+            for number in shares[self.world.rank]
         ]
+
+    def company(self, groups: Sequence[np.ndarray]) -> list[Pack]:
+        """Packs to score for nothing, where the model is sharded: its ranks run every forward pass together."""
+        if not self.world.sharded:
+            return []
+        _, shares = self._plan(groups)
+        idle = max(len(share) for share in shares) - len(shares[self.world.rank])
+        shortest = min(groups, key=lambda group: fed_length(self.rows, group))
+        return [build_pack(self.rows, [shortest])] * idle
+
+    def _plan(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
+        """Groups of each pack, and packs of each rank."""
+        lengths = [fed_length(self.rows, group) for group in groups]
+        plan = pack(lengths, self.scorer.compute.tokens_per_batch)
+        return plan, deal([sum(lengths[item] for item in items) for items in plan], self.world.size)
 
     def score(self, batch: Pack) -> Rows:
         """Log-probs of the pack's rows, with gradient where that is on."""
@@ -94,6 +107,8 @@ class RowScorer:
         numbers = np.concatenate(groups)
         position = {int(row): index for index, row in enumerate(numbers)}
         scored = [(batch, self.score(batch)) for batch in self.packs(groups)]
+        for batch in self.company(groups):
+            self.scorer(batch)
         columns: dict[str, Tensor | None] = {}
         for name in self._field_names():
             column = torch.zeros(len(numbers), device=self.device)

@@ -3,13 +3,15 @@
 Loads the frozen reference once, scores only the rows that no earlier run scored, and appends shards
 to `ref-logps/<reference>-<fingerprint>`. The work is cut into units of consecutive examples and each
 unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand and the
-one being written meanwhile, and a resumed run writes the bytes an uninterrupted one would. Under `torchrun`, or with RANK and WORLD_SIZE
-set by hand, each process scores its own units; they need not talk. Run it with `align cache-ref`.
+one being written meanwhile, and a resumed run writes the bytes an uninterrupted one would. A row that several units
+hold belongs to the first of them. Under `torchrun`, or as independent jobs with `--shard 1/8` ... `--shard 8/8`, each
+process scores its own units; they need not talk, and together they write the bytes that one would. Run it with
+`align cache-ref`.
 """
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError
+from cache.errors import StaleError, UsageError
 from cache.files import read_json, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
@@ -37,6 +39,29 @@ UNIT_EXAMPLES = 256
 
 
 @dataclass(frozen=True)
+class Worker:
+    """Which of how many processes this one is; it takes every `count`-th unit."""
+
+    index: int = 0
+    count: int = 1
+
+
+def choose_worker(shard: str | None) -> Worker:
+    """The worker of `--shard i/N` (i from 1), else of torchrun's environment; raises `UsageError` for anything else."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if shard is None:
+        return Worker(rank, size)
+    index, slash, count = shard.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise UsageError(f"--shard {shard}: expected i/N with i from 1 to N, for example --shard 1/8.")
+    if size > 1:
+        raise UsageError(
+            "--shard is for independent jobs; under torchrun the ranks divide the work by themselves."
+        )
+    return Worker(int(index) - 1, int(count))
+
+
+@dataclass(frozen=True)
 class CacheRefResult:
     """What a cache-ref run found and did; `forwards` counts forward passes of the reference."""
 
@@ -48,19 +73,32 @@ class CacheRefResult:
 
 
 def cache_ref(
-    rows: Sequence[Artifact], source: ModelSource, revision: str | None, compute: Compute, context: Context
+    rows: Sequence[Artifact],
+    source: ModelSource,
+    revision: str | None,
+    compute: Compute,
+    context: Context,
+    shard: str | None = None,
 ) -> CacheRefResult:
-    """Score what is missing for all of `rows` and return the store; does nothing when nothing is missing."""
+    """Score what is missing for all of `rows` and return the store; does nothing when nothing is missing.
+
+    With `shard` (`i/N`), rows needed and missing are those of that share of the work.
+    """
+    worker = choose_worker(shard)
     started = time.monotonic()
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
     row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
-    needed = {key for row_set in row_sets for key in row_set.keys}
+    if shard is None:
+        needed = {key for row_set in row_sets for key in row_set.keys}
+    else:
+        own = _work(row_sets, worker)
+        needed = {row_set.keys[row] for row_set, groups in own for group in groups for row in group}
     missing = len(reference.missing(needed))
     forwards = 0
     if missing:
         check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
-        forwards = _score(row_sets, reference, source, compute, missing, context)
+        forwards = _score(_work(row_sets, worker), reference, source, compute, missing, context)
     _remember(source, revision, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
@@ -73,11 +111,11 @@ def count_missing(
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
     row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
-    seen: set[bytes] = set()
-    work = [
-        (row_set, _without_scored(row_set, groups, reference, seen)) for row_set, groups in _units(row_sets)
-    ]
-    tokens = sum(fed_length(row_set, group) for row_set, todo in work for group in todo)
+    tokens = sum(
+        fed_length(row_set, group)
+        for row_set, groups in _work(row_sets, Worker())
+        for group in _without_scored(row_set, groups, reference)
+    )
     return len(needed), len(reference.missing(needed)), tokens
 
 
@@ -91,7 +129,7 @@ def open_reference(
     path = _pointer(source_name, revision, compute, context)
     if not path.is_file():
         raise StaleError(
-            f"No reference log-probs of {source_name} in {compute.dtype_name} are in {context.store.root}. "
+            f"No reference log-probs of {source_name} in {compute.arithmetic} are in {context.store.root}. "
             f"Make them with: {context.command('cache-ref')}"
         )
     pointer = read_json(path)
@@ -117,7 +155,7 @@ def check_same_model(reference: RefLogps, policy_identity: dict[str, Any], conte
 
 
 def _score(
-    row_sets: list[RowSet],
+    work: Iterable[tuple[RowSet, list[np.ndarray]]],
     reference: RefLogps,
     source: ModelSource,
     compute: Compute,
@@ -129,20 +167,18 @@ def _score(
     )  # brings transformers' modelling code: only when there is something to score
 
     context.say(
-        f"Scoring {missing:,} rows with {source.name} ({compute.dtype_name} on {compute.device.type})"
+        f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     scorer = Scorer(load_model(source, compute), compute, context.say)
-    units = (unit for number, unit in enumerate(_units(row_sets)) if number % world_size == rank)
     with (
         progress("cache-ref", missing, "rows") as advance,
         ThreadPoolExecutor(max_workers=1) as writer,  # hashing and writing a unit while the next is scored
         torch.inference_mode(),
     ):
-        began, tokens, seen = time.monotonic(), 0, set()
+        began, tokens = time.monotonic(), 0
         written: Future[Path] | None = None
-        for rows, groups in units:
-            todo = _without_scored(rows, groups, reference, seen)
+        for rows, groups in work:
+            todo = _without_scored(rows, groups, reference)
             if not todo:
                 continue
             keys, values, unit_tokens = _score_unit(rows, todo, scorer)
@@ -156,6 +192,21 @@ def _score(
     return scorer.forwards
 
 
+def _work(row_sets: list[RowSet], worker: Worker) -> Iterator[tuple[RowSet, list[np.ndarray]]]:
+    """This worker's units, each key in the first unit that holds it: disjoint, whatever the number of workers."""
+    seen: set[bytes] = set()
+    for number, (rows, groups) in enumerate(_units(row_sets)):
+        firsts = []
+        for group in groups:
+            first = [row for row in group if rows.keys[row] not in seen]
+            fresh = {rows.keys[row]: row for row in reversed(first)}
+            seen.update(fresh)
+            if fresh:
+                firsts.append(np.array(sorted(fresh.values())))
+        if firsts and number % worker.count == worker.index:
+            yield rows, firsts
+
+
 def _units(row_sets: list[RowSet]) -> Iterator[tuple[RowSet, list[np.ndarray]]]:
     """Runs of consecutive examples, each example the row numbers of all its rows."""
     for rows in row_sets:
@@ -164,21 +215,10 @@ def _units(row_sets: list[RowSet]) -> Iterator[tuple[RowSet, list[np.ndarray]]]:
             yield rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
 
 
-def _without_scored(
-    rows: RowSet, groups: list[np.ndarray], reference: RefLogps, seen: set[bytes]
-) -> list[np.ndarray]:
-    """The rows of a unit that still need scoring, each key once in a run; `seen` gathers them."""
-    todo = []
-    for group in groups:
-        fresh = []
-        for row in group:
-            key = rows.keys[row]
-            if key not in reference and key not in seen:
-                seen.add(key)
-                fresh.append(row)
-        if fresh:
-            todo.append(np.array(fresh))
-    return todo
+def _without_scored(rows: RowSet, groups: list[np.ndarray], reference: RefLogps) -> list[np.ndarray]:
+    """The rows of a unit that still need scoring."""
+    todo = [np.array([row for row in group if rows.keys[row] not in reference]) for group in groups]
+    return [group for group in todo if len(group)]
 
 
 def _score_unit(
@@ -208,7 +248,7 @@ def _folder(context: Context, name: str, identity: dict[str, Any]) -> Path:
 
 def _pointer(name: str, revision: str | None, compute: Compute, context: Context) -> Path:
     """Where cache-ref notes which store belongs to a model name, so that train need not hash the model."""
-    asked = fingerprint({"model": name, "revision": revision, "dtype": compute.dtype_name})
+    asked = fingerprint({"model": name, "revision": revision, "dtype": compute.arithmetic})
     return context.store.root / "ref-logps" / "by-model" / f"{short(asked)}.json"
 
 

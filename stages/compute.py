@@ -1,5 +1,7 @@
 """Where and in what arithmetic models run; the same for the reference and the policy."""
 
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +21,17 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     tokens_per_batch: int
+    load_in_4bit: bool = False
 
     @property
     def dtype_name(self) -> str:
         """The dtype as it stands in identities and messages."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype, and the 4-bit weights where there are any: what changes a log-prob."""
+        return f"{self.dtype_name}, weights in nf4" if self.load_in_4bit else self.dtype_name
 
 
 def resolve_compute(settings: ComputeSettings) -> Compute:
@@ -36,9 +44,23 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
         raise MachineError(
             f"compute.device is {device}, which this machine does not have. Use --set compute.device=cpu."
         )
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a rank of torchrun has a GPU of its own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if device == "cpu":
         keep_freed_memory()
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return Compute(torch.device(device), getattr(torch, dtype), settings.tokens_per_batch)
+    if settings.load_in_4bit:
+        require_bitsandbytes("compute.load_in_4bit")
+    return Compute(
+        torch.device(device), getattr(torch, dtype), settings.tokens_per_batch, settings.load_in_4bit
+    )
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raise `MachineError` where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"{what} needs bitsandbytes, which is not installed. Install it with: pip install -e '.[bitsandbytes]'"
+        )

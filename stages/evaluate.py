@@ -5,11 +5,12 @@ written, and the reference is not loaded. Run it with `align eval`.
 """
 
 from cache.errors import DataError
+from stages.adapters import base_of, is_adapter, load_any
 from stages.batches import RowScorer
 from stages.context import Context, progress
 from stages.density import DensityRatios
 from stages.job import Job
-from stages.models import ModelSource, check_length, load_model
+from stages.models import ModelSource, check_length
 from stages.parallel import World
 from stages.rows import RowSet
 from stages.steps import evaluate
@@ -33,11 +34,12 @@ def evaluate_model(job: Job, model: ModelSource, context: Context) -> dict[str, 
             f"{job.rows.path} has no held-out rows. Raise prepare.heldout_fraction, or name a file: "
             f"--set eval.sets.NAME=FILE."
         )
+    folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
     for rows in sets.values():
-        check_length(model.folder, rows.max_length())
+        check_length(folder, rows.max_length())
         if job.reference is not None:
             job.reference.require(rows.scored_keys(job.loss.needs_mismatched), context.command("cache-ref"))
-    scorer = Scorer(load_model(model, job.compute), job.compute, context.say)
+    scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
     ratios = DensityRatios(RowSet.of(job.rows, "train")) if job.loss.needs_density_ratios else None
     found: dict[str, dict[str, float]] = {}
     with progress("eval", len(sets), "sets") as advance:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import DataError, MachineError, UsageError
+from stages.adapters import base_of, is_adapter, require_peft
 
 Engine = Literal["auto", "vllm", "transformers"]
 # vLLM raises any temperature in between to 0.01 and refuses more than 2.
@@ -101,13 +102,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder with what sampling asks of it; `max_length` in tokens, `stop_token_ids` ends a completion."""
+    """A model folder with what sampling asks of it; `max_length` in tokens, `stop_token_ids` ends a completion.
+
+    `adapter` is a folder of peft's whose base model is in `path`.
+    """
 
     path: Path
     config: Any
     tokenizer: Any
     max_length: int
     stop_token_ids: list[int]
+    adapter: Path | None = None
 
 
 def request_seed(run_seed: int, row_id: str, sample_index: int) -> int:
@@ -171,14 +176,21 @@ def generate_each(
 def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     """Read a model folder's configuration and tokenizer (not its weights); raises `DataError` when it has none.
 
+    The folder may hold an adapter, which names its base model.
+
     A completion ends at `sampling.stop_token_ids` and at every end token the folder declares: in the
     configuration, in the generation configuration and in the tokenizer, which often differ.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    adapter = path if is_adapter(path) else None
+    if adapter is not None:
+        require_peft()
+        path = base_of(path).folder
+    words = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
         declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
         if (path / "generation_config.json").is_file():
             declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
@@ -192,7 +204,7 @@ def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     for ids in declared:
         stop.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_model_length
-    return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop))
+    return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop), adapter)
 
 
 def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) -> None:

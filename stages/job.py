@@ -18,10 +18,12 @@ from stages.loop_samples import PromptPool
 from stages.losses.contract import Loss
 from stages.models import ModelSource
 from stages.planning import num_steps
-from stages.settings import TrainSettings
+from stages.settings import AdapterSettings, TrainSettings
 
 STAGE_VERSION = 2
 NUM_DEFAULT_EVALS = 5
+# A rule of thumb: matrices of low rank that start at zero want steps about ten times as large.
+ADAPTER_LEARNING_RATE = 10
 # Settings that change neither the weights nor the metrics beside them, or that `Plan` fills in.
 NOT_HASHED = {
     "learning_rate",
@@ -30,6 +32,8 @@ NOT_HASHED = {
     "save_steps",
     "keep_last",
     "gradient_checkpointing",
+    "activation_offload",
+    "parallel",
     "sample_prompts",
     "sample_strategy",
     "resume",
@@ -49,13 +53,14 @@ class Plan:
     save_steps: int
 
 
-def plan_run(loss: Loss, settings: TrainSettings, num_examples: int) -> Plan:
+def plan_run(loss: Loss, settings: TrainSettings, num_examples: int, adapter: AdapterSettings) -> Plan:
     """Fill in the loss's recommendations and count the steps."""
     batch_size = settings.batch_size or loss.batch_size
     steps = num_steps(num_examples, batch_size, settings.num_epochs, settings.max_steps)
     eval_steps = settings.eval_steps or max(1, math.ceil(steps / NUM_DEFAULT_EVALS))
+    recommended = loss.learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
     return Plan(
-        learning_rate=settings.learning_rate or loss.learning_rate,
+        learning_rate=settings.learning_rate or recommended,
         batch_size=batch_size,
         steps=steps,
         steps_per_epoch=-(-num_examples // batch_size),
@@ -79,6 +84,7 @@ class Job:
     loss: Loss
     settings: TrainSettings
     compute: Compute
+    adapter: AdapterSettings
     eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
     origin: Checkpoint | None = None
     pool: PromptPool | None = None
@@ -86,12 +92,13 @@ class Job:
     @property
     def name(self) -> str:
         """Readable part of the policy's folder name."""
-        return f"{self.source.short_name}-{self.loss.model_dump()['name']}"
+        adapter = "" if self.adapter.name == "none" else f"-{self.adapter.name}"
+        return f"{self.source.short_name}-{self.loss.model_dump()['name']}{adapter}"
 
     @property
     def plan(self) -> Plan:
         """The run in numbers."""
-        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"])
+        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
 
     @property
     def own_identity(self) -> dict[str, Any]:
@@ -103,6 +110,7 @@ class Job:
             "reference": self.reference.fingerprint if self.reference else None,
             "start": self.start,
             "loss": self.loss.model_dump(),
+            "adapter": None if self.adapter.name == "none" else self.adapter.model_dump(mode="json"),
             "train": {
                 **self.settings.model_dump(exclude=NOT_HASHED),
                 "learning_rate": plan.learning_rate,

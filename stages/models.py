@@ -23,10 +23,12 @@ PROVENANCE_KEYS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model folder on this machine and the name the user gave it."""
+    """A model folder on this machine, the name the user gave it, and the revision where that is a hub's."""
 
     name: str
     folder: Path
+    is_on_hub: bool = False
+    revision: str | None = None
 
     @property
     def short_name(self) -> str:
@@ -34,10 +36,20 @@ class ModelSource:
         return self.name.rstrip("/").split("/")[-1]
 
 
-def resolve_model(name: str, revision: str | None) -> ModelSource:
-    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists."""
+def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
+    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists.
+
+    `or_adapter` takes a folder with an adapter too.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+            if or_adapter:
+                return ModelSource(name, path)
+            raise UsageError(
+                f"{path} holds an adapter, not a model. Make it one with `align merge`, with the configuration that "
+                f"trained it, and give the folder that this names."
+            )
         if not (path / "config.json").is_file():
             raise DataError(
                 f"{path} is no model folder: it has no config.json. Give a folder saved with save_pretrained."
@@ -52,7 +64,8 @@ def resolve_model(name: str, revision: str | None) -> ModelSource:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return ModelSource(name, Path(snapshot_download(name, revision=revision, allow_patterns=patterns)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return ModelSource(name, folder, is_on_hub=True, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MachineError(
@@ -76,7 +89,7 @@ def reference_identity(source: ModelSource, compute: Compute) -> dict[str, Any]:
     return {
         "weights": weights_fingerprint(source.folder),
         "architecture": architecture(source.folder),
-        "dtype": compute.dtype_name,
+        "dtype": compute.arithmetic,
         "scorer_version": SCORER_VERSION,
     }
 
@@ -94,10 +107,34 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model(source: ModelSource, compute: Compute) -> Any:
-    """The causal LM with float32 weights on the device; autocast, not the weights, makes it bfloat16."""
+    """The causal LM with float32 weights on the device; autocast, not the weights, makes it bfloat16.
+
+    With `compute.load_in_4bit` the linear layers but the last are frozen in 4 bits.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
+
+    if compute.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute.dtype,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            quantization_config=quantization,
+            device_map={"": compute.device},
+        )
+        for module in model.modules():
+            # On a CPU bitsandbytes 0.50 repacks weights once a layer sees an input without gradient. That
+            # kernel computes in bfloat16, and what an adapter behind it gets for a gradient is wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - Module declares its attributes as tensors
+        return model
 
     logging.disable_progress_bar()  # a bar of our own says what is going on
     try:

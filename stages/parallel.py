@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
 
@@ -18,10 +19,11 @@ BUCKET_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank and how many there are."""
+    """This process's rank, how many there are, and whether the model is sharded over them (FSDP2)."""
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -73,12 +75,13 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def join_world(device: torch.device) -> World:
+def join_world(device: torch.device, sharded: bool = False) -> World:
     """The world `torchrun` made (RANK and WORLD_SIZE in the environment), or a world of one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 and not sharded:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
-    return World(dist.get_rank(), size)
+        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS), **alone)
+    return World(dist.get_rank(), size, sharded)

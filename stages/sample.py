@@ -13,7 +13,8 @@ from typing import Any
 
 from cache.artifacts import Artifact
 from cache.errors import DataError
-from cache.fingerprint import canonical_json, weights_fingerprint
+from cache.fingerprint import canonical_json
+from stages.adapters import model_identity
 from stages.columns import Message, text_or_messages, tools_of
 from stages.compute import Compute
 from stages.context import Context
@@ -95,7 +96,7 @@ class SampleJob:
         """Everything that changes the completions."""
         return {
             "stage_version": STAGE_VERSION,
-            "models": {side: weights_fingerprint(model.folder) for side, model in self.models.items()},
+            "models": {side: model_identity(model.folder) for side, model in self.models.items()},
             "prompts": hashlib.sha256(
                 canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])
             ).hexdigest(),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stages import attention, flex
+from stages.activations import offloaded
 from stages.compute import Compute
 from stages.head import TokenLogps, collision_logps
 from stages.packs import Pack, build_pack
@@ -36,12 +37,15 @@ class Scorer(nn.Module):
         say: Callable[[str], None],
         gradient_checkpointing: bool = False,
         backends: Sequence[str] | None = None,
+        checked: str | None = None,
     ) -> None:
         """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored.
 
-        `backends` are names of attention functions to try, in order; None takes those of the device.
+        `backends` are names of attention functions to try, in order; None takes those of the device. `checked`
+        is one that was found good on another copy of the model.
         """
         super().__init__()
+        self.offload = False
         self.model = model
         self.compute = compute
         self.forwards = 0
@@ -55,9 +59,11 @@ class Scorer(nn.Module):
         self._native_attention = config._attn_implementation
         # flex_attention compiles for one length, so every pack is filled up to the token budget.
         self._flex_length = -(-compute.tokens_per_batch // flex.BLOCK) * flex.BLOCK
-        self.backend = self._choose_backend(
+        self.backend = checked or self._choose_backend(
             backends or BACKENDS.get(compute.device.type, (attention.NAME,)), say
         )
+        if checked:
+            model.set_attn_implementation(checked)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -76,7 +82,7 @@ class Scorer(nn.Module):
             visible: dict[str, Any] = {"block_masks": flex.BlockMasks(pack.segments, self.compute.device)}
         else:
             visible = {"segments": pack.segments}
-        with self._autocast():
+        with self._autocast(), offloaded(self.offload):
             body = self.model.get_decoder()
             hidden = body(
                 input_ids=pack.input_ids,

@@ -125,13 +125,38 @@ class ComputeSettings(Settings):
     tokens_per_batch: PositiveInt = Field(
         default=2048, description="token budget of one forward pass; changes speed and memory, not results"
     )
+    load_in_4bit: Flag = Field(
+        default=False,
+        description="keep the frozen weights in 4 bits (bitsandbytes, NF4 with double quantization), for the reference and under an adapter alike (QLoRA); a model of its own to the cache",
+    )
+
+
+class AdapterSettings(Settings):
+    """A low-rank adapter to train instead of the model's own weights, through peft."""
+
+    name: Literal["none", "lora", "dora"] = Field(
+        default="none", description="'none' trains all weights; 'lora' and 'dora' train an adapter"
+    )
+    r: PositiveInt = Field(default=16, description="rank of the update of each matrix")
+    lora_alpha: PositiveInt = Field(
+        default=32,
+        description="the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)",
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear",
+        description="names of the matrices to adapt, a list or a regular expression; 'all-linear' takes all but the output layer",
+    )
+    use_rslora: Flag = Field(
+        default=False, description="rank-stabilised scaling, which keeps high ranks learning"
+    )
 
 
 class TrainSettings(Settings):
     """The training loop; a step is `batch_size` examples however they are split over memory and ranks."""
 
     learning_rate: PositiveFloat | None = Field(
-        default=None, description="peak learning rate; null takes the loss's own recommendation"
+        default=None,
+        description="peak learning rate; null takes the loss's own recommendation, ten times that for an adapter",
     )
     batch_size: PositiveInt | None = Field(
         default=None,
@@ -166,7 +191,13 @@ class TrainSettings(Settings):
         default=0.1,
         description="share of the steps in which the learning rate rises; the first step is above 0",
     )
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW weight decay, on matrices only")
+    optimizer: Literal[
+        "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd"
+    ] = Field(
+        default="adamw",
+        description="adamw keeps 8 bytes of state a weight, adamw_bf16 4, adamw_8bit and paged_adamw_8bit 2 (bitsandbytes; paged lets them spill to the host), rmsprop 4, adafactor and sgd next to none",
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay, on matrices only")
     adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
     adam_beta2: Decay = Field(default=0.999, description="AdamW beta2")
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW epsilon")
@@ -177,7 +208,17 @@ class TrainSettings(Settings):
         default=False,
         description="recompute activations in the backward pass: less memory, about a third more time",
     )
-    seed: NonNegativeInt = Field(default=0, description="order of the examples")
+    activation_offload: Flag = Field(
+        default=False,
+        description="keep activations in the host's memory until the backward pass (GPU only): less memory, slower",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="under torchrun: 'ddp' keeps the whole model on every rank, 'fsdp' shards weights, gradients and optimizer over the ranks",
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="order of the examples, and an adapter's first weights"
+    )
     eval_steps: PositiveInt | None = Field(
         default=None,
         description="evaluate every so many steps, besides step 0 and the end; null means five times in a run",

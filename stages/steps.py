@@ -47,6 +47,8 @@ def accumulate_step(
                 objective = output.losses.sum() / units
                 totals.add_batch(batch, output)
             objective.backward()
+        for pack in scorer.company(groups):
+            (scorer.scorer(pack).sum() * 0.0).backward()
     metrics = totals.means(scorer.world, scorer.device)
     return {**metrics, **_kl_metric(facts)}, state
 

@@ -12,6 +12,7 @@ from stages.audit import audit
 from stages.checkpoints import Checkpoint, newest_checkpoint
 from stages.context import Context
 from stages.dashboards import open_dashboards
+from stages.feasible import check_feasible
 from stages.job import Job, find_policy
 from stages.loop import Run
 from stages.models import check_length
@@ -31,7 +32,7 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     eval_rows = {"": RowSet.of(job.rows, "heldout")}
     eval_rows |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}
     _check(job, train_rows, eval_rows, context)
-    world = join_world(job.compute.device)
+    world = join_world(job.compute.device, job.settings.parallel == "fsdp")
     draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
     say = context.say if world.is_main else _silent
     checkpoint = world.from_main(lambda: _checkpoint_of(job, draft, context))
@@ -74,6 +75,7 @@ def _check(job: Job, rows: RowSet, eval_rows: dict[str, RowSet], context: Contex
             "train.save_best publishes the best evaluation by train.best_metric, which is not set. "
             "For example: --set train.best_metric=rewards/accuracies"
         )
+    check_feasible(job)
     if job.origin is not None:
         check_origin(job, context)
     make_schedule(settings, job.plan.learning_rate, job.plan.steps)

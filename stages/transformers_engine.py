@@ -11,6 +11,7 @@ of its first request. Then a request meets the same shapes whatever it is sample
 
 from typing import TYPE_CHECKING, Any
 
+from stages.adapters import load_adapter
 from stages.generation import EngineOptions, Model, Request, Sampling
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def run_transformers(
     network: Any = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=getattr(torch, options.dtype), local_files_only=True
     )
+    if model.adapter is not None:
+        network = load_adapter(network, model.adapter)
     completions, _ = sample_network(network.to(device).eval(), model, requests, sampling)
     del network
     if device.type == "cuda":

@@ -21,10 +21,12 @@ from pathlib import Path
 
 from cache.errors import MachineError
 from cache.files import read_json, write_bytes
+from stages.adapters import adapter_config
 from stages.generation import EngineOptions, Model, Request, Sampling
 
 MIN_KV_CACHE_BYTES = 512 << 20
 MIN_FULL_SEQUENCES = 2
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 TERMINATE_SECONDS = 5
 # pydantic, which vLLM validates with, puts the cause on a line of its own.
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)(: .*|$)|Value error, .*")
@@ -70,6 +72,19 @@ def kv_cache_bytes(model: Model, options: EngineOptions) -> int:
     return max(MIN_KV_CACHE_BYTES, MIN_FULL_SEQUENCES * model.max_length * per_token)
 
 
+def lora_rank(adapter: Path) -> int:
+    """The smallest rank that vLLM provides for and that holds this adapter; raises `MachineError` for one it cannot run."""
+    config = adapter_config(adapter)
+    if config.get("use_dora"):
+        raise MachineError("vLLM runs no DoRA adapters. Merge it into its base with `align merge`")
+    ranks = [rank for rank in LORA_RANKS if rank >= config["r"]]
+    if not ranks:
+        raise MachineError(
+            f"vLLM runs adapters up to rank {LORA_RANKS[-1]}, this one has {config['r']}. Merge it with `align merge`"
+        )
+    return ranks[0]
+
+
 def _run_worker(
     models: list[Model], requests: list[Request], sampling: Sampling, options: EngineOptions
 ) -> list[list[list[int]]]:
@@ -80,6 +95,8 @@ def _run_worker(
                 "max_length": model.max_length,
                 "stop_token_ids": model.stop_token_ids,
                 "kv_cache_bytes": kv_cache_bytes(model, options),
+                "adapter": None if model.adapter is None else str(model.adapter.resolve()),
+                "max_lora_rank": None if model.adapter is None else lora_rank(model.adapter),
             }
             for model in models
         ],

@@ -35,6 +35,7 @@ def main(request_path: Path, result_path: Path) -> None:
 def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
     options, sampling = request["options"], request["sampling"]
@@ -46,6 +47,10 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
             "gpu_memory_utilization": options["gpu_memory_utilization"],
             "enforce_eager": options["enforce_eager"],
         }
+    lora = None
+    if model["adapter"] is not None:
+        lora = LoRARequest("adapter", 1, model["adapter"])
+        device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": model["max_lora_rank"]}
     llm = LLM(
         model=model["path"],
         dtype=options["dtype"],
@@ -70,7 +75,8 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
         for row in request["requests"]
     ]
     prompts = [TokensPrompt(prompt_token_ids=row["prompt_ids"]) for row in request["requests"]]
-    return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, parameters, use_tqdm=False)]
+    outputs = llm.generate(prompts, parameters, use_tqdm=False, lora_request=lora)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def _set_environment() -> None:

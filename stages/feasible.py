@@ -1,0 +1,44 @@
+"""Training settings that cannot work together, or not on this machine: refused before anything is loaded."""
+
+from cache.errors import MachineError, UsageError
+from stages.adapters import check_adapter
+from stages.compute import require_bitsandbytes
+from stages.job import Job
+from stages.optimizers import NEEDS_BITSANDBYTES
+
+
+def check_feasible(job: Job) -> None:
+    """Raise `UsageError` or `MachineError` with what to change."""
+    settings, compute = job.settings, job.compute
+    sharded = settings.parallel == "fsdp"
+    if compute.load_in_4bit and job.adapter.name == "none":
+        raise UsageError(
+            "compute.load_in_4bit freezes the model's own weights, so there is nothing to train. "
+            "Train an adapter with --set adapter.name=lora, or leave the weights whole."
+        )
+    if sharded and compute.load_in_4bit:
+        raise UsageError(
+            "train.parallel=fsdp cannot shard 4-bit weights. Use --set train.parallel=ddp: the 4-bit model is small."
+        )
+    if sharded and settings.sample_steps is not None:
+        raise UsageError(
+            "train.sample_steps generates with the policy, which train.parallel=fsdp cannot do while its weights are "
+            "sharded. Leave it out, or use --set train.parallel=ddp."
+        )
+    if settings.optimizer in NEEDS_BITSANDBYTES:
+        require_bitsandbytes(f"train.optimizer={settings.optimizer}")
+        if sharded:
+            raise UsageError(
+                f"train.optimizer={settings.optimizer} (bitsandbytes) cannot keep sharded state. With "
+                f"train.parallel=fsdp use adamw or adamw_bf16."
+            )
+    if settings.optimizer == "paged_adamw_8bit" and compute.device.type != "cuda":
+        raise MachineError(
+            "train.optimizer=paged_adamw_8bit pages between a GPU and the host, and there is no GPU. Use adamw_8bit."
+        )
+    if settings.activation_offload and compute.device.type != "cuda":
+        raise MachineError(
+            f"train.activation_offload moves activations off a GPU, and compute.device is {compute.device.type}. "
+            f"Leave it out."
+        )
+    check_adapter(job.adapter, job.source)

@@ -1,0 +1,184 @@
+"""An adapter through the stages: the reference store of full training, exact step 0, merge, sampling, resume."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from cache.errors import CorruptError, MachineError, StaleError, UsageError
+from pipeline.run import Session
+from stages import merge as merging
+
+from .test_four_stages import LN2, ROOT, session, settings, through_training
+
+pytest.importorskip("peft")
+
+
+def adapter_settings(model: Path, preferences: Path, name: str = "lora", **changes: dict) -> dict:
+    tree = settings(model, preferences, adapter={"name": name, "r": 4}, **changes)
+    tree["train"]["learning_rate"] = 1e-2
+    return tree
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_an_adapter_shares_the_store_of_full_training_and_starts_from_it_exactly(
+    name, tiny_model, preferences, tmp_path
+):
+    full = session(settings(tiny_model, preferences), tmp_path)
+    full.run("prepare")
+    full.run("cache-ref")
+    run = session(adapter_settings(tiny_model, preferences, name), tmp_path)
+    assert run.run("cache-ref")["forwards"] == 0
+    result = run.run("train")
+    assert result["audit_max_abs_diff"] == 0.0
+    assert result["step0"]["loss"] == pytest.approx(LN2, rel=1e-6)
+    assert result["step0"]["rewards/margins"] == 0.0
+    assert result["final"]["loss"] < 0.5 * LN2
+    names = {path.name for path in Path(result["artifact"]).iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= names
+    assert "model.safetensors" not in names
+
+
+def test_a_merged_model_is_base_and_adapter(tiny_model, preferences, tmp_path):
+    tree = adapter_settings(tiny_model, preferences)
+    trained = through_training(tree, tmp_path)
+    merged = session(tree, tmp_path).run("merge")
+    assert not merged["reused"]
+    assert merged["tokens_compared"] > 100
+    assert 0 < merged["max_abs_diff"] < 1e-3
+    assert session(tree, tmp_path).run("merge")["reused"]
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        whole, adapted, bare = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            for folder in (merged["artifact"], trained["artifact"], tiny_model)
+        )
+    assert (whole - adapted).abs().max() < 1e-3
+    assert (whole - bare).abs().max() > 0.1
+
+
+def test_a_merge_that_changes_log_probs_is_not_written(tiny_model, preferences, tmp_path, monkeypatch):
+    tree = adapter_settings(tiny_model, preferences)
+    through_training(tree, tmp_path)
+    monkeypatch.setattr(merging, "TOLERANCE", 1e-9)
+    with pytest.raises(CorruptError, match="differ from those of base and adapter"):
+        session(tree, tmp_path).run("merge")
+    assert not list((tmp_path / "merged").glob("*"))
+
+
+def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tmp_path):
+    tree = settings(tiny_model, preferences)
+    run = session(tree, tmp_path)
+    run.run("prepare")
+    run.run("cache-ref")
+    with pytest.raises(StaleError, match="align train"):
+        session(tree, tmp_path).run("merge")
+    run.run("train")
+    with pytest.raises(UsageError, match="no adapter to merge"):
+        session(tree, tmp_path).run("merge")
+    adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
+    with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
+        session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")
+
+
+def test_eval_gives_the_held_out_metrics_that_training_ended_with(tiny_model, preferences, tmp_path):
+    tree = adapter_settings(tiny_model, preferences)
+    trained = through_training(tree, tmp_path)
+    found = session(tree, tmp_path).run("eval")["sets"]["heldout"]
+    assert found["loss"] == pytest.approx(trained["final"]["loss"], abs=1e-6)
+
+
+def sampled(run: Session) -> list[str]:
+    lines = Path(run.run("sample")["output"]).read_text().splitlines()
+    return [json.loads(line)["completion"] for line in lines]
+
+
+def test_sampling_from_the_adapter_is_sampling_from_the_merged_model(tiny_model, preferences, tmp_path):
+    greedy = {"engine": "transformers", "temperature": 0, "max_tokens": 12}
+    tree = adapter_settings(tiny_model, preferences, sample=greedy)
+    through_training(tree, tmp_path)
+    merged = session(tree, tmp_path).run("merge")["artifact"]
+    from_adapter = sampled(session(tree, tmp_path))
+    tree["sample"] = {**greedy, "model": merged}
+    assert from_adapter == sampled(session(tree, tmp_path))
+    tree["sample"] = {**greedy, "model": str(tiny_model)}
+    assert from_adapter != sampled(session(tree, tmp_path))
+
+
+@pytest.mark.slow
+def test_vllm_loads_the_adapter(tiny_model, preferences, tmp_path):
+    pytest.importorskip("vllm")
+    greedy = {"temperature": 0, "max_tokens": 12}
+    tree = adapter_settings(tiny_model, preferences, sample={**greedy, "engine": "transformers"})
+    through_training(tree, tmp_path)
+    expected = sampled(session(tree, tmp_path))
+    tree["sample"] = {**greedy, "engine": "vllm"}
+    assert sampled(session(tree, tmp_path)) == expected
+
+
+def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, preferences, tmp_path):
+    pytest.importorskip("vllm")
+    tree = adapter_settings(tiny_model, preferences, "dora", sample={"engine": "vllm"})
+    through_training(tree, tmp_path)
+    with pytest.raises(MachineError, match=r"DoRA.*align merge"):
+        session(tree, tmp_path).run("sample")
+
+
+@pytest.mark.slow
+def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path):
+    """SIGKILL by the run itself right after a checkpoint; the second run loads adapter and optimizer."""
+    tree = adapter_settings(
+        tiny_model, preferences, train={"save_steps": 1, "num_epochs": 2, "batch_size": 4}
+    )
+    whole = through_training(tree, tmp_path / "whole")
+    store, config = tmp_path / "killed", tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    for stage in ("prepare", "cache-ref"):
+        session(tree, store).run(stage)
+    code = (
+        "import os, signal, sys; import stages.loop as loop; save = loop.save_checkpoint\n"
+        "def then_die(root, step, *rest):\n"
+        "    save(root, step, *rest)\n"
+        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.save_checkpoint = then_die\n"
+        "from pipeline.cli import main; main()"
+    )
+    arguments = ["train", "-c", str(config), "--store", str(store)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
+    assert killed.returncode == -9, killed.stderr
+    folder = next((store / "policy").glob(".tmp-*/checkpoint-3"))
+    assert "adapter_model.safetensors" in {path.name for path in folder.iterdir()}
+    said: list[str] = []
+    resumed = session(tree, store, said).run("train")
+    assert any("Continuing from step 3" in line for line in said)
+    digests = [
+        hashlib.sha256((Path(result["artifact"]) / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for result in (whole, resumed)
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_qlora_has_a_reference_store_of_its_own_and_starts_from_it(tiny_model, preferences, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    full = session(settings(tiny_model, preferences), tmp_path)
+    full.run("prepare")
+    full.run("cache-ref")
+    tree = adapter_settings(tiny_model, preferences, compute={"load_in_4bit": True})
+    with pytest.raises(StaleError, match=r"in float32, weights in nf4 are in"):
+        session(tree, tmp_path).run("train")
+    assert session(tree, tmp_path).run("cache-ref")["rows_scored"] > 0
+    result = session(tree, tmp_path).run("train")
+    assert result["audit_max_abs_diff"] < 1e-5
+    assert result["step0"]["loss"] == pytest.approx(LN2, rel=1e-5)
+    assert result["final"]["loss"] < 0.5 * LN2
