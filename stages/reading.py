@@ -35,6 +35,7 @@ class SourceRow:
     location: str
     value: dict[str, Any] | None
     problem: str | None = None
+    source: str = ""
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
@@ -51,13 +52,15 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
 
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
-    """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
+    """Yield source rows in order; unreadable ones carry their problem."""
     files = _local_files(data)
-    rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
-    for number, row in enumerate(rows):
-        if data.max_samples is not None and number >= data.max_samples:
-            return
-        yield row
+    return _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
+
+
+def count_rows(data: DataSettings) -> int:
+    """How many rows `read_source` yields, without parsing more than that takes."""
+    files = _local_files(data)
+    return sum(map(_count_file, files)) if files is not None else sum(1 for _ in _read_hub(data))
 
 
 def _local_files(data: DataSettings) -> list[Path] | None:
@@ -90,6 +93,13 @@ def _read_file(path: Path) -> Iterator[SourceRow]:
     if suffix == ".jsonl":
         return _read_jsonl(path)
     return _read_json(path) if suffix == ".json" else _read_arrow(path, suffix)
+
+
+def _count_file(path: Path) -> int:
+    if _suffix(path) != ".jsonl":
+        return sum(1 for _ in _read_file(path))
+    with _open(path) as lines:
+        return sum(bool(line.removeprefix(BYTE_ORDER_MARK).strip()) for line in lines)
 
 
 @contextmanager

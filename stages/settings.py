@@ -24,6 +24,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+class SourceSettings(Settings):
+    """One of several sources: a path as in `data.path`, and its share of the mixture."""
+
+    path: str
+    name: str | None = None
+    format: str = "auto"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    weight: PositiveFloat | None = None
+    count: PositiveInt | None = None
+
+
 class DataSettings(Settings):
     """Where preference data comes from."""
 
@@ -38,6 +51,13 @@ class DataSettings(Settings):
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
+    sources: list[SourceSettings] = Field(
+        default=[],
+        description="several sources in place of path: each with path and, where wanted, name, format, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="which rows are taken of a source that is not taken whole"
+    )
     max_samples: PositiveInt | None = Field(
         default=None, description="use only the first so many source rows"
     )
@@ -94,6 +114,10 @@ class PrepareSettings(Settings):
     graded: Literal["best_worst", "ranked"] = Field(
         default="best_worst",
         description="graded responses: keep the best and the worst as a pair, or all of them as a ranked list from which train.pairs forms pairs",
+    )
+    num_workers: PositiveInt = Field(
+        default=1,
+        description="processes that render and tokenize; changes speed, not results. One already uses two cores",
     )
 
 

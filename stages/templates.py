@@ -1,22 +1,19 @@
-"""From text or messages to token ids and the mask of what is trained.
+"""From messages to text, and to token ids and the mask of what is trained (`encoding.py`).
 
 With a chat template, the prompt is rendered with its generation prompt and must be a prefix of the
 whole conversation; only assistant turns are kept by the mask. Without one, a plain prompt and its
-completion are simply joined, and messages use `PLAIN_TEMPLATE`. The prompt's ids are those of the
-prompt alone, as in sampling: where tokens would merge across the cut, such as the line breaks of a
-generation prompt and of a reply, the completion is tokenized as a continuation, and counted.
+completion are simply joined, and messages use `PLAIN_TEMPLATE`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
-
 from cache.errors import DataError
+from stages.chat_template import ChatTemplate
 from stages.columns import Message
+from stages.encoding import Encoded, Encoder, Rendered, Segment
 from stages.formats import Candidate, Preference
 from stages.reading import BadRow
 
@@ -33,34 +30,6 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
-# Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
-ANCHORS = ("\n", ".", "a")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a rendered completion and whether its tokens are trained."""
-
-    text: str
-    kept: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A preference as text: the prompt and the segments of each candidate."""
-
-    prompt: str
-    completions: list[list[Segment]]
-    plain: bool
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A preference as ids: the prompt, and `(ids, mask)` for each candidate; int32 and bool."""
-
-    prompt_ids: np.ndarray
-    completions: list[tuple[np.ndarray, np.ndarray]]
-    rejoined: int
 
 
 class Template:
@@ -84,21 +53,25 @@ class Template:
         self.append_eos = append_eos
         self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
         self._source = _chat_template(tokenizer) if self.uses_chat else PLAIN_TEMPLATE
-        # What tokenizer.json says of truncation and padding was set for another use.
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        self._num_appended = _num_appended(tokenizer.backend_tokenizer)
+        self._encoder = Encoder(tokenizer.backend_tokenizer)
         self._special = sorted(
             {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
             | set(tokenizer.all_special_tokens)
         )
 
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(str(self._source), self.tokenizer.special_tokens_map)
+
+    @cached_property
+    def _tokenizer_sha256(self) -> str:
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
         """What changes the token ids: tokenizer, template, rules of this file."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
         return {
             "render_version": RENDER_VERSION,
-            "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+            "tokenizer": self._tokenizer_sha256,
             "special_tokens": json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str),
             "template": hashlib.sha256(str(self._source).encode()).hexdigest(),
             "append_eos": self.append_eos,
@@ -135,25 +108,11 @@ class Template:
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
         """Token ids of rendered preferences, tokenized together in Rust threads."""
-        prompts = self._encode([item.prompt for item in batch], [item.plain for item in batch])
-        wholes = [
-            (item.prompt + "".join(part.text for part in parts), item.plain)
-            for item in batch
-            for parts in item.completions
-        ]
-        ids = iter(self._encode([text for text, _ in wholes], [plain for _, plain in wholes]))
-        results: list[Encoded | BadRow] = []
-        for item, prompt_ids in zip(batch, prompts, strict=True):
-            own = [next(ids) for _ in item.completions]
-            try:
-                results.append(self._split(item, prompt_ids, own))
-            except BadRow as problem:
-                results.append(problem)
-        return results
+        return self._encoder.encode(batch)
 
     def encode_prompts(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
         """Token ids of prompts alone."""
-        return self._encode(texts, plain)
+        return self._encoder.encode_texts(texts, plain)
 
     def turn_end_ids(self) -> list[int]:
         """Ids that end a completion: end of sequence, and the special token that closes a turn."""
@@ -161,59 +120,8 @@ class Template:
         if self.uses_chat:
             turn = [{"role": "user", "content": "a"}]
             parts = self._segments(turn, self._apply(turn, True), [{"role": "assistant", "content": "b"}])
-            ends.add(self._encode([parts[-1].text], [False])[0][-1])
+            ends.add(self._encoder.encode_texts([parts[-1].text], [False])[0][-1])
         return sorted(end for end in ends if end is not None)
-
-    def _split(self, item: Rendered, prompt_ids: list[int], wholes: list[list[int]]) -> Encoded:
-        if not prompt_ids:
-            raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
-        completions, rejoined = [], 0
-        for parts, whole in zip(item.completions, wholes, strict=True):
-            head, ids = item.prompt, whole[len(prompt_ids) :]
-            if whole[: len(prompt_ids)] != prompt_ids:
-                head, ids = self._continuation("".join(part.text for part in parts))
-                rejoined += 1
-            mask = np.ones(len(ids), dtype=bool)
-            if not all(part.kept for part in parts):
-                mask = self._mask(head, parts, len(ids))
-            completions.append((np.array(ids, dtype=np.int32), mask))
-        return Encoded(np.array(prompt_ids, dtype=np.int32), completions, rejoined)
-
-    def _mask(self, head: str, parts: list[Segment], num_tokens: int) -> np.ndarray:
-        """Which of the last `num_tokens` tokens of `head` and `parts` together lie in a part that is kept."""
-        encoding = self.tokenizer.backend_tokenizer.encode(
-            head + "".join(part.text for part in parts), add_special_tokens=False
-        )
-        ends = np.cumsum([len(head)] + [len(part.text) for part in parts])
-        kept = np.array([False] + [part.kept for part in parts])
-        # A token belongs to the segment that holds its last character. (Byte-level tokenizers may leave
-        # spaces out of the offsets; a token of nothing but a space then begins and ends behind it.)
-        last = np.array([end - 1 for _, end in encoding.offsets[len(encoding.ids) - num_tokens :]])
-        return kept[np.searchsorted(ends, last, side="right")]
-
-    def _encode(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer
-        result: list[list[int]] = [[]] * len(texts)
-        for special in (True, False):
-            index = [number for number, flag in enumerate(plain) if flag == special]
-            # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
-            encodings = backend.encode_batch_fast(
-                [texts[number] for number in index], add_special_tokens=special
-            )
-            for number, encoding in zip(index, encodings, strict=True):
-                added = self._num_appended if special else 0
-                result[number] = encoding.ids[: len(encoding.ids) - added]
-        return result
-
-    def _continuation(self, text: str) -> tuple[str, list[int]]:
-        """Ids of text that continues a prompt with which it would merge, and the text it was tokenized after."""
-        backend = self.tokenizer.backend_tokenizer
-        for anchor in ANCHORS:
-            head = backend.encode(anchor, add_special_tokens=False).ids
-            whole = backend.encode(anchor + text, add_special_tokens=False).ids
-            if whole[: len(head)] == head:
-                return anchor, whole[len(head) :]
-        raise BadRow("the completion cannot be tokenized as a continuation of the prompt")
 
     def _segments(self, prompt: list[Message], head: str, completion: str | list[Message]) -> list[Segment]:
         turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
@@ -255,21 +163,18 @@ class Template:
 
     def _apply(self, turns: list[Message], open_turn: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self._source, tokenize=False, add_generation_prompt=open_turn
-            )
+            return self._chat.render(turns, open_turn)
         except Exception as error:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
 
     def _refuse_forged_turns(self, preference: Preference) -> None:
-        for text in _strings(
-            [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-        ):
-            for token in self._special:
-                if token in text:
-                    raise BadRow(
-                        f"the text spells the special token {token}, with which data could forge a turn"
-                    )
+        texts: list[str] = []
+        _collect(texts, [preference.prompt, *(candidate.completion for candidate in preference.candidates)])
+        # Joined by what no special token holds, so that each is looked for once.
+        joined = "\0".join(texts)
+        for token in self._special:
+            if token in joined:
+                raise BadRow(f"the text spells the special token {token}, with which data could forge a turn")
 
 
 def _continues(before: str, whole: str) -> str:
@@ -291,24 +196,14 @@ def _chat_template(tokenizer: Any) -> str:
         ) from error
 
 
-def _num_appended(backend: Any) -> int:
-    """How many tokens, such as an end of sequence, a tokenizer appends to every text of its own accord."""
-    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    starts = (
-        start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare
-    )
-    start = next(starts, len(whole) - len(bare)) if bare else len(whole)
-    return len(whole) - start - len(bare)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text inside a message, a list of messages, or a text."""
+def _collect(texts: list[str], value: Any) -> None:
+    """Add every text inside a message, a list of messages, or a text."""
     if isinstance(value, str):
-        yield value
+        texts.append(value)
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield key
-            yield from _strings(part)
+            texts.append(key)
+            _collect(texts, part)
     elif isinstance(value, list):
         for part in value:
-            yield from _strings(part)
+            _collect(texts, part)

@@ -297,17 +297,20 @@ OTHER_SETTINGS = {
     "graded": "ranked",
 }
 OTHER_DATA = {"format": "preference", "max_samples": 5, "on_bad_row": "skip"}
-NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main"}  # of a local file
+# Of a single local file, which is taken whole.
+NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main", "seed": 7}
 
 
 def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, chat, chat_tokenizer):
     """`template` and `append_eos` do so through the template that is made of them."""
     data, settings = DataSettings(path=str(preferences)), PrepareSettings()
     identity = rows_identity(data, settings, chat)
-    assert set(PrepareSettings.model_fields) - {"template", "append_eos"} == set(OTHER_SETTINGS)
+    assert set(PrepareSettings.model_fields) - {"template", "append_eos", "num_workers"} == set(
+        OTHER_SETTINGS
+    )
     for name, value in OTHER_SETTINGS.items():
         assert rows_identity(data, settings.model_copy(update={name: value}), chat) != identity, name
-    assert set(DataSettings.model_fields) - {"path"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
+    assert set(DataSettings.model_fields) - {"path", "sources"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
     for name, value in OTHER_DATA.items():
         assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
     for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
@@ -328,6 +331,7 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         )
         == identity
     )
+    assert rows_identity(data, settings.model_copy(update={"num_workers": 3}), chat) == identity
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(preferences.read_bytes())
     assert rows_identity(DataSettings(path=str(moved)), settings, chat) == identity
