@@ -77,6 +77,11 @@ class Session:
                 plans[name] = {"would": f"run after its inputs are there: {error}"}
         return plans
 
+    @property
+    def rows(self) -> Artifact:
+        """The prepared rows of this configuration; raises `StaleError` when they are not there."""
+        return self._rows
+
     def _prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context)
         rows = found or prepare(self._data, self.config.prepare, self._template, self.context)

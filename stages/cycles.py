@@ -75,7 +75,7 @@ class SplitWriter:
             example = cycle[index]
             room = self.settings.max_length - len(example.prompt_ids)
             example.rows += [
-                Row("mismatched", row.ids[:room], row.mask[:room])
+                Row("mismatched", row.ids[:room], row.mask[:room], cut=row.cut + max(0, len(row.ids) - room))
                 for row in matched[donor]
                 if row.mask[:room].any()
             ]

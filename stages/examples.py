@@ -123,12 +123,14 @@ class ExampleMaker:
 
     def _example(self, row: SourceRow, preference: Preference, fitted: Fitted) -> tuple[str, Example]:
         rows = [
-            Row(candidate.role, ids, mask, candidate.score)
-            for candidate, (ids, mask) in zip(preference.candidates, fitted.completions, strict=True)
+            Row(candidate.role, ids, mask, candidate.score, cut=cut)
+            for candidate, (ids, mask), cut in zip(
+                preference.candidates, fitted.completions, fitted.completions_cut, strict=True
+            )
         ]
         said = [preference.prompt, [[entry.role, entry.completion] for entry in preference.candidates]]
         digest = hashlib.blake2b(canonical_json(said), digest_size=12)
-        example = Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows)
+        example = Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows, fitted.prompt_cut)
         return split_of(preference, self.settings.heldout_fraction), example
 
 

@@ -87,7 +87,14 @@ def prepare(data: DataSettings, settings: PrepareSettings, template: Template, c
             **report.counts({name: format_.name for name, format_ in formats.items()}),
             "turn_end_ids": template.turn_end_ids(),
         }
-        return context.store.publish(draft, counts, {}, context.config_text, data_path=data.path)
+        return context.store.publish(
+            draft,
+            counts,
+            {},
+            context.config_text,
+            data_paths=[source.data.path for source in sources_of(data)],
+            tokenizer=str(template.tokenizer.name_or_path),
+        )
     finally:
         draft.discard()
 
