@@ -27,8 +27,9 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".bench-venv"
-REQUIREMENTS = ["torch==2.13.0", "trl==1.16.0", "transformers<5.20", "pydantic>=2.10"]
+REQUIREMENTS = ["torch==2.13.0", "trl==1.16.0", "transformers<5.20", "pydantic>=2.10", "fastokens>=0.3.5"]
 COPIES = 20
+SIDES = ("ours", "fastokens", "trl")
 MAX_LENGTH = 1 << 20  # nothing is cut, so that whole rows are compared
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True)
     options.add_argument("--repetitions", type=int, default=5)
     options.add_argument("--copies", type=int, default=COPIES, help="of the data set's 2,303 usable pairs")
+    options.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     options.add_argument("--one", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     python = VENV / "bin" / "python"
@@ -53,48 +55,57 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(measure(json.loads(chosen.one))))
     else:
-        sys.exit(compare(chosen.data.resolve(), chosen.repetitions, chosen.copies))
+        sys.exit(compare(chosen.data.resolve(), chosen.repetitions, chosen.copies, chosen.processes))
 
 
-def compare(data: Path, repetitions: int, copies: int) -> int:
-    from benchmarks.record import write_results
-
+def compare(data: Path, repetitions: int, copies: int, process_counts: list[int]) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        rows, small = Path(folder) / "rows.jsonl", Path(folder) / "small.jsonl"
+        rows, quarter = Path(folder) / "rows.jsonl", Path(folder) / "quarter.jsonl"
         count = write_rows(data, rows, copies)
-        write_rows(data, small, max(1, copies // 4))
+        write_rows(data, quarter, max(1, copies // 4))
         tokenizer = str(data / "tokenizers" / "olmo2_dolma2")
         table = []
-        for processes in (1, 2):
-            runs: dict[str, list[dict]] = {"ours": [], "trl": []}
+        for processes in process_counts:
+            job = {"rows": str(rows), "tokenizer": tokenizer, "processes": processes}
+            runs: dict[str, list[dict]] = {side: [] for side in SIDES}
             for number in range(repetitions):
-                for side in ("trl", "ours") if number % 2 else ("ours", "trl"):
-                    job = {"side": side, "rows": str(rows), "tokenizer": tokenizer, "processes": processes}
-                    runs[side].append(one(job))
+                for side in SIDES if number % 2 else reversed(SIDES):
+                    runs[side].append(one({**job, "side": side}))
                     print(side, processes, runs[side][-1], flush=True)
-            table.append(row_of(f"prepare_{processes}_process", runs, count))
-        size = one({"side": "ours", "rows": str(small), "tokenizer": tokenizer, "processes": 1})
-        table[0] |= {
-            "peak_mib": round(table[0]["peak_mib"]),
-            "peak_mib_of_a_quarter_of_the_rows": round(size["peak_mib"]),
-        }
-        different = sum(entry["different_rows"] for entry in table)
+            small = one({**job, "side": "ours", "rows": str(quarter)})
+            ours = row_of(f"prepare_{processes}_process", runs, "ours", count)
+            table += [
+                {**ours, "peak_mib_of_a_quarter_of_the_rows": round(small["peak_mib"])},
+                row_of(f"prepare_{processes}_process_fastokens", runs, "fastokens", count),
+            ]
+    write(table, count, repetitions)
+    return int(any(entry["different_rows"] for entry in table))
+
+
+def write(table: list[dict], count: int, repetitions: int) -> None:
+    """Write the results; rows of an earlier run with other numbers of processes stay."""
+    from benchmarks.record import RESULTS, write_results
+
+    earlier = RESULTS / "prepare.json"
+    names = {entry["name"] for entry in table}
+    if earlier.exists():
+        table += [entry for entry in json.loads(earlier.read_text())["rows"] if entry["name"] not in names]
     write_results(
         "prepare",
-        table,
+        sorted(table, key=lambda entry: entry["name"]),
         "align prepare against TRL's preparation",
         f"hh-rlhf harmless-base test, conversations with an explicit prompt, repeated to {count:,} pairs; OLMo 2's "
-        f"tokenizer with a chat template. Medians of {repetitions} alternating runs; `ratio` is TRL's seconds over ours. "
-        "`tokenizer_share` is the share of our wall time in which the tokenizer is at work, `different_rows` how many "
-        "rows have other ids than TRL's, `peak_mib` the memory added by the stage to that of a process with its imports.",
+        f"tokenizer with a chat template; TRL 1.16.0. Medians of {repetitions} alternating runs, seconds; `ratio` is TRL's "
+        "over ours. `tokenizer_share` is the share of our wall time in which the tokenizer is at work (one process), "
+        "`different_rows` how many rows have other ids than TRL's, `peak_mib` the memory that the stage added to a "
+        "process with its imports, or that of its largest worker.",
     )
-    return int(different > 0)
 
 
-def row_of(name: str, runs: dict[str, list[dict]], count: int) -> dict:
-    ours, peer = (statistics.median(run["seconds"] for run in runs[side]) for side in ("ours", "trl"))
-    hashes = [run["hashes"] for side in ("ours", "trl") for run in runs[side]]
-    shares = [run["tokenizer_seconds"] / run["seconds"] for run in runs["ours"]]
+def row_of(name: str, runs: dict[str, list[dict]], own: str, count: int) -> dict:
+    ours, peer = (statistics.median(run["seconds"] for run in runs[side]) for side in (own, "trl"))
+    hashes = [run["hashes"] for side in (own, "trl") for run in runs[side]]
+    shares = [run["tokenizer_seconds"] / run["seconds"] for run in runs[own]]
     return {
         "name": name,
         "ours": round(ours, 3),
@@ -103,12 +114,12 @@ def row_of(name: str, runs: dict[str, list[dict]], count: int) -> dict:
         "dataset": "hh_harmless",
         "unit": "seconds",
         "ratio": round(peer / ours, 2),
-        "ours_range": spread(runs["ours"]),
+        "ours_range": spread(runs[own]),
         "peer_range": spread(runs["trl"]),
         "ours_rows_per_second": round(count / ours),
-        "tokenizer_share": round(statistics.median(shares), 3) if any(shares) else None,
+        "tokenizer_share": round(statistics.median(shares), 3) if name.endswith("1_process") else None,
         "different_rows": 0 if len(set(hashes)) == 1 else count,
-        "peak_mib": statistics.median(run["peak_mib"] for run in runs["ours"]),
+        "peak_mib": round(statistics.median(run["peak_mib"] for run in runs[own])),
     }
 
 
@@ -152,10 +163,13 @@ def measure(job: dict) -> dict:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
-    return (ours if job["side"] == "ours" else trl)(tokenizer, Path(job["rows"]), job["processes"])
+    rows, processes = Path(job["rows"]), job["processes"]
+    if job["side"] == "trl":
+        return trl(tokenizer, rows, processes)
+    return ours(tokenizer, rows, processes, quick=job["side"] == "fastokens")
 
 
-def ours(tokenizer, rows: Path, processes: int) -> dict:
+def ours(tokenizer, rows: Path, processes: int, quick: bool) -> dict:
     from cache.artifacts import Store
     from stages.context import Context
     from stages.prepare import prepare
@@ -163,9 +177,9 @@ def ours(tokenizer, rows: Path, processes: int) -> dict:
     from stages.settings import DataSettings, PrepareSettings
     from stages.templates import Template
 
-    template = Template(tokenizer, "chat", append_eos=True)
-    backend = Timed(template._encoder._backend)
-    template._encoder._backend = backend
+    template = Template(tokenizer, "chat", append_eos=True, quick=quick)
+    backend = Timed(template._encoder._batches)
+    template._encoder._batches = backend
     settings = PrepareSettings(
         max_length=MAX_LENGTH, heldout_fraction=0.0, mismatched=False, num_workers=processes
     )

@@ -201,7 +201,8 @@ class Session:
     @cached_property
     def _template(self) -> Template:
         settings = self.config.prepare
-        return Template(load_tokenizer(self._policy_source), settings.template, settings.append_eos)
+        quick = settings.tokenizer == "fastokens"
+        return Template(load_tokenizer(self._policy_source), settings.template, settings.append_eos, quick)
 
     @cached_property
     def _rows(self) -> Artifact:

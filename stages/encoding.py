@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from stages.joins import Joins
+from stages.quick_tokenizer import QuickTokenizer
 from stages.reading import BadRow
 
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
@@ -58,11 +59,12 @@ class _Text:
 class Encoder:
     """Tokenizes rendered preferences with one `tokenizers.Tokenizer`, in its Rust threads."""
 
-    def __init__(self, backend: Any) -> None:
-        """Use `backend` without the truncation and padding its file may carry from another use."""
+    def __init__(self, backend: Any, quick: bool = False) -> None:
+        """Use `backend` without the truncation and padding its file may carry; `quick` lets fastokens do its work."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._batches = QuickTokenizer(backend) if quick else backend
         self._joins = Joins(backend)
         self._num_appended = _num_appended(backend)
 
@@ -148,7 +150,7 @@ class Encoder:
         for opens in (True, False):
             index = [number for number, text in enumerate(texts) if text.opens == opens]
             # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
-            encodings = self._backend.encode_batch_fast(
+            encodings = self._batches.encode_batch_fast(
                 [texts[number].text for number in index], add_special_tokens=opens
             )
             lists = [encoding.ids for encoding in encodings]

@@ -39,7 +39,7 @@ def rows_identity(data: DataSettings, settings: PrepareSettings, template: Templ
         "data": data.model_dump(
             include={"format", "max_samples", "on_bad_row"} | ({"seed"} if data.sources else set())
         ),
-        "prepare": settings.model_dump(exclude={"template", "append_eos", "num_workers"}),
+        "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
         "template": template.identity(),
     }
 

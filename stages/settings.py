@@ -115,6 +115,10 @@ class PrepareSettings(Settings):
         default="best_worst",
         description="graded responses: keep the best and the worst as a pair, or all of them as a ranked list from which train.pairs forms pairs",
     )
+    tokenizer: Literal["tokenizers", "fastokens"] = Field(
+        default="tokenizers",
+        description="library that encodes; fastokens (extra 'fast') gives the same ids several times as fast, and is checked against tokenizers while it does",
+    )
     num_workers: PositiveInt = Field(
         default=1,
         description="processes that render and tokenize; changes speed, not results. One already uses two cores",

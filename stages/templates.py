@@ -35,7 +35,13 @@ PLAIN_TEMPLATE = (
 class Template:
     """Renders and tokenizes preferences with one tokenizer."""
 
-    def __init__(self, tokenizer: Any, mode: Literal["auto", "chat", "plain"], append_eos: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        mode: Literal["auto", "chat", "plain"],
+        append_eos: bool,
+        quick: bool = False,
+    ) -> None:
         """Use `tokenizer` (a fast Hugging Face tokenizer); raises `DataError` when `mode` cannot be had."""
         if not tokenizer.is_fast:
             raise DataError(
@@ -53,7 +59,7 @@ class Template:
         self.append_eos = append_eos
         self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
         self._source = _chat_template(tokenizer) if self.uses_chat else PLAIN_TEMPLATE
-        self._encoder = Encoder(tokenizer.backend_tokenizer)
+        self._encoder = Encoder(tokenizer.backend_tokenizer, quick)
         self._special = sorted(
             {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
             | set(tokenizer.all_special_tokens)

@@ -305,7 +305,7 @@ def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, c
     """`template` and `append_eos` do so through the template that is made of them."""
     data, settings = DataSettings(path=str(preferences)), PrepareSettings()
     identity = rows_identity(data, settings, chat)
-    assert set(PrepareSettings.model_fields) - {"template", "append_eos", "num_workers"} == set(
+    assert set(PrepareSettings.model_fields) - {"template", "append_eos", "tokenizer", "num_workers"} == set(
         OTHER_SETTINGS
     )
     for name, value in OTHER_SETTINGS.items():
@@ -331,7 +331,8 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         )
         == identity
     )
-    assert rows_identity(data, settings.model_copy(update={"num_workers": 3}), chat) == identity
+    for other in ({"num_workers": 3}, {"tokenizer": "fastokens"}):
+        assert rows_identity(data, settings.model_copy(update=other), chat) == identity
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(preferences.read_bytes())
     assert rows_identity(DataSettings(path=str(moved)), settings, chat) == identity
