@@ -20,6 +20,7 @@ from stages.losses.contract import Loss
 from stages.settings import (
     ComputeSettings,
     DataSettings,
+    FilterSettings,
     ModelSettings,
     PrepareSettings,
     ReferenceSettings,
@@ -39,6 +40,7 @@ class RunConfig(Settings):
     """Everything a run needs; one block for each idea."""
 
     data: DataSettings = DataSettings()
+    filter: FilterSettings = FilterSettings()
     policy: ModelSettings = ModelSettings()
     reference: ReferenceSettings = ReferenceSettings()
     prepare: PrepareSettings = PrepareSettings()

@@ -75,7 +75,7 @@ def _show_prepare(console: Console, result: dict[str, Any]) -> None:
         result,
     )
     table = _plain_table()
-    table.add_row("format", result["format"] + " (override with --set data.format=NAME)")
+    table.add_row("format", result["format"])
     table.add_row("dropped", dropped)
     table.add_row("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out")
     table.add_row("rows", ", ".join(f"{count:,} {role}" for role, count in result["rows_by_role"].items()))
@@ -92,6 +92,15 @@ def _show_prepare(console: Console, result: dict[str, Any]) -> None:
             table.add_row(
                 f"from {name}", f"{source['rows_in']:,} in, {source['rows_kept']:,} kept ({source['format']})"
             )
+    for note, count in result["notes"].items():
+        table.add_row("note", f"{count:,} {note.replace('_', ' ')}")
+    if result["kto_weights"]:
+        [(name, (low, high))] = result["kto_weights"].items()
+        counts = result["rows_by_role"]
+        table.add_row(
+            "for kto",
+            f"{counts['desirable']:,} desirable and {counts['undesirable']:,} undesirable: --set loss.{name}={low:g} to {high:g}",
+        )
     console.print(table)
 
 

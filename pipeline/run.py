@@ -22,6 +22,7 @@ from stages.needs import check_needs
 from stages.prepare import find_rows, prepare
 from stages.sample import SampleJob, find_completions, sample
 from stages.settings import DataSettings
+from stages.sources import sources_of
 from stages.templates import Template
 from stages.train import Job, find_policy, train
 
@@ -64,10 +65,9 @@ class Session:
     def plan(self, stage: str) -> Result:
         """What `run` would do, from what is in the store; writes nothing."""
         stages = [name for name in STAGES if self._is_needed(name)] if stage == "run" else [stage]
-        if (
-            QUICKSTART in (self.config.policy.model, self.config.data.path)
-            and not quickstart.folder_of(self.context.store.root).is_dir()
-        ):
+        if (self._is_quickstart or self.config.policy.model == QUICKSTART) and not quickstart.folder_of(
+            self.context.store.root
+        ).is_dir():
             return {name: {"would": "build the quickstart's model and data first"} for name in stages}
         plans: Result = {}
         for name in stages:
@@ -83,8 +83,10 @@ class Session:
         return self._rows
 
     def _prepare(self) -> Result:
-        found = find_rows(self._data, self.config.prepare, self._template, self.context)
-        rows = found or prepare(self._data, self.config.prepare, self._template, self.context)
+        found = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
+        rows = found or prepare(
+            self._data, self.config.prepare, self._template, self.context, self.config.filter
+        )
         return self._artifact_result("prepare", rows, found is not None)
 
     def _cache_ref(self) -> Result:
@@ -116,14 +118,14 @@ class Session:
         completions = found or sample(job, self.context)
         result = self._artifact_result("sample", completions, found is not None)
         # Its preference can be counted, so the report does.
-        known = {"quickstart": True} if self.config.data.path == QUICKSTART else {}
+        known = {"quickstart": True} if self._is_quickstart else {}
         return {**result, "output": str(completions.path / "completions.jsonl"), **known}
 
     def _plan_prepare(self) -> Result:
-        found = find_rows(self._data, self.config.prepare, self._template, self.context)
+        found = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
         return {
             "would": "reuse" if found else "read and tokenize",
-            "source": self.config.data.path,
+            "source": self._source,
             **({"artifact": str(found.path)} if found else {}),
         }
 
@@ -169,6 +171,15 @@ class Session:
         }
 
     @property
+    def _is_quickstart(self) -> bool:
+        return self.config.data.path == QUICKSTART and not self.config.data.sources
+
+    @property
+    def _source(self) -> str:
+        """The data by name, for people."""
+        return " + ".join(source.name for source in sources_of(self.config.data))
+
+    @property
     def _loss_name(self) -> str:
         return self.config.loss.model_dump()["name"]
 
@@ -190,7 +201,7 @@ class Session:
         data = self.config.data
         return (
             data.model_copy(update={"path": str(self._quickstart.preferences)})
-            if data.path == QUICKSTART
+            if self._is_quickstart
             else data
         )
 
@@ -206,10 +217,10 @@ class Session:
 
     @cached_property
     def _rows(self) -> Artifact:
-        rows = find_rows(self._data, self.config.prepare, self._template, self.context)
+        rows = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
         if rows is None:
             raise StaleError(
-                f"The rows of {self.config.data.path} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+                f"The rows of {self._source} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
             )
         return rows
 

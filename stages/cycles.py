@@ -22,9 +22,9 @@ Value = TypeVar("Value")
 
 
 def compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Value]) -> Sequence[Value]:
-    """The values that belong to the best and the worst entry of a ranked list; all values of other examples."""
+    """The values of the best and the worst entry of a ranked list; of other examples one, or a pair (a tie has it twice)."""
     scores = [entry.score for entry in entries if entry.role == "ranked" and entry.score is not None]
-    return [values[place] for place in best_and_worst(scores)] if scores else values
+    return [values[place] for place in best_and_worst(scores)] if scores else values[:2]
 
 
 class SplitWriter:

@@ -17,26 +17,10 @@ import numpy as np
 from stages.joins import Joins
 from stages.quick_tokenizer import QuickTokenizer
 from stages.reading import BadRow
+from stages.turns import Rendered, Segment
 
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
 ANCHORS = ("\n", ".", "a")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a rendered completion and whether its tokens are trained."""
-
-    text: str
-    kept: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A preference as text: the prompt and the segments of each candidate."""
-
-    prompt: str
-    completions: list[list[Segment]]
-    plain: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +30,8 @@ class Encoded:
     prompt_ids: np.ndarray
     completions: list[tuple[np.ndarray, np.ndarray]]
     rejoined: int
+    # Whether the tokenizer has no ids for some of the characters.
+    loses_text: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from cache.fingerprint import canonical_json
+from stages.columns import as_messages
 from stages.cycles import compared
-from stages.encoding import Encoded, Rendered
-from stages.formats import Preference, Unusable
+from stages.encoding import Encoded
+from stages.filters import Filters, texts_of
+from stages.formats import Preference, Tokens, Unusable
 from stages.reading import BadRow, SourceRow
-from stages.report import Report
+from stages.report import Made, Report
 from stages.rows import Example, Row
 from stages.settings import PrepareSettings
 from stages.templates import Template
 from stages.truncation import Fitted, fit
+from stages.turns import Rendered
 
 Convert = Callable[[Mapping[str, Any]], Preference]
 
@@ -36,10 +39,10 @@ class Rejected:
 
 @dataclass
 class Outcome:
-    """What a batch of source rows became; `examples` are (split, example) in the order of the rows."""
+    """What a batch of source rows became, in the order of the rows."""
 
     report: Report = field(default_factory=Report)
-    examples: list[tuple[str, Example]] = field(default_factory=list)
+    made: list[Made] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -54,11 +57,16 @@ class Converted:
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Makes examples of batches; `converts` has the conversion of each source's format."""
+    """Makes examples of batches; `converts` has the conversion of each source's format.
+
+    The rows of the sources in `gathered` are lists of source rows that share a prompt.
+    """
 
     converts: Mapping[str, Convert]
     settings: PrepareSettings
     template: Template
+    filters: Filters
+    gathered: frozenset[str] = frozenset()
 
     def make(self, rows: Sequence[SourceRow]) -> Outcome:
         """All three steps."""
@@ -71,11 +79,17 @@ class ExampleMaker:
         report = batch.outcome.report
         for place, row in enumerate(rows):
             report.rows_in[row.source] += 1
+            if row.source in self.gathered and row.value is not None:
+                report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
             try:
                 if row.value is None:
                     raise BadRow(row.problem)
                 preference = self.converts[row.source](row.value)
-                batch.rendered.append(self.template.render(preference))
+                if reason := self.filters.before_rendering(row.value, preference):
+                    raise Unusable(reason)
+                rendered = self.template.render(preference)
+                report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
+                batch.rendered.append(rendered)
                 batch.rows.append((place, row, preference))
             except Unusable as reason:
                 report.drop(row.source, str(reason))
@@ -98,8 +112,7 @@ class ExampleMaker:
             if isinstance(fitted, str):
                 outcome.report.drop(row.source, fitted)
                 continue
-            outcome.report.keep(row.source, fitted, ids.rejoined)
-            outcome.examples.append(self._example(row, preference, fitted))
+            outcome.made.append(self._made(row, preference, ids, fitted))
         outcome.rejected.sort(key=lambda rejected: rejected.place)
         return outcome
 
@@ -111,6 +124,8 @@ class ExampleMaker:
         """The example cut to the limits, or the reason why it is not used."""
         if any(_is_blank(candidate.completion) for candidate in preference.candidates):
             return "empty_completion"
+        if reason := self.filters.after_encoding(encoded):
+            return reason
         fitted = fit(encoded.prompt_ids, encoded.completions, self.settings)
         if fitted is None:
             return "prompt_too_long"
@@ -118,20 +133,33 @@ class ExampleMaker:
             return "nothing_left_to_train"
         pair = compared(preference.candidates, fitted.completions)
         if len(pair) == 2 and all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)):
-            return "identical_after_truncation"
+            was_cut = fitted.prompt_cut or any(fitted.completions_cut)
+            return "identical_after_truncation" if was_cut else "identical_tokens"
         return fitted
 
-    def _example(self, row: SourceRow, preference: Preference, fitted: Fitted) -> tuple[str, Example]:
+    def _made(self, row: SourceRow, preference: Preference, encoded: Encoded, fitted: Fitted) -> Made:
         rows = [
-            Row(candidate.role, ids, mask, candidate.score, cut=cut)
+            Row(candidate.role, ids, mask, candidate.score, candidate.weight, cut)
             for candidate, (ids, mask), cut in zip(
                 preference.candidates, fitted.completions, fitted.completions_cut, strict=True
             )
         ]
-        said = [preference.prompt, [[entry.role, entry.completion] for entry in preference.candidates]]
+        said = [
+            _content(preference.prompt),
+            [[entry.role, _content(entry.completion)] for entry in preference.candidates],
+            preference.tools or [],
+        ]
         digest = hashlib.blake2b(canonical_json(said), digest_size=12)
         example = Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows, fitted.prompt_cut)
-        return split_of(preference, self.settings.heldout_fraction), example
+        is_compared = self.filters.settings.duplicates == "near"
+        return Made(
+            split_of(preference, self.settings.heldout_fraction),
+            row.source,
+            example,
+            encoded.rejoined,
+            encoded.loses_text,
+            "\n".join(texts_of(preference)) if is_compared else "",
+        )
 
 
 def split_of(preference: Preference, heldout_fraction: float) -> str:
@@ -140,18 +168,32 @@ def split_of(preference: Preference, heldout_fraction: float) -> str:
     Text is the user turn it becomes in a chat, and white space does not count, because templates trim
     it: prompts that two sources write differently and that become the same ids share a side.
     """
-    prompt = preference.prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = []
-    for turn in turns:
-        content = turn.get("content")
-        text = content if isinstance(content, str) else canonical_json(content).decode()
-        said += [turn["role"], " ".join(text.split())]
-    digest = hashlib.sha256("\0".join(said).encode()).digest()
+    digest = hashlib.sha256("\0".join(prompt_texts(preference.prompt)).encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else "train"
 
 
+def prompt_texts(prompt: Any) -> list[str]:
+    """Roles and texts of a prompt in turn, white space evened out; token ids as they are."""
+    if isinstance(prompt, Tokens):
+        return ["ids", canonical_json(prompt.ids).decode()]
+    said: list[str] = []
+    for turn in as_messages(prompt, "user"):
+        said += [turn["role"], " ".join(str(turn["content"]).split())]
+    return said
+
+
+def _content(value: Any) -> Any:
+    return value.ids if isinstance(value, Tokens) else value
+
+
 def _is_blank(completion: Any) -> bool:
+    if isinstance(completion, Tokens):
+        return not completion.ids
     if isinstance(completion, str):
         return not completion.strip()
-    return not any(str(turn["content"]).strip() for turn in completion if turn["role"] == "assistant")
+    said = (
+        str(turn["content"]) + str(turn.get("tool_calls", ""))
+        for turn in completion
+        if turn["role"] == "assistant"
+    )
+    return not any(text.strip() for text in said)

@@ -9,37 +9,51 @@ work and one shard of each split. Run it with `align prepare`.
 
 import json
 from collections.abc import Iterator
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cache.artifacts import Artifact, Draft
-from cache.errors import DataError, UsageError
+from cache.errors import DataError
 from stages.context import Context
 from stages.cycles import SplitWriter
-from stages.examples import Convert, ExampleMaker, Rejected
-from stages.formats import Format, Graded, choose_format
-from stages.reading import SourceRow
+from stages.duplicates import Duplicates
+from stages.examples import ExampleMaker, Rejected
+from stages.filters import Filters
+from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.reading import SourceRow, read_source, source_identity
 from stages.report import Report
 from stages.rows import SPLITS
-from stages.settings import DataSettings, PrepareSettings
+from stages.settings import DataSettings, FilterSettings, PrepareSettings
 from stages.side_by_side import outcomes
-from stages.sources import read_sources, sources_identity, sources_of
+from stages.sources import Source, mixture, sources_identity, sources_of
 from stages.templates import Template
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 BATCH_ROWS = 512
+NOTHING_FILTERED = FilterSettings()
 
 
-def rows_identity(data: DataSettings, settings: PrepareSettings, template: Template) -> dict[str, Any]:
+def rows_identity(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> dict[str, Any]:
     """Everything that changes the rows, and nothing else."""
     return {
         "stage_version": STAGE_VERSION,
         "source": sources_identity(data),
         "data": data.model_dump(
-            include={"format", "max_samples", "on_bad_row"} | ({"seed"} if data.sources else set())
+            include={"format", "columns", "ties", "threshold", "max_samples", "on_bad_row"}
+            | ({"seed"} if data.sources else set())
         ),
         "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
+        "filter": {
+            **filter_.model_dump(exclude_defaults=True, exclude={"decontaminate"}),
+            "decontaminate": [source_identity(DataSettings(path=path)) for path in filter_.decontaminate],
+        },
         "template": template.identity(),
     }
 
@@ -52,30 +66,52 @@ def artifact_name(data: DataSettings) -> str:
 
 
 def find_rows(
-    data: DataSettings, settings: PrepareSettings, template: Template, context: Context
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
 ) -> Artifact | None:
     """The finished rows artifact of this configuration, if there is one."""
-    return context.store.find("rows", artifact_name(data), rows_identity(data, settings, template))
+    return context.store.find("rows", artifact_name(data), rows_identity(data, settings, template, filter_))
 
 
-def prepare(data: DataSettings, settings: PrepareSettings, template: Template, context: Context) -> Artifact:
+def prepare(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact:
     """Make the rows artifact. Raises `DataError` when the data cannot be used, naming file and row."""
-    identity = rows_identity(data, settings, template)
+    identity = rows_identity(data, settings, template, filter_)
     draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
     try:
-        formats, rows = _formats(data)
-        maker = ExampleMaker(
-            {name: _conversion(format_, name, settings) for name, format_ in formats.items()},
-            settings,
-            template,
-        )
+        sources = sources_of(data)
+        formats = {source.name: _choose_format(source.data) for source in sources}
+        converts = {
+            source.name: conversion(formats[source.name], source.data, settings) for source in sources
+        }
+        _announce(formats, sources, template, context)
         report = Report()
+        streams = {
+            source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
+        }
+        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by is not None)
+        maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
+        duplicates = Duplicates(filter_)
+        rows = mixture(sources, streams, data)
         writers = {split: SplitWriter(draft, split, settings, report) for split in SPLITS}
         for outcome in outcomes(_batches(rows), maker, settings.num_workers):
             report.add(outcome.report)
             _list_rejected(outcome.rejected, data, draft)
-            for split, example in outcome.examples:
-                writers[split].add(example)
+            for made in outcome.made:
+                reason = duplicates.reason(made.example.example_id, made.text)
+                if reason is not None:
+                    report.drop(made.source, reason)
+                    continue
+                report.keep(made)
+                writers[made.split].add(made.example)
         for writer in writers.values():
             writer.finish()
         if not report.examples["train"]:
@@ -117,44 +153,34 @@ def _list_rejected(rejected: list[Rejected], data: DataSettings, draft: Draft) -
             handle.write(json.dumps({"location": row.location, "problem": row.problem}) + "\n")
 
 
-def _formats(data: DataSettings) -> tuple[dict[str, Format], Iterator[SourceRow]]:
-    """The format of each source, from its first rows, and the rows, none of them lost."""
-    rows = read_sources(data)
-    head: list[SourceRow] = []
-    formats: dict[str, Format] = {}
-    sources = sources_of(data)
-    for source in sources:
-        own = [row for row in head if row.source == source.name]
-        while len(own) < BATCH_ROWS and not any(row.value is not None for row in own):
-            row = next(rows, None)
-            if row is None:
-                break
-            head.append(row)
-            if row.source == source.name:
-                own.append(row)
-        formats[source.name] = _choose_format(source.data, own)
-    return formats, chain(head, rows)
-
-
-def _choose_format(data: DataSettings, head: list[SourceRow]) -> Format:
+def _choose_format(data: DataSettings) -> type[Format]:
+    head = list(islice(renamed(read_source(data), data.columns), DETECTION_ROWS))
     if not head:
         raise DataError(
             f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
         )
-    readable = [row for row in head if row.value is not None]
-    if not readable:
+    if all(row.value is None for row in head):
         raise DataError(
             f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read."
         )
-    return choose_format(data.format, readable[0].value or {}, readable[0].location)
+    return detect_format(data.format, head)
 
 
-def _conversion(format_: Format, name: str, settings: PrepareSettings) -> Convert:
-    """How a source row becomes a preference; the one place where a ranked list is kept or made a pair."""
-    if settings.graded == "best_worst":
-        return format_.convert
-    if format_ is not Graded:
-        raise UsageError(
-            f"prepare.graded={settings.graded} is for data of format {Graded.name} ({Graded.columns}), and {name} has format {format_.name}. Leave it out."
-        )
-    return Graded.rank
+def _announce(
+    formats: dict[str, type[Format]], sources: list[Source], template: Template, context: Context
+) -> None:
+    for source in sources:
+        format_ = formats[source.name]
+        if source.data.format == "auto":
+            where = f"{source.name}: " if len(sources) > 1 else ""
+            context.say(
+                f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
+            )
+    for note in template.notes():
+        context.say(note)
+
+
+def _stream(data: DataSettings, gathered_by: str | None) -> Iterator[SourceRow]:
+    """The rows of a source under the names of its format, or lists made of those that share a prompt."""
+    rows = renamed(read_source(data), data.columns)
+    return rows if gathered_by is None else gather(rows, gathered_by)

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,10 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
 
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
-    """Yield source rows in order; unreadable ones carry their problem."""
+    """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
     files = _local_files(data)
-    return _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
-
-
-def count_rows(data: DataSettings) -> int:
-    """How many rows `read_source` yields, without parsing more than that takes."""
-    files = _local_files(data)
-    return sum(map(_count_file, files)) if files is not None else sum(1 for _ in _read_hub(data))
+    rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
+    return islice(rows, data.max_samples)
 
 
 def _local_files(data: DataSettings) -> list[Path] | None:
@@ -93,13 +89,6 @@ def _read_file(path: Path) -> Iterator[SourceRow]:
     if suffix == ".jsonl":
         return _read_jsonl(path)
     return _read_json(path) if suffix == ".json" else _read_arrow(path, suffix)
-
-
-def _count_file(path: Path) -> int:
-    if _suffix(path) != ".jsonl":
-        return sum(1 for _ in _read_file(path))
-    with _open(path) as lines:
-        return sum(bool(line.removeprefix(BYTE_ORDER_MARK).strip()) for line in lines)
 
 
 @contextmanager
@@ -145,6 +134,9 @@ def _read_json(path: Path) -> Iterator[SourceRow]:
         raise DataError(
             f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
         ) from error
+    if isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
+        # An object of objects, as ODPO's: each key is a row's own.
+        value = [{"key": key, **entry} for key, entry in value.items()]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {type(value).__name__}.")
     for number, row in enumerate(value, start=1):

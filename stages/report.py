@@ -7,7 +7,21 @@ from typing import Any
 import numpy as np
 
 from stages.rows import SPLITS, Example
-from stages.truncation import Fitted
+
+
+@dataclass(frozen=True)
+class Made:
+    """An example of a usable row; whether it is kept depends on the rows before it.
+
+    `text` is what duplicates are told by, where they are looked for.
+    """
+
+    split: str
+    source: str
+    example: Example
+    rejoined: int
+    loses_text: bool
+    text: str
 
 
 @dataclass
@@ -46,6 +60,7 @@ class Report:
     prompts: Cuts = field(default_factory=Cuts)
     completions: Cuts = field(default_factory=Cuts)
     rejoined_at_prompt: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     scored_rows: int = 0
@@ -55,13 +70,14 @@ class Report:
         """Count a row that is not used."""
         self.dropped[source, reason] += 1
 
-    def keep(self, source: str, fitted: Fitted, rejoined: int) -> None:
+    def keep(self, made: Made) -> None:
         """Count a row that is used, and what was cut off it."""
-        self.rows_kept[source] += 1
-        self.prompts.add(fitted.prompt_cut)
-        for cut in fitted.completions_cut:
-            self.completions.add(cut)
-        self.rejoined_at_prompt += rejoined
+        self.rows_kept[made.source] += 1
+        self.prompts.add(made.example.prompt_cut)
+        for row in made.example.rows:
+            self.completions.add(row.cut)
+        self.rejoined_at_prompt += made.rejoined
+        self.notes["characters_lost_by_the_tokenizer"] += made.loses_text
 
     def write(self, split: str, examples: list[Example]) -> None:
         """Count examples that go into a shard."""
@@ -79,6 +95,7 @@ class Report:
         self.prompts.by_tokens += other.prompts.by_tokens
         self.completions.by_tokens += other.completions.by_tokens
         self.rejoined_at_prompt += other.rejoined_at_prompt
+        self.notes += other.notes
 
     def reasons(self, source: str | None = None) -> dict[str, int]:
         """Dropped rows by reason, of one source or of all."""
@@ -118,6 +135,23 @@ class Report:
             "tokens_cut": prompts["tokens"] + completions["tokens"],
             "cuts": {"prompts": prompts, "completions": completions},
             "rejoined_at_prompt": self.rejoined_at_prompt,
+            "notes": {note: count for note, count in sorted(self.notes.items()) if count},
+            "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
             "tokens": self.tokens,
         }
+
+
+def kto_weights(desirable: int, undesirable: int) -> dict[str, list[float]] | None:
+    """Suggested KTO weights for unbalanced feedback: the range of one weight, the other staying 1.
+
+    They bring desirable_weight n_D / (undesirable_weight n_U) into [1, 4/3] (KTO, 2402.01306, section 4.2).
+    None where the counts are in it already, or one of them is 0.
+    """
+    if not desirable or not undesirable or 1 <= desirable / undesirable <= 4 / 3:
+        return None
+    if desirable < undesirable:
+        ratio = undesirable / desirable
+        return {"desirable_weight": [round(ratio, 2), round(ratio * 4 / 3, 2)]}
+    ratio = desirable / undesirable
+    return {"undesirable_weight": [round(ratio * 3 / 4, 2), round(ratio, 2)]}

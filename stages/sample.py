@@ -14,9 +14,10 @@ from typing import Any
 from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json, weights_fingerprint
-from stages.columns import Message, text_or_messages
+from stages.columns import Message, text_or_messages, tools_of
 from stages.compute import Compute
 from stages.context import Context
+from stages.formats.contract import Tokens, assembled
 from stages.generation import Completion, EngineOptions, Sampling, generate_each
 from stages.models import ModelSource
 from stages.outputs import SampleRecord, read_jsonl, write_alpaca_eval, write_jsonl
@@ -174,19 +175,33 @@ def file_prompts(path: str, template: Template) -> list[Prompt]:
         try:
             if row.value is None:
                 raise BadRow(row.problem)
-            column = next((name for name in PROMPT_COLUMNS if name in row.value), None)
-            if column is None:
-                raise BadRow(
-                    f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row.value))}"
-                )
-            value = row.value[column]
-            shown = text_or_messages({column: value[0] if column == "turns" and value else value}, column)
-            text, plain = template.prompt_text(shown)
+            shown, tools = prompt_of_row(row.value)
+            text, plain = template.prompt_text(shown, tools)
             found.append((row.location, shown, text, plain))
         except BadRow as problem:
             raise DataError(f"{row.location}: {problem}.") from problem
     ids = template.encode_prompts([text for *_, text, _ in found], [plain for *_, plain in found])
     return [Prompt(location, shown, tokens) for (location, shown, *_), tokens in zip(found, ids, strict=True)]
+
+
+def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any] | None]:
+    """The prompt of a row and its tools; raises `BadRow`.
+
+    `turns` (MT-bench) is asked its first question. A `messages` column may end with an answer, which is left out.
+    """
+    column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        raise BadRow(
+            f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row))}"
+        )
+    value = row[column]
+    shown = text_or_messages({column: value[0] if column == "turns" and value else value}, column)
+    while not isinstance(shown, str) and shown[-1]["role"] == "assistant":
+        if column != "messages" or len(shown) == 1:
+            raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
+        shown = shown[:-1]
+    prompt = assembled(row, shown, []).prompt
+    return shown if isinstance(prompt, Tokens) else prompt, tools_of(row)
 
 
 def _record(prompt: Prompt, completion: Completion, model: ModelSource, side: str) -> SampleRecord:

@@ -30,6 +30,7 @@ class SourceSettings(Settings):
     path: str
     name: str | None = None
     format: str = "auto"
+    columns: dict[str, str] | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -48,12 +49,24 @@ class DataSettings(Settings):
         default="auto",
         description="how rows are laid out; 'auto' looks at the columns and says what it found",
     )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="for any other layout: from the names of a known format to the source's own columns",
+    )
+    ties: Literal["drop", "half"] = Field(
+        default="drop",
+        description="two responses judged equal: drop the row, or take both as chosen and as rejected, each with half the weight",
+    )
+    threshold: float | None = Field(
+        default=None,
+        description="single scored responses: desirable from this score on",
+    )
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
     sources: list[SourceSettings] = Field(
         default=[],
-        description="several sources in place of path: each with path and, where wanted, name, format, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+        description="several sources in place of path: each with path and, where wanted, name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
     )
     seed: NonNegativeInt = Field(
         default=0, description="which rows are taken of a source that is not taken whole"
@@ -64,6 +77,47 @@ class DataSettings(Settings):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
         description="a malformed row: stop, naming file and line, or skip it and list it in rejected.jsonl",
+    )
+
+
+class FilterSettings(Settings):
+    """Which rows are left out on purpose; each is counted by its reason."""
+
+    min_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
+    max_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
+    min_completion_tokens: PositiveInt | None = Field(
+        default=None, description="tokens in every completion, uncut"
+    )
+    max_completion_tokens: PositiveInt | None = Field(
+        default=None, description="tokens in every completion, uncut"
+    )
+    min_score_gap: NonNegativeFloat | None = Field(
+        default=None,
+        description="score of the best completion less that of the worst; rows without scores are dropped too",
+    )
+    language: str | None = Field(
+        default=None, description="keep only rows whose language column holds this, in any case"
+    )
+    language_column: str = Field(default="language", description="the source's column of language tags")
+    drop_pattern: str | None = Field(
+        default=None,
+        description="regular expression; a row is dropped where it is found in a text of the prompt or of a completion",
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="drop rows with the prompt and completions of an earlier one: the same ones, or nearly (extra 'dedup')",
+    )
+    near_duplicate_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.8,
+        description="near duplicates share at least this part of their five-word sequences (Jaccard, estimated by MinHash)",
+    )
+    decontaminate: list[str] = Field(
+        default=[],
+        description="files of evaluation prompts (as sample.prompts); rows are dropped whose prompt holds or repeats one",
+    )
+    decontaminate_words: PositiveInt = Field(
+        default=13,
+        description="so many words of an evaluation prompt in a row are a match; a shorter one must be matched whole",
     )
 
 
@@ -86,9 +140,9 @@ class ReferenceSettings(Settings):
 class PrepareSettings(Settings):
     """Tokens, masks, truncation and the held-out split."""
 
-    template: Literal["auto", "chat", "plain"] = Field(
+    template: str = Field(
         default="auto",
-        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one",
+        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one; or chatml, zephyr, tulu, or the path of a Jinja file",
     )
     append_eos: Flag = Field(
         default=True,
@@ -198,7 +252,7 @@ class SampleSettings(Settings):
     )
     prompts: str | None = Field(
         default=None,
-        description="file of prompts (.jsonl or .json with a 'prompt' or 'instruction' column); null means the held-out prompts",
+        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null means the held-out prompts",
     )
     num_prompts: PositiveInt | None = Field(default=64, description="use only the first so many prompts")
     num_samples: PositiveInt = Field(default=1, description="completions for each prompt")

@@ -7,14 +7,17 @@ proportion, so that every stretch of the mixture is mixed.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from stages.reading import SourceRow, count_rows, read_source, source_identity
+from stages.reading import SourceRow, source_identity
 from stages.settings import DataSettings, SourceSettings
+
+Stream = Callable[[], Iterator[SourceRow]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def sources_identity(data: DataSettings) -> Any:
         {
             "name": source.name,
             "format": source.data.format,
+            "columns": source.data.columns,
             "weight": source.weight,
             "count": source.count,
             "content": source_identity(source.data),
@@ -60,32 +64,26 @@ def sources_identity(data: DataSettings) -> Any:
     ]
 
 
-def read_sources(data: DataSettings) -> Iterator[SourceRow]:
-    """Source rows in order, each with its source's name; at most `data.max_samples`."""
-    sources = sources_of(data)
-    rows = _one(sources[0]) if not data.sources else _mixture(sources, data.seed)
-    for number, row in enumerate(rows):
-        if data.max_samples is not None and number >= data.max_samples:
-            return
-        yield row
+def mixture(sources: list[Source], streams: Mapping[str, Stream], data: DataSettings) -> Iterator[SourceRow]:
+    """The rows of the only source, or of several in their shares; `streams` opens each source by its name."""
+    if not data.sources:
+        [source] = sources
+        return (replace(row, source=source.name) for row in streams[source.name]())
+    return islice(_mixed(sources, streams, data.seed), data.max_samples)
 
 
 def _source(entry: SourceSettings, data: DataSettings) -> Source:
-    own = entry.model_dump(include={"path", "format", "config", "split", "revision"})
+    own = entry.model_dump(include={"path", "format", "columns", "config", "split", "revision"})
     settings = data.model_copy(update={**own, "sources": [], "max_samples": None})
     name = entry.name or Path(entry.path).name.split(".")[0] or entry.path
     return Source(name, settings, entry.weight, entry.count)
 
 
-def _one(source: Source) -> Iterator[SourceRow]:
-    return (replace(row, source=source.name) for row in read_source(source.data))
-
-
-def _mixture(sources: list[Source], seed: int) -> Iterator[SourceRow]:
-    sizes = [count_rows(source.data) for source in sources]
+def _mixed(sources: list[Source], streams: Mapping[str, Stream], seed: int) -> Iterator[SourceRow]:
+    sizes = [sum(1 for _ in streams[source.name]()) for source in sources]
     taken = _shares(sources, sizes)
     rows = [
-        _sample(_named(source), size, share, random.Random(f"{seed}:{source.name}"))
+        _sample(streams[source.name](), size, share, random.Random(f"{seed}:{source.name}"))
         for source, size, share in zip(sources, sizes, taken, strict=True)
     ]
     given = [0] * len(sources)
@@ -96,14 +94,8 @@ def _mixture(sources: list[Source], seed: int) -> Iterator[SourceRow]:
             key=lambda index: (given[index] + 0.5) / taken[index],
         )
         given[behind] += 1
-        yield next(rows[behind])
-
-
-def _named(source: Source) -> Iterator[SourceRow]:
-    return (
-        replace(row, source=source.name, location=f"{source.name}/{row.location}")
-        for row in read_source(source.data)
-    )
+        name, row = sources[behind].name, next(rows[behind])
+        yield replace(row, source=name, location=f"{name}/{row.location}")
 
 
 def _shares(sources: list[Source], sizes: list[int]) -> list[int]:

@@ -1,80 +1,63 @@
-"""From messages to text, and to token ids and the mask of what is trained (`encoding.py`).
+"""From preferences to token ids and the mask of what is trained, with one tokenizer and one template.
 
-With a chat template, the prompt is rendered with its generation prompt and must be a prefix of the
-whole conversation; only assistant turns are kept by the mask. Without one, a plain prompt and its
-completion are simply joined, and messages use `PLAIN_TEMPLATE`.
+`turns.py` makes the text, of which the prompt is a prefix; `encoding.py` makes ids of it.
 """
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from cache.errors import DataError
-from stages.chat_template import ChatTemplate
 from stages.columns import Message
-from stages.encoding import Encoded, Encoder, Rendered, Segment
-from stages.formats import Candidate, Preference
+from stages.encoding import Encoded, Encoder
+from stages.formats.contract import Candidate, Preference, Tokens
 from stages.reading import BadRow
+from stages.turns import Rendered, Turns
 
-RENDER_VERSION = 2
-# For base models: the transcript style of hh-rlhf, which needs no special tokens but end of sequence.
-# (Line breaks stand inside expressions, because `-%}` would swallow them.)
-PLAIN_TEMPLATE = (
-    "{{- bos_token or '' -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- '\n\nAssistant: ' ~ message['content'] ~ (eos_token or '') -}}"
-    "{%- elif message['role'] == 'user' -%}{{- '\n\nHuman: ' ~ message['content'] -}}"
-    "{%- else -%}{{- '\n\n' ~ (message['role'] | capitalize) ~ ': ' ~ message['content'] -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
-)
+RENDER_VERSION = 3
+# A tokenizer that has ids for these has them for every character (they take bytes of two, three and four).
+RARE_CHARACTERS = "é東🦊"
 
 
 class Template:
     """Renders and tokenizes preferences with one tokenizer."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        mode: Literal["auto", "chat", "plain"],
-        append_eos: bool,
-        quick: bool = False,
-    ) -> None:
-        """Use `tokenizer` (a fast Hugging Face tokenizer); raises `DataError` when `mode` cannot be had."""
+    def __init__(self, tokenizer: Any, choice: str, append_eos: bool, quick: bool = False) -> None:
+        """Use `tokenizer` (a fast Hugging Face tokenizer) and the template that `choice` names.
+
+        `choice` is as `prepare.template`; `quick` lets fastokens encode. Raises `DataError` when it cannot be had.
+        """
         if not tokenizer.is_fast:
             raise DataError(
                 f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Convert it with transformers."
             )
-        if mode == "chat" and not tokenizer.chat_template:
-            raise DataError(
-                f"{tokenizer.name_or_path} has no chat template. Use --set prepare.template=plain, or add one to the model folder."
-            )
+        self._turns = Turns(tokenizer, choice, append_eos)
         if append_eos and tokenizer.eos_token is None:
             raise DataError(
                 f"{tokenizer.name_or_path} has no end-of-sequence token. Use --set prepare.append_eos=false."
             )
         self.tokenizer = tokenizer
         self.append_eos = append_eos
-        self.uses_chat = mode != "plain" and bool(tokenizer.chat_template)
-        self._source = _chat_template(tokenizer) if self.uses_chat else PLAIN_TEMPLATE
+        self.uses_chat = self._turns.uses_chat
+        self._source = self._turns.chat.source
         self._encoder = Encoder(tokenizer.backend_tokenizer, quick)
-        self._special = sorted(
-            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-            | set(tokenizer.all_special_tokens)
-        )
+        self._lost: dict[str, bool] = {}
+        self._knows_every_character = not self._loses(RARE_CHARACTERS)
 
-    @cached_property
-    def _chat(self) -> ChatTemplate:
-        return ChatTemplate(str(self._source), self.tokenizer.special_tokens_map)
+    def notes(self) -> list[str]:
+        """What a person should know of the template with this tokenizer, one line each."""
+        return self._turns.notes()
 
     @cached_property
     def _tokenizer_sha256(self) -> str:
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What changes the token ids: tokenizer, template, rules of this file."""
+        """What changes the token ids: tokenizer, template, rules of rendering and encoding."""
         return {
             "render_version": RENDER_VERSION,
             "tokenizer": self._tokenizer_sha256,
@@ -85,36 +68,20 @@ class Template:
 
     def render(self, preference: Preference) -> Rendered:
         """Text of a preference; raises `BadRow` when the template fails or rewrites the prompt."""
-        self._refuse_forged_turns(preference)
-        prompt = preference.prompt
-        if isinstance(prompt, str):
-            if self.uses_chat:
-                turns = Preference(
-                    [{"role": "user", "content": prompt}],
-                    [
-                        Candidate([{"role": "assistant", "content": str(c.completion)}], c.role, c.score)
-                        for c in preference.candidates
-                    ],
-                )
-                return self.render(turns)
-            return Rendered(
-                prompt,
-                [self._closed([Segment(str(c.completion), True)]) for c in preference.candidates],
-                True,
-            )
-        head = self._apply(prompt, True)
-        return Rendered(
-            head, [self._segments(prompt, head, c.completion) for c in preference.candidates], False
-        )
+        return self._turns.render(preference)
 
-    def prompt_text(self, prompt: str | list[Message]) -> tuple[str, bool]:
+    def prompt_text(self, prompt: str | list[Message], tools: list[Any] | None = None) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""
-        rendered = self.render(Preference(prompt, []))
+        rendered = self.render(Preference(prompt, [], tools))
         return rendered.prompt, rendered.plain
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
         """Token ids of rendered preferences, tokenized together in Rust threads."""
-        return self._encoder.encode(batch)
+        encoded = iter(self._encoder.encode([item for item in batch if item.ready is None]))
+        return [
+            self._with_losses(item, next(encoded)) if item.ready is None else self._checked(item.ready)
+            for item in batch
+        ]
 
     def encode_prompts(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
         """Token ids of prompts alone."""
@@ -125,91 +92,42 @@ class Template:
         ends = {self.tokenizer.eos_token_id}
         if self.uses_chat:
             turn = [{"role": "user", "content": "a"}]
-            parts = self._segments(turn, self._apply(turn, True), [{"role": "assistant", "content": "b"}])
+            parts = self.render(Preference(turn, [Candidate("b", "chosen")])).completions[0]
             ends.add(self._encoder.encode_texts([parts[-1].text], [False])[0][-1])
         return sorted(end for end in ends if end is not None)
 
-    def _segments(self, prompt: list[Message], head: str, completion: str | list[Message]) -> list[Segment]:
-        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        parts, text = [], head
-        for number, message in enumerate(turns):
-            history = prompt + turns[: number + 1]
-            if message["role"] == "assistant":
-                if number:
-                    opened = self._apply(history[:-1], True)
-                    parts.append(Segment(_continues(text, opened), False))
-                    text = opened
-                whole = self._apply(history, False)
-                turn = _continues(text, whole)
-                end = self._end_of_turn(turn)
-                parts += [Segment(turn[:end], True), Segment(turn[end:], False)]
-            else:
-                whole = self._apply(history, False)
-                parts.append(Segment(_continues(text, whole), False))
-            text = whole
-        return self._closed([part for part in parts if part.text])
+    def _with_losses(self, item: Rendered, encoded: Encoded | BadRow) -> Encoded | BadRow:
+        """Say whether the tokenizer has no ids for some character of the row."""
+        if self._knows_every_character or isinstance(encoded, BadRow):
+            return encoded
+        text = item.prompt + "".join(part.text for parts in item.completions for part in parts)
+        return replace(encoded, loses_text=self._loses(text))
 
-    def _closed(self, parts: list[Segment]) -> list[Segment]:
-        """Let the last assistant turn end with exactly one end token: cut what follows it, or append one."""
-        last = next((number for number in reversed(range(len(parts))) if parts[number].kept), None)
-        if last is None or not parts[last].text.strip():
-            return parts
-        text = parts[last].text
-        if self.append_eos and not self._is_closed(text):
-            text += self.tokenizer.eos_token
-        return [*parts[:last], Segment(text, True)]
+    def _loses(self, text: str) -> bool:
+        """Whether the tokenizer has no ids for some character of a text, or only that of the unknown."""
+        backend, unknown = self.tokenizer.backend_tokenizer, self.tokenizer.unk_token_id
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        for character in set(text) - self._lost.keys():
+            ids = backend.encode(f"a{character}a", add_special_tokens=False).ids
+            plain = backend.encode("aa", add_special_tokens=False).ids
+            self._lost[character] = ids == plain or (unknown in ids and unknown not in plain)
+        return any(self._lost[character] for character in set(text))
 
-    def _end_of_turn(self, turn: str) -> int:
-        """Where a rendered assistant turn ends: after its end token, or, where it has none, at its very end."""
-        closed = turn.rstrip()
-        return len(closed) if self._is_closed(closed) else len(turn)
-
-    def _is_closed(self, text: str) -> bool:
-        return any(text.endswith(token) for token in self._special)
-
-    def _apply(self, turns: list[Message], open_turn: bool) -> str:
-        try:
-            return self._chat.render(turns, open_turn)
-        except Exception as error:
-            raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
-
-    def _refuse_forged_turns(self, preference: Preference) -> None:
-        texts: list[str] = []
-        _collect(texts, [preference.prompt, *(candidate.completion for candidate in preference.candidates)])
-        # Joined by what no special token holds, so that each is looked for once.
-        joined = "\0".join(texts)
-        for token in self._special:
-            if token in joined:
-                raise BadRow(f"the text spells the special token {token}, with which data could forge a turn")
-
-
-def _continues(before: str, whole: str) -> str:
-    if not whole.startswith(before):
-        raise BadRow(
-            "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
-        )
-    return whole[len(before) :]
-
-
-def _chat_template(tokenizer: Any) -> str:
-    """The template's source; of several, the one called default."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            f"{tokenizer.name_or_path} has several chat templates and none is called default "
-            f"({', '.join(tokenizer.chat_template)}). Leave one in the model folder, or use --set prepare.template=plain."
-        ) from error
-
-
-def _collect(texts: list[str], value: Any) -> None:
-    """Add every text inside a message, a list of messages, or a text."""
-    if isinstance(value, str):
-        texts.append(value)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            texts.append(key)
-            _collect(texts, part)
-    elif isinstance(value, list):
-        for part in value:
-            _collect(texts, part)
+    def _checked(self, preference: Preference) -> Encoded | BadRow:
+        """The ids of a row that brought them, checked against the vocabulary."""
+        tokens = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
+        sides = [side for side in tokens if isinstance(side, Tokens)]
+        largest = max((max(side.ids, default=0) for side in sides), default=0)
+        if largest >= len(self.tokenizer):
+            return BadRow(f"token id {largest}: the tokenizer has {len(self.tokenizer):,} ids")
+        if not sides[0].ids:
+            return BadRow("the prompt has no tokens; the model needs at least one to predict from")
+        completions = [
+            (
+                np.array(side.ids, dtype=np.int32),
+                np.array(side.mask or [True] * len(side.ids), dtype=bool),
+            )
+            for side in sides[1:]
+        ]
+        return Encoded(np.array(sides[0].ids, dtype=np.int32), completions, 0)

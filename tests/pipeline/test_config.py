@@ -77,7 +77,9 @@ def allowed(part: dict[str, Any]) -> str:
         below = f"< {part['exclusiveMaximum']:g}" if "exclusiveMaximum" in part else ""
         bounds = " and ".join(bound for bound in (above, from_, to, below) if bound)
         return f"{part['type']} {bounds}".strip()
-    return {"string": "text", "null": "null"}[part["type"]]
+    if part["type"] == "array":
+        return "list of text" if part["items"].get("type") == "string" else "list of blocks"
+    return {"string": "text", "null": "null", "object": "map of text"}[part["type"]]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +245,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
         ("train: {lerning_rate: 1}\n", "'train.lerning_rate'. Did you mean train.learning_rate?"),
         ("learning_rate: 1\n", "'learning_rate'. Did you mean train.learning_rate?"),
         ("trian: {seed: 1}\n", "'trian'. Did you mean train?"),
-        ("data: {colour: red}\n", "'data.colour'. Known keys: path, format,"),
+        ("data: {flavour: red}\n", "'data.flavour'. Known keys: path, format,"),
         ("loss: {name: kt0}\n", "unknown loss 'kt0'"),
         ("loss: {name: kto, normalize: sum}\n", "loss.normalize is not a field of kto"),
         ("loss: kto\n", "loss: expected a block with a name"),

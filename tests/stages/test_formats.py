@@ -9,10 +9,17 @@ from hypothesis import strategies as st
 
 from cache.errors import DataError
 from stages.columns import messages
-from stages.formats import FORMATS, Unusable, choose_format
+from stages.formats import FORMATS, Unusable, choose_format, conversion
 from stages.reading import BadRow
+from stages.settings import DataSettings, PrepareSettings
 
 BY_NAME = {entry.name: entry for entry in FORMATS}
+
+
+def convert(row, name="auto", graded="best_worst", **data):
+    """The preference of a row under the settings' policies."""
+    format_ = choose_format(name, row, "x:1")
+    return conversion(format_, DataSettings(**data), PrepareSettings(graded=graded))(row)
 
 
 def turns(*contents, first="user", **aliases):
@@ -136,7 +143,7 @@ GOOD = {
 @pytest.mark.parametrize("case", GOOD)
 def test_a_row_becomes_its_preference(case):
     name, row, prompt, completions = GOOD[case]
-    preference = choose_format("auto", row, "x:1").convert(row)
+    preference = convert(row)
     assert choose_format("auto", row, "x:1").name == name
     assert preference.prompt == prompt
     assert [candidate.completion for candidate in preference.candidates] == completions
@@ -167,7 +174,7 @@ def test_a_row_becomes_its_preference(case):
     ],
 )
 def test_roles_and_scores(row, roles, scores):
-    candidates = choose_format("auto", row, "x:1").convert(row).candidates
+    candidates = convert(row).candidates
     assert [candidate.role for candidate in candidates] == roles
     assert [candidate.score for candidate in candidates] == scores
 
@@ -201,7 +208,7 @@ UNUSABLE = {
 def test_a_row_without_a_preference_says_which_reason_it_counts_under(case):
     name, row, reason = UNUSABLE[case]
     with pytest.raises(Unusable, match=f"^{reason}$"):
-        BY_NAME[name].convert(row)
+        convert(row, name)
 
 
 BAD = [
@@ -223,8 +230,8 @@ BAD = [
     ),
     (
         "preference",
-        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "chosen": A, "rejected": B},
-        "prompt[0].content: expected text, found [{'type'",
+        {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "chosen": A, "rejected": B},
+        "prompt[0].content[0]: expected a part of type text, reasoning, tool_call, found {'type'",
     ),
     ("preference", {"prompt": Q + A, "chosen": A, "rejected": B}, "prompt: ends with an assistant turn"),
     # The first row of a file decides its layout, so a later row may repeat the prompt.
@@ -309,9 +316,10 @@ def test_any_first_row_finds_its_format_or_is_refused(row):
 
 def test_an_unknown_layout_lists_the_known_ones():
     with pytest.raises(
-        DataError, match=r"x:1: a row with columns answer, question fits no known format.*graded: prompt"
+        DataError,
+        match=r"x:1: a row with columns answer, query fits no known format.*data\.columns.*from preference, .*graded",
     ):
-        choose_format("auto", {"question": 1, "answer": 2}, "x:1")
+        choose_format("auto", {"query": 1, "answer": 2}, "x:1")
 
 
 def test_a_layout_that_fits_two_formats_is_not_guessed():
@@ -335,7 +343,7 @@ def test_hh_rlhf_itself(shared_data):
     differing = 0
     for row in rows:
         try:
-            preference = choose_format("auto", row, "x:1").convert(row)
+            preference = convert(row)
         except Unusable as reason:
             assert str(reason) == "prompts_differ"  # noqa: PT017
             differing += 1

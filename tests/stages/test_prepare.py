@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from cache.artifacts import Store
-from cache.errors import AlignError, DataError, MachineError, UsageError
+from cache.errors import DataError, MachineError, UsageError
 from stages.context import Context
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
@@ -296,7 +296,14 @@ OTHER_SETTINGS = {
     "mismatched": False,
     "graded": "ranked",
 }
-OTHER_DATA = {"format": "preference", "max_samples": 5, "on_bad_row": "skip"}
+OTHER_DATA = {
+    "format": "preference",
+    "columns": {"prompt": "prompt"},
+    "ties": "half",
+    "threshold": 3.0,
+    "max_samples": 5,
+    "on_bad_row": "skip",
+}
 # Of a single local file, which is taken whole.
 NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main", "seed": 7}
 
@@ -345,7 +352,7 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         ("rows.json", "[]", "holds no rows"),
         ("rows.jsonl", "\n\n", "holds no rows"),
         ("rows.jsonl", "no\nno\n", r"rows\.jsonl:1: .*No row at the beginning of the file could be read"),
-        ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question fits no known format"),
+        ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question holds a prompt and no answers"),
         ("rows.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n', r"no usable training row among 1 \(1 identical_completions\)"),
     ],
 )  # fmt: skip
@@ -454,14 +461,7 @@ def test_a_ranked_list_lends_its_best_and_its_worst(tmp_path, base, context):
 
 
 def test_only_graded_data_can_be_ranked(preferences, chat, context):
-    with pytest.raises(UsageError, match=r"prepare.graded=ranked is for data of format graded.*preference"):
+    with pytest.raises(
+        UsageError, match=r"prepare.graded=ranked is for graded or ranked responses.*preference"
+    ):
         prepare(DataSettings(path=str(preferences)), PrepareSettings(graded="ranked"), chat, context)
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["pairs/llamafactory_dpo_en_demo.json", "pairs/pandalm_testset_v1.json", "graded/odpo_imdb_test.jsonl"],
-)
-def test_layouts_that_are_not_known_are_refused_and_not_guessed(shared_data, base, context, path):
-    with pytest.raises(AlignError, match="fits no known format"):
-        prepare(DataSettings(path=str(shared_data / path)), EVERYTHING_FITS, base, context)

@@ -230,7 +230,6 @@ OPEN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     [
         ("{{ raise_exception('Roles must alternate') }}", "the chat template fails: TemplateError: Roles must alternate"),
         ("{% for m in messages %}{{ m.content.nope.nope }}{% endfor %}", "the chat template fails: UndefinedError"),
-        ("{% for m in messages %}", "the chat template fails: TemplateSyntaxError"),
         ("{{ ''.__class__.__mro__ }}", "the chat template fails: SecurityError"),
         # Shows only the last turn, as templates that hide earlier reasoning do.
         ("{% for m in messages %}{% if loop.last %}" + TURN + "{% endif %}{% endfor %}" + OPEN, "rewrites earlier turns"),

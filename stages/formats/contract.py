@@ -1,0 +1,186 @@
+"""What a format is: a source row in, a `Preference` out.
+
+A format is chosen once for a whole source, from its columns and confirmed on its rows. Conversion raises
+`BadRow` for a row that is malformed (stop or skip, as `data.on_bad_row` says) and `Unusable` for a
+well-formed row that carries no preference (always dropped, counted by reason). Who is better comes from the
+row alone; what to do with ties, ranked lists and thresholds is decided in one place, `policies.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from stages.columns import Message, as_messages, finite_number, optional_text, shown, tools_of
+from stages.reading import BadRow
+
+SCORE_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_score", "rejected_score"),
+)
+
+
+class Unusable(Exception):
+    """A well-formed row without a usable preference; the argument is the reason it is counted under."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids that are used as they are; `mask` (of a completion) is true where they are trained."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion: plain text, messages (assistant turns, possibly others between them), or token ids.
+
+    `role` is chosen, rejected, desirable, undesirable or ranked, or 'scored' for a single response that a
+    threshold will call desirable or not.
+    """
+
+    completion: str | list[Message] | Tokens
+    role: str
+    score: float | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt (plain text, messages or token ids), its candidates, and the tools the prompt offers.
+
+    `tied`: the two candidates were judged equal, so their roles chosen and rejected mean nothing.
+    """
+
+    prompt: str | list[Message] | Tokens
+    candidates: list[Candidate]
+    tools: list[Any] | None = None
+    tied: bool = False
+
+
+class Format:
+    """A layout of source rows. Subclasses are listed in `stages.formats.FORMATS`, the only list."""
+
+    name: ClassVar[str]
+    # For people: the columns it reads, and how.
+    columns: ClassVar[str]
+    # Rows are ranked lists, of which prepare.graded takes the best and the worst, or all.
+    ranked: ClassVar[bool] = False
+    # Rows are single responses to be gathered by the value of this column first.
+    gathered_by: ClassVar[str | None] = None
+    # Rows are single scored responses; data.threshold says from which score on they are desirable.
+    needs_threshold: ClassVar[bool] = False
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        """Whether a row has this layout."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        """The preference of a row. Raises `BadRow` or `Unusable`."""
+        raise NotImplementedError
+
+
+def pair(
+    row: Mapping[str, Any],
+    prompt: str | list[Message],
+    chosen: str | list[Message],
+    rejected: str | list[Message],
+    *,
+    scores: tuple[float | None, float | None] | None = None,
+    tied: bool = False,
+) -> Preference:
+    """A chosen and a rejected completion of one prompt, with the row's scores, weight, system text and tools.
+
+    Raises `Unusable` when there is nothing to prefer.
+    """
+    if chosen == rejected:
+        raise Unusable("identical_completions")
+    best, worst = scores_of(row) if scores is None else scores
+    return assembled(row, prompt, [(chosen, "chosen", best), (rejected, "rejected", worst)], tied)
+
+
+def ranked(
+    row: Mapping[str, Any],
+    prompt: str | list[Message],
+    completions: Sequence[str | list[Message]],
+    scores: Sequence[float],
+) -> Preference:
+    """A list of completions with their scores; a tie where all scores are equal."""
+    if len(completions) < 2:
+        raise Unusable("fewer_than_two_responses")
+    sides = [(completion, "ranked", score) for completion, score in zip(completions, scores, strict=True)]
+    return assembled(row, prompt, sides, min(scores) == max(scores))
+
+
+def assembled(
+    row: Mapping[str, Any],
+    prompt: str | list[Message],
+    sides: Sequence[tuple[str | list[Message], str, float | None]],
+    tied: bool = False,
+) -> Preference:
+    """A preference of (completion, role, score), all text or all messages, with what else the row says."""
+    system, tools = optional_text(row, "system") or optional_text(row, "system_prompt"), tools_of(row)
+    if tools or system or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides))):
+        prompt = as_messages(prompt, "user")
+        sides = [(as_messages(completion, "assistant"), role, score) for completion, role, score in sides]
+    if system and isinstance(prompt, list) and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    weight = weight_of(row)
+    if isinstance(prompt, list):
+        prompt = [without_weight(message) for message in prompt]
+    candidates = [
+        Candidate(completion, role, score, weight * turn_weight(completion))
+        for completion, role, score in sides
+    ]
+    return Preference(prompt, candidates, tools, tied)
+
+
+def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The scores of the chosen and the rejected completion, where the row has such columns.
+
+    A `margin` alone stands for a score of the chosen that is so much above the rejected's 0.
+    """
+    for columns in SCORE_COLUMNS:
+        values = [row.get(column) for column in columns]
+        if all(value is not None for value in values):
+            chosen, rejected = (
+                finite_number(value, column) for column, value in zip(columns, values, strict=True)
+            )
+            return chosen, rejected
+    if row.get("margin") is not None:
+        return finite_number(row["margin"], "margin"), 0.0
+    return None, None
+
+
+def weight_of(row: Mapping[str, Any]) -> float:
+    """The `weight` column of a row, 1 where there is none."""
+    if row.get("weight") is None:
+        return 1.0
+    weight = finite_number(row["weight"], "weight")
+    if weight < 0:
+        raise BadRow(f"weight: expected a weight of at least 0, found {shown(weight)}")
+    if weight == 0:
+        raise Unusable("weight_zero")
+    return weight
+
+
+def turn_weight(completion: str | list[Message]) -> float:
+    """The loss weight that the trained turns of a completion share; raises `BadRow` when they differ."""
+    if isinstance(completion, str):
+        return 1.0
+    weights = {message.get("weight", 1.0) for message in completion if message["role"] == "assistant"} - {0.0}
+    if len(weights) > 1:
+        raise BadRow(
+            f"loss_weight: the turns of one completion have weights {', '.join(map(str, sorted(weights)))}; expected 0 or one weight"
+        )
+    return weights.pop() if weights else 1.0
+
+
+def without_weight(message: Message) -> Message:
+    """A message of a prompt, where nothing is trained."""
+    return (
+        {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+    )

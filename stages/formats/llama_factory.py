@@ -1,0 +1,150 @@
+"""LLaMA-Factory's layouts: alpaca, sharegpt, ranked answers, KTO tags, and v1's typed messages.
+
+Schema: its data/README.md and the files in its data folder. `input` follows `instruction` on a new line,
+and `history` holds earlier [question, answer] turns, as there.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from stages.columns import (
+    Message,
+    completion_of,
+    entries,
+    is_conversation,
+    messages,
+    optional_text,
+    shown,
+    text,
+)
+from stages.formats.contract import Format, Preference, pair, ranked
+from stages.formats.trl import is_text, labelled, last_answer, shared_prompt
+from stages.reading import BadRow
+
+
+def instruction_of(row: Mapping[str, Any]) -> list[Message]:
+    """`history`, then `instruction` and `input` as one user turn."""
+    turns: list[Message] = []
+    for number, exchange in enumerate(entries(row, "history") if row.get("history") is not None else []):
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise BadRow(f"history[{number}]: expected [question, answer], found {shown(exchange)}")
+        for role, said in zip(("user", "assistant"), exchange, strict=True):
+            turns.append({"role": role, "content": text({"history": said}, "history")})
+    asked = [text(row, "instruction"), optional_text(row, "input")]
+    return [*turns, {"role": "user", "content": "\n".join(part for part in asked if part)}]
+
+
+class AlpacaRanking(Format):
+    """`instruction`, `input`, `chosen`, `rejected` texts; optional `system` and `history`."""
+
+    name: ClassVar[str] = "llama_factory_alpaca"
+    columns: ClassVar[str] = "instruction, input, chosen, rejected (texts; optional system, history)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_text(row, "instruction", "chosen", "rejected") and "prompt" not in row
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        return pair(row, instruction_of(row), text(row, "chosen"), text(row, "rejected"))
+
+
+class ShareGPTRanking(Format):
+    """`conversations` of {from, value}, and one message `chosen` and one `rejected`; `system`, `tools`."""
+
+    name: ClassVar[str] = "llama_factory_sharegpt"
+    columns: ClassVar[str] = (
+        "conversations, chosen, rejected ({from, value} messages; optional system, tools)"
+    )
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"conversations", "chosen", "rejected"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        return pair(
+            row,
+            unanswered(row, "conversations"),
+            completion_of(row, "chosen"),
+            completion_of(row, "rejected"),
+        )
+
+
+class RankedAnswers(Format):
+    """`instruction`, `input`, `output` a list of answers, best first; rank 1 has the highest score."""
+
+    name: ClassVar[str] = "llama_factory_ranked"
+    columns: ClassVar[str] = "instruction, input, output (texts, best first; optional history)"
+    ranked: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_text(row, "instruction") and isinstance(row.get("output"), list)
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        answers = [text({"output": answer}, "output") for answer in entries(row, "output")]
+        return ranked(row, instruction_of(row), answers, [-float(rank) for rank in range(len(answers))])
+
+
+class TaggedMessages(Format):
+    """A conversation and whether its last answer is good: `messages` or `conversations`, `kto_tag` or `label`.
+
+    Also ms-swift's KTO layout (`messages`, `label`).
+    """
+
+    name: ClassVar[str] = "kto_messages"
+    columns: ClassVar[str] = "messages or conversations, label or kto_tag (true or false)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return (
+            len({"messages", "conversations"} & row.keys()) == 1
+            and len({"kto_tag", "label"} & row.keys()) == 1
+            and not {"prompt", "completion", "chosen"} & row.keys()
+        )
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        column = "messages" if "messages" in row else "conversations"
+        prompt, completion = last_answer(messages(row, column), column)
+        return labelled(row, prompt, completion, "kto_tag" if "kto_tag" in row else "label")
+
+
+class TaggedAlpaca(Format):
+    """`instruction`, `input`, `output`, and `kto_tag` true where the output is good."""
+
+    name: ClassVar[str] = "llama_factory_kto"
+    columns: ClassVar[str] = "instruction, input, output, kto_tag (true or false)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_text(row, "instruction", "output") and "kto_tag" in row
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        return labelled(row, instruction_of(row), text(row, "output"), "kto_tag")
+
+
+class V1Messages(Format):
+    """v1: `chosen_messages`, `rejected_messages` with typed parts and a `loss_weight` for each turn."""
+
+    name: ClassVar[str] = "llama_factory_v1"
+    columns: ClassVar[str] = "chosen_messages, rejected_messages (whole conversations; parts, loss_weight)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_conversation(row.get("chosen_messages")) and is_conversation(row.get("rejected_messages"))
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        return shared_prompt(row, "chosen_messages", "rejected_messages")
+
+
+def unanswered(row: Mapping[str, Any], column: str) -> list[Message]:
+    """A conversation whose last turn is one to be answered."""
+    turns = messages(row, column)
+    if turns[-1]["role"] == "assistant":
+        raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
+    return turns
