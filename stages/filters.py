@@ -17,6 +17,7 @@ from stages.settings import DataSettings, FilterSettings
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "turns", "messages")
 WORD = re.compile(r"\w+")
+SHORT_WORDS = 6
 
 
 class Filters:
@@ -46,7 +47,7 @@ class Filters:
                 return "filter_score_gap"
         if self._pattern is not None and any(map(self._pattern.search, texts_of(preference))):
             return "filter_pattern"
-        if self._evaluation.is_in(" ".join(_said(preference.prompt))):
+        if any(map(self._evaluation.is_in, _said(preference.prompt))):
             return "filter_evaluation_prompt"
         return None
 
@@ -65,24 +66,30 @@ class Evaluation:
     """Evaluation prompts, by their words in lower case.
 
     A text holds one if it has `num_words` of its words in a row (as GPT-3's 13-grams, 2005.14165, appendix
-    C), or, where the prompt has no more than that, all of its words in a row.
+    C), or, where the prompt has no more than that, all of its words in a row. Prompts of fewer than
+    SHORT_WORDS words say too little to be found inside others: they must be the whole text.
     """
 
     def __init__(self, paths: list[str], num_words: int) -> None:
         self._runs: dict[int, set[tuple[str, ...]]] = {}
+        self._short: set[tuple[str, ...]] = set()
         for path in paths:
             for text in _evaluation_texts(path):
                 words = words_of(text)
                 size = min(num_words, len(words))
-                if size:
+                if 0 < len(words) < SHORT_WORDS:
+                    self._short.add(tuple(words))
+                elif size:
                     self._runs.setdefault(size, set()).update(_runs(words, size))
 
     def is_in(self, text: str) -> bool:
         """Whether `text` holds an evaluation prompt, or enough of one."""
-        if not self._runs:
+        if not self._runs and not self._short:
             return False
         words = words_of(text)
-        return any(run in known for size, known in self._runs.items() for run in _runs(words, size))
+        return tuple(words) in self._short or any(
+            run in known for size, known in self._runs.items() for run in _runs(words, size)
+        )
 
 
 def words_of(text: str) -> list[str]:

@@ -6,6 +6,7 @@ With several, each batch goes to a process as a whole, and the tokenizer there r
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -60,6 +61,15 @@ _maker: list[ExampleMaker] = []
 def _begin(maker: ExampleMaker) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _maker.append(maker)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for batches for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _make(rows: Sequence[SourceRow]) -> Outcome:
