@@ -138,8 +138,9 @@ class ExampleMaker:
         return fitted
 
     def _made(self, row: SourceRow, preference: Preference, encoded: Encoded, fitted: Fitted) -> Made:
+        # Copies, because a view would keep the ids of the whole batch until its shard is full.
         rows = [
-            Row(candidate.role, ids, mask, candidate.score, candidate.weight, cut)
+            Row(candidate.role, ids.copy(), mask.copy(), candidate.score, candidate.weight, cut)
             for candidate, (ids, mask), cut in zip(
                 preference.candidates, fitted.completions, fitted.completions_cut, strict=True
             )
@@ -150,7 +151,7 @@ class ExampleMaker:
             preference.tools or [],
         ]
         digest = hashlib.blake2b(canonical_json(said), digest_size=12)
-        example = Example(digest.hexdigest(), row.location, fitted.prompt_ids, rows, fitted.prompt_cut)
+        example = Example(digest.hexdigest(), row.location, fitted.prompt_ids.copy(), rows, fitted.prompt_cut)
         is_compared = self.filters.settings.duplicates == "near"
         return Made(
             split_of(preference, self.settings.heldout_fraction),

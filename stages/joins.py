@@ -59,7 +59,7 @@ class Joins:
             and not any(token.lstrip or token.rstrip or token.single_word for token in added)
             and not (self._is_composing and any(token.normalized for token in added))
         )
-        self._is_cut = lru_cache(maxsize=1 << 16)(self._asks_the_pre_tokenizer)
+        self._is_cut = lru_cache(maxsize=1 << 12)(self._asks_the_pre_tokenizer)
 
     def tail(self, before: str) -> str | None:
         """The end of a text that decides its seams: from its last certain cut on; None where there is none."""

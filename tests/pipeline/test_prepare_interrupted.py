@@ -26,7 +26,7 @@ def command(data, model, store, workers):
 def test_a_killed_preparation_starts_anew(tmp_path, tiny_model, workers):
     data = tmp_path / "rows.jsonl"
     with open(data, "w") as handle:
-        for number in range(12_000):
+        for number in range(5_000):
             row = {"prompt": f"question {number} " * 8, "chosen": f"yes {number}", "rejected": "no"}
             handle.write(json.dumps(row) + "\n")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
