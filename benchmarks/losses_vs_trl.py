@@ -23,8 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".bench-venv"
-REQUIREMENTS = ["torch==2.13.0", "trl==1.16.0", "transformers<5.20", "pydantic>=2.10"]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.peer import VENV, peer_python
+
 BAR = 1e-6
 NUM_PAIRS, NUM_BATCHES, LENGTH, VOCAB = 8, 20, 16, 11
 
@@ -140,13 +142,8 @@ DEFINITIONS = [
 
 
 def main() -> None:
-    python = VENV / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     if Path(sys.prefix) != VENV:
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
-        sys.exit(subprocess.run([str(python), str(Path(__file__).resolve())], cwd=ROOT).returncode)
-    sys.path.insert(0, str(ROOT))
+        sys.exit(subprocess.run([str(peer_python()), str(Path(__file__).resolve())], cwd=ROOT).returncode)
     sys.exit(compare())
 
 

@@ -35,6 +35,7 @@ def main() -> None:
         "prepare.max_length": 512,
         "train.learning_rate": "1e-4",
         "train.batch_size": 64,
+        "train.num_epochs": 1,
         "sample.num_prompts": 16,
         "sample.max_tokens": 64,
     }

@@ -1,4 +1,4 @@
-"""The command line: `align prepare | cache-ref | train | sample | run`.
+"""The command line: `align prepare | cache-ref | train | sample | eval | run`.
 
 stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
 line and its exit code; other exceptions keep their traceback. Heavy imports happen inside commands.
@@ -60,6 +60,10 @@ EXAMPLES = {
     "cache-ref": ["align cache-ref", "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml"],
     "train": ["align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"],
     "sample": ["align sample", "align sample --set sample.compare=true --set sample.temperature=0"],
+    "eval": [
+        "align eval",
+        "align eval --set eval.model=artifacts/policy/NAME --set eval.sets.mine=pairs.jsonl",
+    ],
     "run": ["align run", "align run -c configs/dpo.yaml"],
     "inspect": ["align inspect --random 3", "align inspect -c configs/dpo.yaml --longest --html rows.html"],
 }
@@ -121,6 +125,20 @@ def sample(
 ) -> None:
     """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
     _stage("sample", config, set_, loss, store, json_, dry_run)
+
+
+@app.command("eval", epilog=_epilog("eval"))
+def evaluate(
+    loss: LossName = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Held-out metrics of any policy: the one trained, or eval.model, with the reference's cached log-probs."""
+    _stage("eval", config, set_, loss, store, json_, dry_run)
 
 
 @app.command(epilog=_epilog("run"))

@@ -20,6 +20,7 @@ from stages.losses.contract import Loss
 from stages.settings import (
     ComputeSettings,
     DataSettings,
+    EvalSettings,
     FilterSettings,
     ModelSettings,
     PrepareSettings,
@@ -36,6 +37,19 @@ MAX_YAML_BYTES = 1 << 20
 SECRET = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
 
 
+# User and password, or a token, inside an address.
+ADDRESS_WITH_SECRET = re.compile(r"://[^/\s]*:[^/\s]*@")
+# What other trainers call a reference that follows the policy (TR-DPO).
+MOVING_REFERENCE = (
+    "sync_ref_model",
+    "ref_model_sync_steps",
+    "ref_model_mixup_alpha",
+    "tr_dpo",
+    "trdpo",
+    "tr-dpo",
+)
+
+
 class RunConfig(Settings):
     """Everything a run needs; one block for each idea."""
 
@@ -47,6 +61,7 @@ class RunConfig(Settings):
     compute: ComputeSettings = ComputeSettings()
     loss: SerializeAsAny[Loss] = Field(default_factory=lambda: parse_loss({"name": "dpo"}))
     train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     track: TrackSettings = TrackSettings()
 
@@ -82,6 +97,8 @@ def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: st
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:
     """Check a nested mapping and turn it into a `RunConfig`."""
+    _refuse_secrets(tree, "")
+    _refuse_moving_reference(tree)
     _refuse_unknown(tree, RunConfig, "")
     loss = tree.get("loss", {})
     if loss is not None and "name" not in loss:
@@ -232,6 +249,32 @@ def _refuse_unknown(tree: Mapping[str, Any], model: type[BaseModel], prefix: str
             raise UsageError(
                 f"loss: expected a block with a name (one of {', '.join(LOSSES)}), found {value!r}."
             )
+
+
+def _refuse_secrets(value: Any, name: str) -> None:
+    """Addresses that carry a user and password; the value itself is not repeated."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _refuse_secrets(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, str) and ADDRESS_WITH_SECRET.search(value):
+        raise UsageError(
+            f"{name}: an address with a user and password in it would be saved with every result. Log in with "
+            f"`hf auth login`, or set HF_TOKEN, and leave them out."
+        )
+
+
+def _refuse_moving_reference(tree: Mapping[str, Any]) -> None:
+    blocks = [block for block in tree.values() if isinstance(block, Mapping)]
+    named = [str(block["name"]) for block in blocks if isinstance(block.get("name"), str)]
+    asked = [str(key) for block in (tree, *blocks) for key in block] + named
+    found = next((key for key in asked if key.lower() in MOVING_REFERENCE), None)
+    if found is not None:
+        raise UsageError(
+            f"{found}: a reference that follows the policy while it trains (TR-DPO, arXiv 2404.09656) has no log-probs "
+            f"that could be cached. Move it between rounds instead: train, then go on from the result with "
+            f"--set policy.model=POLICY (reference.model unset follows it), on new samples or the same rows: "
+            f"align prepare, cache-ref, train."
+        )
 
 
 def _all_keys(model: type[BaseModel]) -> list[str]:

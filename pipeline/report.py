@@ -33,7 +33,7 @@ def show(stage: str, result: dict[str, Any], dry_run: bool) -> None:
         for name, plan in result.items():
             console.print(Text(f"{name}: would {plan['would']}" + _details(plan)))
         return
-    if stage != "run" and result["reused"]:
+    if stage != "run" and result.get("reused"):
         return  # one line has said so
     parts = result if stage == "run" else {stage: result}
     for name, part in parts.items():
@@ -118,14 +118,43 @@ def _show_train(console: Console, result: dict[str, Any]) -> None:
     table.add_column("held out", style="bold")
     for column in ("before", "after"):
         table.add_column(column, justify="right")
-    for key, label in SHOWN_METRICS:
+    sets = dict.fromkeys(key.removesuffix("/loss") for key in result["step0"] if key.endswith("/loss"))
+    shown = list(SHOWN_METRICS)
+    shown += [(f"{name}/{key}", f"{name}: {label}") for name in sets for key, label in SHOWN_METRICS[:3]]
+    for key, label in shown:
         if key in result["final"]:
-            table.add_row(
-                label,
-                f"{result['step0'][key]:+.4f}".replace("+", " "),
-                f"{result['final'][key]:+.4f}".replace("+", " "),
-            )
+            before, after = (result[when].get(key) for when in ("step0", "final"))
+            table.add_row(label, _signed(before), _signed(after))
     console.print(table)
+    if result["skipped_steps"]:
+        console.print(
+            f"  {result['skipped_steps']:,} steps were skipped: their loss or gradient was not finite."
+        )
+    if "best" in result:
+        best = result["best"]
+        console.print(f"  best {best['metric']}: {best['value']:.4g} at step {best['step']:,}")
+
+
+def _signed(value: float | None) -> str:
+    """A number whose sign takes no room from its digits."""
+    return "" if value is None else f"{value:+.4f}".replace("+", " ")
+
+
+def _show_eval(console: Console, result: dict[str, Any]) -> None:
+    console.print(Text.assemble(("eval", "bold"), f"  {result['model']} with {result['loss']}"))
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("held out", style="bold")
+    for name, metrics in result["sets"].items():
+        table.add_column(f"{name} ({metrics['examples']:,})", justify="right")
+    names = dict.fromkeys(name for metrics in result["sets"].values() for name in metrics)
+    for name in names:
+        if name != "examples":
+            table.add_row(name, *(_number(metrics.get(name)) for metrics in result["sets"].values()))
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _show_sample(console: Console, result: dict[str, Any]) -> None:
@@ -173,4 +202,10 @@ def _one_line(value: Any) -> Text:
     return Text(shown if len(shown) <= 240 else shown[:237] + "...")
 
 
-_SHOW = {"prepare": _show_prepare, "cache-ref": _show_cache_ref, "train": _show_train, "sample": _show_sample}
+_SHOW = {
+    "prepare": _show_prepare,
+    "cache-ref": _show_cache_ref,
+    "train": _show_train,
+    "sample": _show_sample,
+    "eval": _show_eval,
+}

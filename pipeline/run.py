@@ -17,14 +17,19 @@ from pipeline.config import RunConfig
 from stages.cache_ref import cache_ref, check_same_model, count_missing, open_reference
 from stages.compute import Compute, resolve_compute
 from stages.context import Context
+from stages.evaluate import evaluate_model
+from stages.job import Job, find_policy
+from stages.loop_samples import PromptPool
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
-from stages.prepare import find_rows, prepare
+from stages.policy import remove_leftovers
+from stages.prepare import NOTHING_FILTERED, find_rows, prepare
+from stages.resume import open_origin
 from stages.sample import SampleJob, find_completions, sample
-from stages.settings import DataSettings
+from stages.settings import DataSettings, FilterSettings, PrepareSettings
 from stages.sources import sources_of
 from stages.templates import Template
-from stages.train import Job, find_policy, train
+from stages.train import train
 
 QUICKSTART = "quickstart"
 STAGES = ("prepare", "cache-ref", "train", "sample")
@@ -83,15 +88,21 @@ class Session:
         return self._rows
 
     def _prepare(self) -> Result:
-        found = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
-        rows = found or prepare(
-            self._data, self.config.prepare, self._template, self.context, self.config.filter
-        )
+        result = self._prepare_one(self._data, self.config.prepare, self.config.filter)
+        sets = {name: self._prepare_one(data, self._eval_prepare) for name, data in self._eval_data.items()}
+        return {**result, "eval_sets": sets} if sets else result
+
+    def _prepare_one(
+        self, data: DataSettings, settings: PrepareSettings, filter_: FilterSettings = NOTHING_FILTERED
+    ) -> Result:
+        found = find_rows(data, settings, self._template, self.context, filter_)
+        rows = found or prepare(data, settings, self._template, self.context, filter_)
         return self._artifact_result("prepare", rows, found is not None)
 
     def _cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
-        result = cache_ref(self._rows, source, self.config.reference_model[1], self._compute, self.context)
+        row_sets = [self._rows, *self._eval_sets.values()]
+        result = cache_ref(row_sets, source, self.config.reference_model[1], self._compute, self.context)
         if not result.rows_scored:
             self.context.say(
                 f"cache-ref: all {result.rows_needed:,} rows are already in {result.reference.folder}"
@@ -109,8 +120,16 @@ class Session:
     def _train(self) -> Result:
         job = self._job
         found = find_policy(job, self.context)
+        if found:
+            remove_leftovers(found)
         policy = found or train(job, self.config.track, self.context)
         return self._artifact_result("train", policy, found is not None)
+
+    def _eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        sets = evaluate_model(self._job, model, self.context)
+        return {"model": model.name, "loss": self._loss_name, "sets": sets}
 
     def _sample(self) -> Result:
         job = self._sample_job
@@ -123,15 +142,22 @@ class Session:
 
     def _plan_prepare(self) -> Result:
         found = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
+        missing = [
+            name
+            for name, data in self._eval_data.items()
+            if find_rows(data, self._eval_prepare, self._template, self.context) is None
+        ]
         return {
-            "would": "reuse" if found else "read and tokenize",
+            "would": "reuse" if found and not missing else "read and tokenize",
             "source": self._source,
             **({"artifact": str(found.path)} if found else {}),
+            **({"eval_sets": ", ".join(missing)} if missing else {}),
         }
 
     def _plan_cache_ref(self) -> Result:
         source = self._model(*self.config.reference_model)
-        needed, missing, tokens = count_missing(self._rows, source, self._compute, self.context)
+        row_sets = [self._rows, *self._eval_sets.values()]
+        needed, missing, tokens = count_missing(row_sets, source, self._compute, self.context)
         return {
             "would": "score" if missing else "reuse",
             "rows_needed": needed,
@@ -151,6 +177,11 @@ class Session:
             "batch_size": plan.batch_size,
             "learning_rate": plan.learning_rate,
         }
+
+    def _plan_eval(self) -> Result:
+        name = self.config.eval.model
+        model = self._policy if name is None else self._model(name, None)
+        return {"would": "evaluate", "model": model.name, "loss": self._loss_name}
 
     def _plan_sample(self) -> Result:
         job = self._sample_job
@@ -217,10 +248,35 @@ class Session:
 
     @cached_property
     def _rows(self) -> Artifact:
-        rows = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
+        return self._rows_of(self._data, self.config.prepare, self._source, self.config.filter)
+
+    @cached_property
+    def _eval_data(self) -> dict[str, DataSettings]:
+        return dict(self.config.eval.sets)
+
+    @property
+    def _eval_prepare(self) -> PrepareSettings:
+        """How evaluation sets are prepared: as the training rows, none of them set apart."""
+        return self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
+
+    @cached_property
+    def _eval_sets(self) -> dict[str, Artifact]:
+        return {
+            name: self._rows_of(data, self._eval_prepare, f"eval.sets.{name}")
+            for name, data in self._eval_data.items()
+        }
+
+    def _rows_of(
+        self,
+        data: DataSettings,
+        settings: PrepareSettings,
+        what: str,
+        filter_: FilterSettings = NOTHING_FILTERED,
+    ) -> Artifact:
+        rows = find_rows(data, settings, self._template, self.context, filter_)
         if rows is None:
             raise StaleError(
-                f"The rows of {self._source} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+                f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
             )
         return rows
 
@@ -236,7 +292,35 @@ class Session:
             reference = open_reference(name, revision, self._compute, self.context, check_files=not is_start)
             if is_start:  # the content of the weights is known, which says more than their dates
                 check_same_model(reference, start, self.context)
-        return Job(rows, self._policy_source, start, reference, config.loss, config.train, self._compute)
+        return Job(
+            rows,
+            self._policy_source,
+            start,
+            reference,
+            config.loss,
+            config.train,
+            self._compute,
+            eval_sets=self._eval_sets,
+            origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
+            pool=None if config.train.sample_steps is None else self._pool,
+        )
+
+    @property
+    def _pool(self) -> PromptPool:
+        """What is sampled while training: prompts and ways of the block sample."""
+        job = SampleJob.of({}, self._rows, self._template, self.config.sample, self._compute)
+        settings = self.config.train
+        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+
+    @property
+    def _policy(self) -> ModelSource:
+        """The policy that this configuration has trained."""
+        policy = find_policy(self._job, self.context)
+        if policy is None:
+            raise StaleError(
+                f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+            )
+        return ModelSource(policy.path.name, policy.path)
 
     @cached_property
     def _sample_job(self) -> SampleJob:
@@ -245,12 +329,7 @@ class Session:
         if config.sample.model is not None:
             models["model"] = self._model(config.sample.model, None)
         else:
-            policy = find_policy(self._job, self.context)
-            if policy is None:
-                raise StaleError(
-                    f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
-                )
-            models["policy"] = ModelSource(policy.path.name, policy.path)
+            models["policy"] = self._policy
         if config.sample.compare:
             if config.sample.model is not None:
                 raise UsageError(

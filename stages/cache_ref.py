@@ -2,14 +2,15 @@
 
 Loads the frozen reference once, scores only the rows that no earlier run scored, and appends shards
 to `ref-logps/<reference>-<fingerprint>`. The work is cut into units of consecutive examples and each
-unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand, and a
-resumed run writes the bytes an uninterrupted one would. Under `torchrun`, or with RANK and WORLD_SIZE
+unit into packs, both functions of the rows alone: a killed run loses at most the unit in hand and the
+one being written meanwhile, and a resumed run writes the bytes an uninterrupted one would. Under `torchrun`, or with RANK and WORLD_SIZE
 set by hand, each process scores its own units; they need not talk. Run it with `align cache-ref`.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,13 @@ class CacheRefResult:
 
 
 def cache_ref(
-    rows: Artifact, source: ModelSource, revision: str | None, compute: Compute, context: Context
+    rows: Sequence[Artifact], source: ModelSource, revision: str | None, compute: Compute, context: Context
 ) -> CacheRefResult:
-    """Score what is missing for `rows` and return the store; does nothing when nothing is missing."""
+    """Score what is missing for all of `rows` and return the store; does nothing when nothing is missing."""
     started = time.monotonic()
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
     missing = len(reference.missing(needed))
     forwards = 0
@@ -65,14 +66,17 @@ def cache_ref(
 
 
 def count_missing(
-    rows: Artifact, source: ModelSource, compute: Compute, context: Context
+    rows: Sequence[Artifact], source: ModelSource, compute: Compute, context: Context
 ) -> tuple[int, int, int]:
     """Rows needed, rows missing, and positions a run would compute; writes nothing."""
     identity = reference_identity(source, compute)
     reference = RefLogps(_folder(context, source.short_name, identity), identity)
-    row_sets = [RowSet.of(rows, split) for split in SPLITS]
+    row_sets = [RowSet.of(artifact, split) for artifact in rows for split in SPLITS]
     needed = {key for row_set in row_sets for key in row_set.keys}
-    work = [(row_set, _without_scored(row_set, groups, reference)) for row_set, groups in _units(row_sets)]
+    seen: set[bytes] = set()
+    work = [
+        (row_set, _without_scored(row_set, groups, reference, seen)) for row_set, groups in _units(row_sets)
+    ]
     tokens = sum(fed_length(row_set, group) for row_set, todo in work for group in todo)
     return len(needed), len(reference.missing(needed)), tokens
 
@@ -129,18 +133,26 @@ def _score(
     )
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     scorer = Scorer(load_model(source, compute), compute, context.say)
-    with progress("cache-ref", missing, "rows") as advance, torch.inference_mode():
-        began, tokens = time.monotonic(), 0
-        for number, (rows, groups) in enumerate(_units(row_sets)):
-            if number % world_size != rank:
-                continue
-            todo = _without_scored(rows, groups, reference)
+    units = (unit for number, unit in enumerate(_units(row_sets)) if number % world_size == rank)
+    with (
+        progress("cache-ref", missing, "rows") as advance,
+        ThreadPoolExecutor(max_workers=1) as writer,  # hashing and writing a unit while the next is scored
+        torch.inference_mode(),
+    ):
+        began, tokens, seen = time.monotonic(), 0, set()
+        written: Future[Path] | None = None
+        for rows, groups in units:
+            todo = _without_scored(rows, groups, reference, seen)
             if not todo:
                 continue
             keys, values, unit_tokens = _score_unit(rows, todo, scorer)
-            reference.add(keys, values)
+            if written is not None:
+                written.result()
+            written = writer.submit(reference.add, keys, values)
             tokens += unit_tokens
             advance(len(keys), f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+        if written is not None:
+            written.result()
     return scorer.forwards
 
 
@@ -152,9 +164,10 @@ def _units(row_sets: list[RowSet]) -> Iterator[tuple[RowSet, list[np.ndarray]]]:
             yield rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
 
 
-def _without_scored(rows: RowSet, groups: list[np.ndarray], reference: RefLogps) -> list[np.ndarray]:
-    """The rows of a unit that still need scoring, each key once."""
-    seen: set[bytes] = set()
+def _without_scored(
+    rows: RowSet, groups: list[np.ndarray], reference: RefLogps, seen: set[bytes]
+) -> list[np.ndarray]:
+    """The rows of a unit that still need scoring, each key once in a run; `seen` gathers them."""
     todo = []
     for group in groups:
         fresh = []
@@ -173,12 +186,16 @@ def _score_unit(
 ) -> tuple[list[bytes], list[np.ndarray], int]:
     """Keys, token log-probs in key order of the unit, and positions computed."""
     lengths = [fed_length(rows, group) for group in groups]
+    batches = (
+        build_pack(rows, [groups[item] for item in items])
+        for items in pack(lengths, scorer.compute.tokens_per_batch)
+    )
+    # Values stay on the device until the unit is done, so that a GPU computes while the next pack is built.
+    scored = [(batch.rows, scorer(batch)) for batch in batches]
     found: dict[int, np.ndarray] = {}
-    for items in pack(lengths, scorer.compute.tokens_per_batch):
-        batch = build_pack(rows, [groups[item] for item in items])
-        token_logps = scorer(batch).cpu().numpy()
-        ends = np.cumsum(rows.completion_lengths[batch.rows])
-        found.update(zip(batch.rows.tolist(), np.split(token_logps, ends[:-1]), strict=True))
+    for numbers, token_logps in scored:
+        ends = np.cumsum(rows.completion_lengths[numbers])
+        found.update(zip(numbers.tolist(), np.split(token_logps.cpu().numpy(), ends[:-1]), strict=True))
     order = [int(row) for group in groups for row in group]
     return [rows.keys[row] for row in order], [found[row] for row in order], sum(lengths)
 

@@ -1,73 +1,100 @@
 """Checkpoints of a training run: whole or absent, checked before use, newest valid one first.
 
-`checkpoint-<step>/` holds `training.pt` (float32 weights and optimizer state) and `state.json`; the
-sha256 of each file is written last and the folder is renamed into place.
+`checkpoint-<step>/` is a Hugging Face folder (safetensors in float32, configuration, tokenizer) with the optimizer
+beside it, the metrics so far (`metrics.jsonl`) and `state.json`. The sha256 of each file is
+written last, into `files.json`, and the folder is renamed into place.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from cache.errors import CorruptError
 from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_json
+from stages.parallel import World
 
 FILES = "files.json"
+STATE = "state.json"
+PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished step, as found on disk."""
+    """A finished step, as found on disk and checked; `state` is what the loop asked to keep, plain data."""
 
     folder: Path
     step: int
-    loss_state: dict[str, float]
+    state: Mapping[str, Any]
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the weights and the optimizer back exactly as they were."""
-        saved = torch.load(self.folder / "training.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    @property
+    def sha256(self) -> str:
+        """One digest for the whole checkpoint: of the list of its files' digests."""
+        return sha256_file(self.folder / FILES)
 
 
 def save_checkpoint(
-    root: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, loss_state: dict[str, float]
+    root: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None], world: World
 ) -> None:
-    """Write `checkpoint-<step>` under `root`, then remove older ones."""
-    final = root / f"checkpoint-{step}"
+    """Write `checkpoint-<step>` under `root`; `write` puts weights, optimizer and metrics into a folder.
+
+    All ranks call, and so does `write`; the first rank lists the files and renames the folder into place.
+    """
+    final = root / f"{PREFIX}{step}"
     staging = root / f"{TEMPORARY_PREFIX}{final.name}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, staging / "training.pt")
-    write_json(staging / "state.json", {"step": step, "loss_state": loss_state})
-    write_json(staging / FILES, {path.name: sha256_file(path) for path in sorted(staging.iterdir())})
-    shutil.rmtree(final, ignore_errors=True)
-    publish_folder(staging, final)
-    for folder in root.glob("checkpoint-*"):
-        if folder != final:
-            shutil.rmtree(folder)
+    if world.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    world.barrier()
+    write(staging)
+    world.barrier()
+    if world.is_main:
+        write_json(staging / STATE, {"step": step, **state})
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        digests = {str(path.relative_to(staging)): sha256_file(path) for path in files}
+        write_json(staging / FILES, digests)
+        if final.is_dir():  # a damaged one, or it would have been continued from
+            shutil.rmtree(final)
+        publish_folder(staging, final)
+
+
+def remove_old(root: Path, keep_last: int, keep: Iterable[int] = ()) -> None:
+    """Remove all checkpoints but the newest `keep_last` and those of the steps in `keep`."""
+    steps = sorted(checkpoint_steps(root))
+    for step in steps[: len(steps) - keep_last]:
+        if step not in set(keep):
+            shutil.rmtree(root / f"{PREFIX}{step}")
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """The steps of all checkpoints under `root`, newest first, whether valid or not."""
+    names = [folder.name.removeprefix(PREFIX) for folder in root.glob(f"{PREFIX}*")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; damaged newer ones are named and passed over."""
-    folders = sorted(
-        root.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]), reverse=True
-    )
-    for folder in folders:
-        problem = _problem(folder)
+    for step in checkpoint_steps(root):
+        folder = root / f"{PREFIX}{step}"
+        problem = checkpoint_problem(folder)
         if not problem:
-            state = read_json(folder / "state.json")
-            return Checkpoint(folder, state["step"], state["loss_state"])
+            return Checkpoint(folder, step, read_json(folder / STATE))
         say(f"Passing over {folder}: {problem}")
     return None
 
 
-def _problem(folder: Path) -> str:
+def checkpoint_problem(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, in a few words; empty when nothing is."""
     if not (folder / FILES).is_file():
         return f"it has no {FILES}, so it was never finished"
-    for name, sha256 in read_json(folder / FILES).items():
+    try:
+        listed = read_json(folder / FILES)
+    except CorruptError:
+        return f"{FILES} is damaged (it is no JSON)"
+    if not isinstance(listed, dict) or STATE not in listed:
+        return f"{FILES} does not list {STATE}"
+    for name, sha256 in listed.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256_file(folder / name) != sha256:

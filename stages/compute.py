@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from cache.errors import MachineError
+from stages.allocator import keep_freed_memory
 from stages.settings import ComputeSettings
 
 # Part of a reference log-prob's identity: raise it when the scoring engine's numbers change.
@@ -35,6 +36,8 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
         raise MachineError(
             f"compute.device is {device}, which this machine does not have. Use --set compute.device=cpu."
         )
+    if device == "cpu":
+        keep_freed_memory()
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cache.artifacts import Store
 
 PLAIN_LINE_SECONDS = 10.0
-LOSS_STAGES = ("train", "sample", "run")
+LOSS_STAGES = ("train", "sample", "eval", "run")
 
 
 def say_on_stderr(line: str) -> None:

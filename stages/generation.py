@@ -163,7 +163,7 @@ def generate_each(
     ]
     used, tokens = _run(engine, opened, requests, sampling, options, say)
     return used, [
-        [_completion(model, request, ids) for request, ids in zip(requests, of_model, strict=True)]
+        [as_completion(model, request, ids) for request, ids in zip(requests, of_model, strict=True)]
         for model, of_model in zip(opened, tokens, strict=True)
     ]
 
@@ -258,7 +258,8 @@ def _why_no_vllm() -> str | None:
     return f"vLLM is not installed. Install it with: pip install -e '.[{extra}]' (or --set sample.engine=transformers)"
 
 
-def _completion(model: Model, request: Request, token_ids: list[int]) -> Completion:
+def as_completion(model: Model, request: Request, token_ids: list[int]) -> Completion:
+    """What an engine's token ids mean: their text, and whether a stop token ended them."""
     stopped = bool(token_ids) and token_ids[-1] in model.stop_token_ids
     text = _continuation(model.tokenizer, request.prompt_ids, token_ids[:-1] if stopped else token_ids)
     return Completion(

@@ -44,7 +44,7 @@ class TokenLogps(torch.autograd.Function):
             logps.append(logits.gather(1, targets[rows, None])[:, 0].float() - lse)
             if keep:
                 kept.append(logits)
-        ctx.save_for_backward(hidden, weight, bias, targets, *logsumexps, *kept)
+        ctx.save_for_backward(hidden, weight, cast, bias, targets, *logsumexps, *kept)
         ctx.scale, ctx.softcap, ctx.num_kept = scale, softcap, len(kept)
         return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -52,31 +52,23 @@ class TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """d logp_t / d logits = onehot(target) - softmax, folded back through softcap and scale."""
-        hidden, weight, bias, targets, *rest = ctx.saved_tensors
-        cast = weight.to(hidden.dtype)
+        hidden, weight, cast, bias, targets, *rest = ctx.saved_tensors
         chunks = _chunks(len(targets))
         logsumexps, kept = rest[: len(chunks)], rest[len(chunks) :]
-        grad_hidden = torch.zeros_like(hidden)
-        wants_weight = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = (
-            torch.zeros_like(bias, dtype=torch.float32)
-            if bias is not None and ctx.needs_input_grad[2]
-            else None
-        )
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
         for index, rows in enumerate(chunks):
             logits = (
                 kept[index] if ctx.num_kept else _logits(hidden[rows], cast, bias, ctx.scale, ctx.softcap)
             )
-            slope = torch.exp(logits.float() - logsumexps[index][:, None]).neg_()
-            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
-            slope *= grad[rows, None]
-            if ctx.softcap is not None:
-                slope *= 1 - (logits.float() / ctx.softcap) ** 2
-            slope = (slope * ctx.scale if ctx.scale != 1.0 else slope).to(hidden.dtype)
-            grad_hidden[rows] = slope @ cast
+            slope = _slope(logits, logsumexps[index], targets[rows], grad[rows], ctx.scale, ctx.softcap)
+            slope = slope.to(hidden.dtype)
+            torch.mm(slope, cast, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += slope.T @ hidden[rows]
+                _add_product(grad_weight, slope.T, hidden[rows])
             if grad_bias is not None:
                 grad_bias += slope.sum(0, dtype=torch.float32)
         return (
@@ -87,6 +79,25 @@ class TokenLogps(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _slope(
+    logits: Tensor, logsumexps: Tensor, targets: Tensor, grad: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Gradient of the log-probs with respect to the matmul's result, float32: as few passes as can be."""
+    slope = (logits.float() - logsumexps[:, None]).exp_().mul_(-grad[:, None])
+    slope.scatter_add_(1, targets[:, None], grad[:, None])
+    if softcap is not None:
+        slope *= 1 - (logits.float() / softcap) ** 2
+    return slope.mul_(scale) if scale != 1.0 else slope
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in float32; without a product of its own where the types allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def collision_logps(

@@ -60,6 +60,17 @@ class Pack:
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
+    def filled(self, multiple: int) -> "Pack":
+        """The pack with positions that nobody looks at appended, up to a multiple of `multiple`."""
+        length = self.input_ids.shape[1]
+        if not (padding := -length % multiple):
+            return self
+        segments = (*self.segments, Segment(length, padding, ()))
+        ids = torch.nn.functional.pad(self.input_ids, (0, padding))
+        tail = torch.arange(padding, device=ids.device)[None]
+        positions = torch.cat([self.position_ids, tail], dim=1)
+        return replace(self, input_ids=ids, position_ids=positions, segments=segments)
+
 
 def fed_length(rows: RowSet, group: np.ndarray) -> int:
     """Positions that the rows of one example take in a pack."""
@@ -92,13 +103,9 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = 
             Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group))
         )
         start = cursor
-    if padding := -start % POSITION_MULTIPLE:
-        ids.append(np.zeros(padding, np.int32))
-        positions.append(np.arange(padding))
-        segments.append(Segment(start, padding, ()))
     numbers = np.concatenate(groups)
     token_rows = np.repeat(np.arange(len(numbers)), rows.completion_lengths[numbers])
-    return Pack(
+    pack = Pack(
         input_ids=_tensor(ids, np.int64)[None],
         position_ids=_tensor(positions, np.int64)[None],
         segments=tuple(segments),
@@ -108,6 +115,7 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = 
         mask=_tensor(masks, np.float32),
         rows=numbers,
     )
+    return pack.filled(POSITION_MULTIPLE)
 
 
 def _tensor(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """The ranks of a `torchrun` launch, or the one process there is."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 TIMEOUT_SECONDS = 600
 BUCKET_ELEMENTS = 1 << 25
@@ -30,6 +33,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first rank, on every rank; the others do not call it."""
+        if self.size == 1:
+            return make()
+        box = [make() if self.is_main else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for every rank."""

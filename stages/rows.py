@@ -155,6 +155,14 @@ class RowSet:
         """Example number of each of these row numbers."""
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
+    def scored_keys(self, with_mismatched: bool) -> list[bytes]:
+        """Keys of the rows that a loss reads: all, or all but the mismatched ones."""
+        return [
+            key
+            for key, role in zip(self.keys, self.roles, strict=True)
+            if with_mismatched or role != "mismatched"
+        ]
+
     def max_length(self) -> int:
         """Tokens in the longest prompt and completion together."""
         return int((self.prompt_lengths + self.completion_lengths).max()) if len(self) else 0

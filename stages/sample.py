@@ -77,6 +77,20 @@ class SampleJob:
         return next(iter(self.models.values())).short_name
 
     @property
+    def sampling(self) -> Sampling:
+        """How completions are drawn."""
+        settings = self.settings
+        return Sampling(
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            settings.max_tokens,
+            settings.seed,
+            settings.num_samples,
+            self.stop_token_ids,
+        )
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the completions."""
         return {
@@ -102,15 +116,6 @@ def sample(job: SampleJob, context: Context) -> Artifact:
     draft = context.store.draft("completions", job.name, "sample", job.identity)
     try:
         context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
-        sampling = Sampling(
-            settings.temperature,
-            settings.top_p,
-            settings.top_k,
-            settings.max_tokens,
-            settings.seed,
-            settings.num_samples,
-            job.stop_token_ids,
-        )
         longest = max(len(prompt.ids) for prompt in job.prompts)
         options = EngineOptions(dtype=_dtype(job.compute), max_model_length=longest + settings.max_tokens)
         folders = [model.folder for model in job.models.values()]
@@ -120,7 +125,7 @@ def sample(job: SampleJob, context: Context) -> Artifact:
             folders,
             [prompt.ids for prompt in job.prompts],
             ids,
-            sampling,
+            job.sampling,
             options,
             context.say,
         )

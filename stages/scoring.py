@@ -6,14 +6,15 @@ checks itself against the model's own logits; an architecture that cannot take s
 scored one completion at a time instead, said in one line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.attention import NAME as SEGMENT_ATTENTION
+from stages import attention, flex
 from stages.compute import Compute
 from stages.head import TokenLogps, collision_logps
 from stages.packs import Pack, build_pack
@@ -21,30 +22,42 @@ from stages.rows import Example, Row, RowSet, to_table
 
 # Largest difference, in nats a token at float32, between the engine and the model's own logits.
 SELF_CHECK_TOLERANCE = 1e-3
+# Ways to attend over a pack, the one to try first first. A CPU has no backward pass of flex_attention.
+BACKENDS = {"cuda": (flex.NAME, attention.NAME)}
 
 
 class Scorer(nn.Module):
     """A model that scores packs. Call it like a function; its parameters are the model's."""
 
     def __init__(
-        self, model: Any, compute: Compute, say: Callable[[str], None], gradient_checkpointing: bool = False
+        self,
+        model: Any,
+        compute: Compute,
+        say: Callable[[str], None],
+        gradient_checkpointing: bool = False,
+        backends: Sequence[str] | None = None,
     ) -> None:
-        """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored."""
+        """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored.
+
+        `backends` are names of attention functions to try, in order; None takes those of the device.
+        """
         super().__init__()
         self.model = model
         self.compute = compute
         self.forwards = 0
         config = model.config.get_text_config()
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         disable_dropout(model)
         model.eval()
-        if config._attn_implementation == SEGMENT_ATTENTION:  # wrapped before
+        if config._attn_implementation in (attention.NAME, flex.NAME):  # wrapped before
             model.set_attn_implementation("sdpa")
         self._native_attention = config._attn_implementation
-        self.packed = self._can_pack(say)
+        # flex_attention compiles for one length, so every pack is filled up to the token budget.
+        self._flex_length = -(-compute.tokens_per_batch // flex.BLOCK) * flex.BLOCK
+        self.backend = self._choose_backend(
+            backends or BACKENDS.get(compute.device.type, (attention.NAME,)), say
+        )
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -58,13 +71,18 @@ class Scorer(nn.Module):
         if not self.packed:
             return self._one_by_one(pack, collision)
         self.forwards += 1
+        if self.backend == flex.NAME:
+            pack = pack.filled(self._flex_length)
+            visible: dict[str, Any] = {"block_masks": flex.BlockMasks(pack.segments, self.compute.device)}
+        else:
+            visible = {"segments": pack.segments}
         with self._autocast():
             body = self.model.get_decoder()
             hidden = body(
                 input_ids=pack.input_ids,
                 position_ids=pack.position_ids,
                 use_cache=False,
-                segments=pack.segments,
+                **visible,
             ).last_hidden_state[0]
             states = hidden[pack.predictors].to(self.compute.dtype)
             head = self.model.get_output_embeddings()
@@ -73,6 +91,38 @@ class Scorer(nn.Module):
                 return logps
             completions = states[: len(pack.token_rows)].detach()
             return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model as `generate` wants it, under this scorer's arithmetic; set up for scoring again afterwards."""
+        training = self.model.training
+        self.model.eval()
+        self.model.set_attn_implementation(self._native_attention)
+        try:
+            with self._autocast():
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(self.backend or self._native_attention)
+            self.model.train(training)
+
+    @property
+    def packed(self) -> bool:
+        """Whether packs are scored in one forward pass; else each completion has one of its own."""
+        return self.backend is not None
+
+    @contextmanager
+    def weights_cast_once(self) -> Iterator[None]:
+        """Within it, autocast keeps its low-precision copies of the weights from one pack to the next.
+
+        For passes with gradient between two changes of the weights: a copy made without gradient would
+        be used with it, and a copy of old weights with new ones.
+        """
+        torch.autocast_increment_nesting()
+        try:
+            yield
+        finally:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -114,35 +164,52 @@ class Scorer(nn.Module):
         found = torch.cat(logps + prompt_logps)
         return (found, torch.cat(collisions)) if collision else found
 
-    def _can_pack(self, say: Callable[[str], None]) -> bool:
-        """Whether packed scoring reproduces the model's own logits; the model is left set up for the answer."""
+    def _choose_backend(self, names: Sequence[str], say: Callable[[str], None]) -> str | None:
+        """The first backend that reproduces the model's own logits, or None; the model is left set up for it."""
         pack = _trial_pack(self.model.config.get_text_config().vocab_size)
+        exact = Compute(self.compute.device, torch.float32, self.compute.tokens_per_batch)
+        wanted, self.compute = self.compute, exact
+        problems = []
         with torch.no_grad():
-            exact = Compute(self.compute.device, torch.float32, self.compute.tokens_per_batch)
-            wanted_compute, self.compute = self.compute, exact
-            self.packed = False
+            self.backend = None
             expected = self(pack)
-            problem = self._try_packed(pack, expected)
-            self.compute = wanted_compute
-        self.forwards = 0
-        if problem:
-            self.model.set_attn_implementation(self._native_attention)
-            say(f"{type(self.model).__name__} is scored one completion at a time (slower): {problem}.")
-        return not problem
+            for name in names:
+                problem = self._try_backend(name, pack, expected)
+                if not problem:
+                    break
+                problems.append(problem)
+            else:
+                self.backend = None
+                self.model.set_attn_implementation(self._native_attention)
+        self.compute, self.forwards = wanted, 0
+        if not self.packed:
+            say(f"{type(self.model).__name__} is scored one completion at a time (slower): {problems[-1]}.")
+        elif problems:
+            say(f"{type(self.model).__name__} attends by {self.backend}: {problems[0]} with {names[0]}.")
+        return self.backend
 
-    def _try_packed(self, pack: Pack, expected: Any) -> str:
+    def _try_backend(self, name: str, pack: Pack, expected: Any) -> str:
         """Score a trial pack in the packed way; the reason why that cannot be used, or an empty string."""
         if type(self.model.get_output_embeddings()) is not nn.Linear:
             return "its output layer is not a plain linear layer"
-        self.packed = True
+        self.backend = name
         try:
-            self.model.set_attn_implementation(SEGMENT_ATTENTION)
+            self.model.set_attn_implementation(name)
             difference = float((self(pack) - expected).abs().max())
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"packed scoring fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         if not difference <= SELF_CHECK_TOLERANCE:
             return f"packed log-probs differ from its own by {difference:.3g} nats"
         return ""
+
+
+def _logit_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by; a name not known here is caught by the self-check."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    return divisor if config.model_type == "hyperclovax" else 1.0 / divisor
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:

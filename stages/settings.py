@@ -4,9 +4,10 @@ Plain data without torch, so that the command line answers at once. `configs/ref
 same keys with the same comments; a test keeps the two equal.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -15,6 +16,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
+EvalSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+SampleStrategy = Literal["fixed", "round_robin", "random"]
 PairStrategy = Literal["best_worst", "all", "adjacent"]
 
 
@@ -210,11 +213,28 @@ class TrainSettings(Settings):
     )
     num_epochs: PositiveInt = Field(default=1, description="passes over the training examples")
     max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="linear", description="shape of the learning rate after warm-up, ending at the last step"
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "constant",
+        "constant_with_warmup",
+    ] = Field(
+        default="linear",
+        description="shape of the learning rate after warm-up, ending at the last step; as in transformers",
+    )
+    lr_scheduler_kwargs: dict[str, float | int | str] = Field(
+        default={},
+        description="further arguments of the schedule, by transformers' names, for example {min_lr_rate: 0.1}",
     )
     warmup_ratio: Share = Field(
-        default=0.1, description="share of the steps in which the learning rate rises from 0"
+        default=0.1,
+        description="share of the steps in which the learning rate rises; the first step is above 0",
     )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="AdamW weight decay, on matrices only")
     adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
@@ -237,6 +257,48 @@ class TrainSettings(Settings):
     )
     save_steps: PositiveInt | None = Field(
         default=None, description="write a checkpoint every so many steps; null means at evaluation steps"
+    )
+    keep_last: NonNegativeInt = Field(
+        default=0,
+        description="checkpoints left in the finished policy, the last ones; while training the newest two are always there",
+    )
+    best_metric: str | None = Field(
+        default=None,
+        description="held-out metric whose best checkpoint is kept too, for example rewards/accuracies",
+    )
+    save_best: Flag = Field(
+        default=False,
+        description="publish the weights of the best evaluation by best_metric, not the last",
+    )
+    early_stopping_metric: str | None = Field(
+        default=None,
+        description="stop when this held-out metric no longer improves, for example loss",
+    )
+    early_stopping_patience: PositiveInt = Field(
+        default=3, description="evaluations in a row without improvement before the run stops"
+    )
+    sample_steps: PositiveInt | None = Field(
+        default=None,
+        description="sample the policy every so many steps, besides step 0 and the end, as the block sample says; null means never",
+    )
+    sample_prompts: PositiveInt = Field(
+        default=4, description="prompts sampled each time, from the pool that the block sample gives"
+    )
+    sample_strategy: SampleStrategy = Field(
+        default="fixed",
+        description="which of the pool: always the first, the next ones in turn, or a random draw",
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a step whose loss or gradient is NaN or infinite: stop, naming step and rows, or leave the weights as they are and count it",
+    )
+    resume: str | None = Field(
+        default=None,
+        description="checkpoint folder to continue from, of another run too; null means this run's own newest one",
+    )
+    resume_override: list[str] = Field(
+        default=[],
+        description="fields that may differ from the run that `resume` continues, for example [train.learning_rate]",
     )
 
 
@@ -268,13 +330,40 @@ class SampleSettings(Settings):
     )
 
 
+class EvalSettings(Settings):
+    """Evaluation besides the held-out rows, while training and by `align eval`."""
+
+    sets: dict[EvalSetName, DataSettings] = Field(
+        default={},
+        description="further evaluation sets by name, each a path or a block like data; metrics under eval/<name>/",
+    )
+    model: str | None = Field(
+        default=None,
+        description="folder or hub name that `align eval` evaluates; null means the policy this configuration trains",
+    )
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _read_paths(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: {"path": given} if isinstance(given, str) else given for name, given in value.items()}
+
+
 class TrackSettings(Settings):
-    """Weights & Biases; `metrics.jsonl` is written in any case."""
+    """Dashboards; `metrics.jsonl` is written in any case."""
 
     wandb: Literal["disabled", "online", "offline"] = Field(
-        default="disabled", description="where to send metrics besides metrics.jsonl"
+        default="disabled", description="Weights & Biases: where to send metrics besides metrics.jsonl"
     )
-    project: str = Field(default="align", description="W&B project")
+    tensorboard: Flag = Field(
+        default=False, description="write TensorBoard event files into tensorboard/ in the store"
+    )
+    trackio: Flag = Field(
+        default=False,
+        description="log to trackio, on this machine unless its environment variables say where",
+    )
+    project: str = Field(default="align", description="project on W&B and trackio")
     run_name: str | None = Field(
-        default=None, description="W&B run name; null takes the name of the policy artifact"
+        default=None, description="name of the run; null takes the name of the policy artifact"
     )

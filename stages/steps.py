@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stages.batches import RowScorer
+from stages.length_metrics import length_metrics
 from stages.losses.contract import Batch, Loss, LossOutput, Step
 from stages.metrics import Totals, ranking_accuracy
 
@@ -32,19 +33,20 @@ def accumulate_step(
         if scorer.world.is_main:
             totals.add_batch(batch, output)
     position = {int(row): index for index, row in enumerate(numbers)}
-    for pack in scorer.packs(groups):
-        rows = scorer.score(pack)
-        if slopes:
-            own = [position[int(row)] for row in pack.rows]
-            objective = torch.stack(
-                [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
-            ).sum()
-        else:
-            batch = scorer.batch(pack.rows, rows)
-            output = loss(batch, facts)
-            objective = output.losses.sum() / units
-            totals.add_batch(batch, output)
-        objective.backward()
+    with scorer.scorer.weights_cast_once():
+        for pack in scorer.packs(groups):
+            rows = scorer.score(pack)
+            if slopes:
+                own = [position[int(row)] for row in pack.rows]
+                objective = torch.stack(
+                    [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
+                ).sum()
+            else:
+                batch = scorer.batch(pack.rows, rows)
+                output = loss(batch, facts)
+                objective = output.losses.sum() / units
+                totals.add_batch(batch, output)
+            objective.backward()
     metrics = totals.means(scorer.world, scorer.device)
     return {**metrics, **_kl_metric(facts)}, state
 
@@ -53,7 +55,7 @@ def accumulate_step(
 def evaluate(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> dict[str, float]:
-    """Metrics of the loss on fixed examples, taken as one step."""
+    """Metrics of the loss on fixed examples, taken as one step, and how they depend on length."""
     groups = [scorer.pairs.fed(example) for example in examples]
     facts = _facts(scorer, loss, examples, state)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
@@ -63,6 +65,8 @@ def evaluate(
         totals.add_batch(batch, output)
         if not len(batch.chosen):
             totals.add("rewards/accuracies", ranking_accuracy(batch, output))
+        for name, values in length_metrics(batch, output).items():
+            totals.add(name, values)
     return {**totals.means(scorer.world, scorer.device), **_kl_metric(facts)}
 
 

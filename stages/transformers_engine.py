@@ -25,16 +25,27 @@ def run_transformers(
 ) -> list[list[int]]:
     """Token ids of each request's completion, up to and with its stop token; memory is released on return."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=getattr(torch, options.dtype), local_files_only=True
     )
-    network = network.to(device).eval()
-    # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
-    network.generation_config = GenerationConfig()
+    completions, _ = sample_network(network.to(device).eval(), model, requests, sampling)
+    del network
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return completions
 
+
+def sample_network(
+    network: Any, model: Model, requests: list[Request], sampling: Sampling
+) -> tuple[list[list[int]], list[bool]]:
+    """As `run_transformers`, with a loaded network, and whether all scores of each completion were finite."""
+    from transformers import GenerationConfig
+
+    # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
+    own_config, network.generation_config = network.generation_config, GenerationConfig()
     groups: dict[tuple[int, int], list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(_shape(len(request.prompt_ids), model.max_length, sampling.max_tokens), []).append(
@@ -42,16 +53,18 @@ def run_transformers(
         )
 
     completions: dict[int, list[int]] = {}
+    finite: dict[int, bool] = {}
     for (width, budget), members in sorted(groups.items()):
         for start in range(0, len(members), NUM_ROWS):
             batch = members[start : start + NUM_ROWS]
             full = [requests[index] for index in batch + batch[:1] * (NUM_ROWS - len(batch))]
-            sampled = _sample_batch(network, full, width, budget, model.stop_token_ids, sampling)
+            watch = FiniteScores(len(full))
+            sampled = _sample_batch(network, full, width, budget, model.stop_token_ids, sampling, watch)
             completions.update(zip(batch, sampled, strict=False))
-    del network
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [completions[index] for index in range(len(requests))]
+            finite.update(zip(batch, watch.finite, strict=False))
+    network.generation_config = own_config
+    places = range(len(requests))
+    return [completions[index] for index in places], [finite[index] for index in places]
 
 
 def _shape(prompt_length: int, max_length: int, max_tokens: int) -> tuple[int, int]:
@@ -65,7 +78,13 @@ def _shape(prompt_length: int, max_length: int, max_tokens: int) -> tuple[int, i
 
 
 def _sample_batch(
-    network: Any, requests: list[Request], width: int, budget: int, stop: list[int], sampling: Sampling
+    network: Any,
+    requests: list[Request],
+    width: int,
+    budget: int,
+    stop: list[int],
+    sampling: Sampling,
+    watch: "FiniteScores",
 ) -> list[list[int]]:
     import torch
     from transformers import GenerationConfig
@@ -82,12 +101,12 @@ def _sample_batch(
     noise = (
         [] if sampling.temperature == 0 else [SeededNoise([request.seed for request in requests], sampling)]
     )
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what a forward pass leaves in a model may be trained on
         whole = network.generate(
             ids.to(network.device),
             attention_mask=mask.to(network.device),
             generation_config=config,
-            logits_processor=noise,
+            logits_processor=[watch, *noise],
         )
     return [_up_to_stop(row, stop) for row in whole[:, width:].tolist()]
 
@@ -95,6 +114,20 @@ def _sample_batch(
 def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
     end = next((position for position, token in enumerate(ids) if token in stop), len(ids))
     return ids[: end + 1]
+
+
+class FiniteScores:
+    """Passes scores on and notes which rows had any that is NaN or infinite."""
+
+    def __init__(self, rows: int) -> None:
+        """Begin with all rows finite."""
+        self.finite = [True] * rows
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """The same scores (row, vocab)."""
+        now = scores.isfinite().all(dim=-1).tolist()
+        self.finite = [before and row for before, row in zip(self.finite, now, strict=True)]
+        return scores
 
 
 class SeededNoise:

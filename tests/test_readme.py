@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
-    r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|run|inspect)\b[^`;#\n]*"
+    r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|eval|run|inspect)\b[^`;#\n]*"
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

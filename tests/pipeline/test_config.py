@@ -78,8 +78,10 @@ def allowed(part: dict[str, Any]) -> str:
         bounds = " and ".join(bound for bound in (above, from_, to, below) if bound)
         return f"{part['type']} {bounds}".strip()
     if part["type"] == "array":
-        return "list of text" if part["items"].get("type") == "string" else "list of blocks"
-    return {"string": "text", "null": "null", "object": "map of text"}[part["type"]]
+        return "list of " + ("blocks" if "$ref" in part["items"] else allowed(part["items"]))
+    if part["type"] == "object" and part.get("additionalProperties", {}).get("type") == "string":
+        return "map of text"
+    return {"string": "text", "null": "null", "object": "names and values"}[part["type"]]
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,22 @@ def test_bfloat16_states_still_give_float32_log_probs_and_weight_gradients() -> 
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
+)
+def test_torchs_own_head_gives_log_probs_in_bfloat16() -> None:
+    """The reason for a head of our own: once this fails, torch's may do."""
+    hidden, weight, _, targets = inputs(bias=False)
+    torchs = torch.nn.functional.linear_cross_entropy(
+        hidden.bfloat16(), weight.bfloat16(), targets, reduction="none"
+    )
+    ours = TokenLogps.apply(hidden.bfloat16(), weight, None, targets, 1.0, None)
+    rounded = hidden.bfloat16().double() @ weight.bfloat16().double().T
+    exact = torch.log_softmax(rounded, -1).gather(1, targets[:, None])[:, 0]
+    assert torchs.dtype == torch.bfloat16
+    assert (-torchs.double() - exact).abs().max() > (ours.double() - exact).abs().max()
+
+
 def test_collision_is_the_log_of_the_sum_of_squared_probabilities() -> None:
     hidden, weight, _, targets = inputs(bias=False)
     _, logits = closed_form(hidden.double(), weight.double(), None, targets, 1.0, None)

@@ -188,4 +188,5 @@ def test_evaluation_measures_the_same_pairs(lists_and_pairs) -> None:
     row_scorer = RowScorer(scorer, lists, reference, loss, World(), "adjacent")
     evaluated = evaluate(row_scorer, loss, range(NUM_EXAMPLES), {})
     stepped, _ = accumulate_step(row_scorer, loss, range(NUM_EXAMPLES), {})
-    assert evaluated == pytest.approx(stepped, rel=1e-5, abs=1e-6)
+    assert evaluated.keys() - stepped.keys() == {"accuracies/1-64", "length_bias"}
+    assert {name: evaluated[name] for name in stepped} == pytest.approx(stepped, rel=1e-5, abs=1e-6)

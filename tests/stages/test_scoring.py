@@ -1,10 +1,13 @@
 """The engine against the models' own logits: values, gradients, packings, architectures."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from stages import attention, flex
 from stages.compute import Compute
 from stages.packs import build_pack
 from stages.rows import Example, Row, RowSet, to_table
@@ -137,7 +140,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
 
     scorer = Scorer(model, FLOAT32, print)
     if not packed:
-        scorer.packed = False
+        scorer.backend = None
         model.set_attn_implementation("eager")
     plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
     found, collisions = scorer(pack, collision=True)
@@ -150,6 +153,35 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
     for key, parameter in model.named_parameters():
         scale = gradients[key].abs().max()
         assert (parameter.grad - gradients[key]).abs().max() <= 2e-5 * scale + 1e-7, key
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "smollm3"])
+def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
+    """The block mask, soft-capped scores and sliding windows of the GPU's way, forward on a CPU."""
+    model, rows = make_model(name), make_rows()
+    with torch.no_grad():
+        separate = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
+        said: list[str] = []
+        scorer = Scorer(model, FLOAT32, said.append, backends=[flex.NAME])
+        assert scorer.backend == flex.NAME, said
+        found = scorer(build_pack(rows, groups_of(rows)))
+    torch.testing.assert_close(found.double(), separate, rtol=0, atol=2e-5)
+
+
+def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
+    """The reason why a CPU attends segment by segment: once this fails, it need not."""
+    sides = [torch.randn(1, 2, 128, 16, requires_grad=True) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        flex.flex_attention(*sides)
+
+
+def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
+    """One completion a row is the last resort, not the second."""
+    model, said = make_model("llama"), []
+    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", attention.NAME])
+    assert scorer.backend == attention.NAME
+    assert len(said) == 1
+    assert "no_such_attention" in said[0]
 
 
 def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
@@ -228,6 +260,26 @@ def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.5
     assert not torch.equal(rounded, rounded.bfloat16().float())
+
+
+def test_weights_cast_once_for_many_packs_give_the_gradient_of_weights_cast_for_each() -> None:
+    """And new weights are cast anew: a copy that outlived the step would score with the old ones."""
+    model, rows = make_model("llama"), make_rows()
+    scorer = Scorer(model, Compute(FLOAT32.device, torch.bfloat16, 2048), print)
+    packs = [build_pack(rows, [group]) for group in groups_of(rows)]
+    gradients = []
+    for keeping in (nullcontext, scorer.weights_cast_once):
+        model.zero_grad()
+        with keeping():
+            for pack in packs:
+                scorer(pack).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    with torch.no_grad():
+        before = scorer(packs[0])
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(scorer(packs[0]), before)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

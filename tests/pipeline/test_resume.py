@@ -1,0 +1,474 @@
+"""Interrupted training: killed in every phase, signalled, damaged, changed; it ends as the uninterrupted run."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache.errors import AlignError, CorruptError, StaleError, UsageError
+from pipeline.config import build_config
+from pipeline.run import Session
+from stages.batches import RowScorer
+from stages.checkpoints import checkpoint_steps, newest_checkpoint
+
+# 18 training examples in steps of 4, so an epoch's fifth step is a partial one; bco carries state from step to step.
+TRAIN = {
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "num_epochs": 2,
+    "eval_steps": 3,
+    "save_steps": 1,
+    "keep_last": 1,
+}
+
+
+def tree_of(model: Path, preferences: Path, **train: Any) -> dict:
+    return {
+        "data": {"path": str(preferences)},
+        "policy": {"model": str(model)},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
+        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 120},
+        "loss": {"name": "bco"},
+        "train": {**TRAIN, **train},
+    }
+
+
+def train(tree: dict, store: Path, said: list[str] | None = None) -> dict:
+    return Session(build_config(tree), store, say=(said if said is not None else []).append).run("train")
+
+
+@pytest.fixture
+def prepared(tiny_model, preferences, tmp_path) -> tuple[dict, Path]:
+    """A configuration, and a store with its rows and reference log-probs."""
+    tree, store = tree_of(tiny_model, preferences), tmp_path / "store"
+    for stage in ("prepare", "cache-ref"):
+        Session(build_config(tree), store, say=[].append).run(stage)
+    return tree, store
+
+
+def fresh(store: Path) -> Path:
+    """The store without any policy."""
+    shutil.rmtree(store / "policy", ignore_errors=True)
+    return store
+
+
+def digest(policy: Path) -> dict[str, Any]:
+    """All that has to be equal: weights, optimizer and loss state at the end, and the metrics without times."""
+    (last,) = policy.glob("checkpoint-*")
+    lines = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("step_seconds", None)
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
+    moments = [value for state in optimizer["state"].values() for value in state.values()]
+    return {
+        "weights": hashlib.sha256((policy / "model.safetensors").read_bytes()).hexdigest(),
+        "optimizer": hashlib.sha256(b"".join(value.numpy().tobytes() for value in moments)).hexdigest(),
+        "loss_state": json.loads((last / "state.json").read_text())["loss_state"],
+        "metrics": lines,
+    }
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; its wait status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            status = 0
+        except SystemExit as ended:
+            status = int(str(ended.code))
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+def was_killed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_at_file_effect(number: int, within: str) -> None:
+    """SIGKILL this process at the n-th thing it does to a file or folder of `within` (audit events, not mocks)."""
+    left = number
+    effects = (
+        "open",
+        "os.rename",
+        "os.remove",
+        "os.mkdir",
+        "os.rmdir",
+        "os.link",
+        "shutil.rmtree",
+        "shutil.copyfile",
+    )
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if event not in effects or not any(within in str(argument) for argument in arguments[:2]):
+            return
+        if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+            return
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def kill_at_forward(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL this process as it begins its n-th forward pass: inside a step or an evaluation."""
+    calls, score = 0, RowScorer.score
+
+    def counted(self: RowScorer, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(self, batch)
+
+    monkeypatch.setattr(RowScorer, "score", counted)
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None:
+    """Log lines, checkpoints being written, renamed and removed, the policy being put together and published."""
+    tree, store = prepared
+    tree["train"]["max_steps"] = 3
+    whole = digest(Path(train(tree, store)["artifact"]))
+    points = 0
+    for number in range(1, 1000, 13):
+        fresh(store)
+
+        def killed(number: int = number) -> None:
+            kill_at_file_effect(number, str(store / "policy"))
+            train(tree, store)
+
+        if not was_killed(in_child(killed)):
+            break
+        points += 1
+        result = train(tree, store)
+        assert digest(Path(result["artifact"])) == whole, f"killed at file effect {number}"
+        assert not list((store / "policy").glob(".tmp-*")), f"killed at file effect {number}"
+    assert points >= 6
+
+
+@pytest.mark.slow
+def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(prepared, monkeypatch) -> None:
+    tree, store = prepared
+    whole = digest(Path(train(tree, store)["artifact"]))
+    for number in (3, 24):
+        fresh(store)
+        for again in (number, 7):
+
+            def killed(again: int = again) -> None:
+                kill_at_forward(again, monkeypatch)
+                train(tree, store)
+
+            assert was_killed(in_child(killed)), again
+        assert digest(Path(train(tree, store)["artifact"])) == whole, f"killed at forward {number}"
+
+
+def interrupted(tree: dict, store: Path, after_steps: int, signum: int, times: int = 1) -> int:
+    """Train in a child that signals itself while it takes a step; its exit code."""
+    from stages.loop import Run
+
+    take = Run._step
+
+    def signalling(self: Run, step: int) -> Any:
+        if step == after_steps:
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
+        return take(self, step)
+
+    def work() -> None:
+        Run._step = signalling  # type: ignore[method-assign]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train(tree, store)
+
+    return os.waitstatus_to_exitcode(in_child(work))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves_it(signum, code, prepared) -> None:
+    tree, store = prepared
+    whole = digest(Path(train(tree, store)["artifact"]))
+    fresh(store)
+    tree["train"]["save_steps"] = 100
+    assert interrupted(tree, store, 5, signum) == code
+    (working,) = (store / "policy").glob(".tmp-*")
+    assert checkpoint_steps(working) == [5]
+    said: list[str] = []
+    assert digest(Path(train(tree, store, said)["artifact"])) == whole
+    assert any("Continuing from step 5 of 10" in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(prepared) -> None:
+    tree, store = prepared
+    tree["train"]["save_steps"] = 100
+    assert interrupted(tree, store, 5, signal.SIGTERM, times=2) == 143
+    (working,) = (store / "policy").glob(".tmp-*")
+    assert checkpoint_steps(working) == []
+
+
+@pytest.fixture
+def halfway(prepared) -> tuple[dict, Path, Path]:
+    """A run that was killed when checkpoints of steps 3 and 4 were there; its working folder."""
+    tree, store = prepared
+
+    def killed() -> None:
+        from stages.loop import Run
+
+        take = Run._step
+        Run._step = lambda self, step: os.kill(os.getpid(), 9) if step == 5 else take(self, step)  # type: ignore
+        train(tree, store)
+
+    assert was_killed(in_child(killed))
+    (working,) = (store / "policy").glob(".tmp-*")
+    assert checkpoint_steps(working) == [4, 3]
+    return tree, store, working
+
+
+def test_a_checkpoint_opens_as_a_model(halfway, tiny_model) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, _, working = halfway
+    folder = working / "checkpoint-4"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    start, saved = (load_file(place / "model.safetensors") for place in (tiny_model, folder))
+    assert any(not torch.equal(start[name], saved[name]) for name in start)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(halfway) -> None:
+    """Every file of the newest one flipped, cut and deleted in turn."""
+    _, _, working = halfway
+    newest = working / "checkpoint-4"
+    names = sorted(path.name for path in newest.iterdir())
+    assert {"model.safetensors", "optimizer.pt", "metrics.jsonl", "state.json", "files.json"} <= set(names)
+    for name in names:
+        for damage in (_flip, _cut, Path.unlink):
+            content = (newest / name).read_bytes()
+            damage(newest / name)
+            said: list[str] = []
+            found = newest_checkpoint(working, said.append)
+            (newest / name).write_bytes(content)
+            if name == "files.json" and damage is _cut:
+                continue  # its last byte is a line break
+            assert found is not None
+            assert found.step == 3, (name, damage)
+            assert "checkpoint-4" in said[0]
+    assert newest_checkpoint(working, print).step == 4
+
+
+def test_a_run_goes_on_from_the_older_checkpoint(halfway, tmp_path) -> None:
+    tree, store, working = halfway
+    _flip(working / "checkpoint-4" / "model.safetensors")
+    said: list[str] = []
+    resumed = digest(Path(train(tree, store, said)["artifact"]))
+    assert any("checkpoint-4: model.safetensors is damaged" in line for line in said)
+    assert any("Continuing from step 3" in line for line in said)
+    assert resumed == digest(Path(train(tree, fresh(store))["artifact"]))
+
+
+CHANGES = {
+    "train.learning_rate": {"train": {"learning_rate": 2e-3}},
+    "train.batch_size": {"train": {"batch_size": 6}},
+    "train.seed": {"train": {"seed": 3}},
+    "train.num_epochs": {"train": {"num_epochs": 3}},
+    "train.warmup_ratio": {"train": {"warmup_ratio": 0.2}},
+    "train.lr_scheduler_type": {"train": {"lr_scheduler_type": "cosine"}},
+    "train.weight_decay": {"train": {"weight_decay": 0.1}},
+    "train.max_grad_norm": {"train": {"max_grad_norm": 2.0}},
+    "train.adam_beta2": {"train": {"adam_beta2": 0.99}},
+    "loss.beta": {"loss": {"beta": 0.3}},
+    "loss.name": {"loss": {"name": "dpo"}},
+    "rows": {"prepare": {"max_length": 100}},
+}
+
+
+def changed(tree: dict, changes: dict, **train: Any) -> dict:
+    merged = {block: dict(values) for block, values in tree.items()}
+    for block, values in (*changes.items(), ("train", train)):
+        merged[block] = {**merged[block], **values}
+    if changes.get("loss", {}).get("name"):
+        merged["loss"] = changes["loss"]
+    return merged
+
+
+def test_another_configuration_is_refused_by_name_or_begins_anew(halfway) -> None:
+    tree, store, working = halfway
+    for name, changes in CHANGES.items():
+        other = changed(tree, changes, resume=str(working))
+        for stage in ("prepare", "cache-ref"):
+            Session(build_config(other), store, say=[].append).run(stage)
+        with pytest.raises(StaleError, match=rf"{name}: .* -> .*resume_override=\[.*{name}"):
+            train(other, store)
+    said: list[str] = []
+    result = train(changed(tree, CHANGES["train.learning_rate"]), store, said)
+    assert result["steps"] == 10
+    assert any(
+        "interrupted run at step 4 has other settings (train.learning_rate: 0.001 -> 0.002)" in line
+        and f"train.resume={working / 'checkpoint-4'}" in line
+        for line in said
+    )
+    assert checkpoint_steps(working) == [4, 3]
+
+
+def test_a_damaged_checkpoint_of_another_run_stops_nothing(halfway) -> None:
+    tree, store, working = halfway
+    (working / "checkpoint-4" / "state.json").write_text("{")
+    assert train(changed(tree, CHANGES["train.learning_rate"]), store)["steps"] == 10
+
+
+def test_named_changes_continue_and_the_result_says_from_where(halfway) -> None:
+    tree, store, working = halfway
+    other = changed(
+        tree, CHANGES["loss.beta"], resume=str(working), resume_override=["loss.beta"], max_steps=7
+    )
+    said: list[str] = []
+    result = train(other, store, said)
+    assert result["steps"] == 7
+    assert any(
+        "with other settings: loss.beta: 0.1 -> 0.3; train.max_steps: null -> 7" in line for line in said
+    )
+    manifest = json.loads((Path(result["artifact"]) / "manifest.json").read_text())
+    assert manifest["identity"]["continues"]["step"] == 4
+    steps = [json.loads(line)["step"] for line in (Path(result["artifact"]) / "metrics.jsonl").open()]
+    assert steps == list(range(8))
+    again = Session(build_config(other), store, say=[].append).run("train")
+    assert again["reused"]
+
+
+def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfway) -> None:
+    tree, store, working = halfway
+    said: list[str] = []
+    longer = changed(tree, {}, resume=str(working), max_steps=6, eval_steps=2)
+    assert train(longer, store, said)["steps"] == 6
+    assert not [line for line in said if "begins at step 0" in line]
+    said.clear()
+    assert train(changed(tree, {}, save_steps=2, keep_last=0), store, said)["steps"] == 10
+    assert any("Continuing from step 4 of 10" in line for line in said)
+
+
+def test_a_resume_that_cannot_be_says_why(halfway, tmp_path) -> None:
+    tree, store, working = halfway
+    with pytest.raises(StaleError, match=r"there is no valid checkpoint.*checkpoint-<step>"):
+        train(changed(tree, {}, resume=str(tmp_path / "nowhere")), store)
+    with pytest.raises(UsageError, match="is at step 4, and this run has 3 steps"):
+        train(changed(tree, {}, resume=str(working), max_steps=3), store)
+    _flip(working / "checkpoint-4" / "optimizer.pt")
+    with pytest.raises(CorruptError, match=r"optimizer\.pt is damaged"):
+        train(changed(tree, {}, resume=str(working / "checkpoint-4")), store)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(prepared) -> None:
+    tree, store = prepared
+    result = train(changed(tree, {}, keep_last=3, best_metric="loss", eval_steps=2), store)
+    folder = Path(result["artifact"])
+    assert checkpoint_steps(folder) == [10, 9, 8]
+    values = {
+        line["step"]: line["eval/loss"]
+        for line in map(json.loads, (folder / "metrics.jsonl").open())
+        if "eval/loss" in line and line["step"]
+    }
+    step = min(values, key=values.__getitem__)
+    assert result["best"] == {"metric": "loss", "step": step, "value": values[step]}
+
+
+def test_the_best_weights_are_published_when_asked(prepared) -> None:
+    """The first evaluation orders all held-out pairs, none later more; its checkpoint's weights are the policy."""
+    tree, store = prepared
+    over = {"learning_rate": 0.05, "warmup_ratio": 0.0, "eval_steps": 1, "keep_last": 10}
+    result = train(changed(tree, {}, **over, best_metric="rewards/accuracies", save_best=True), store)
+    folder, best = Path(result["artifact"]), result["best"]
+    assert best["step"] < 10
+    assert result["final"]["rewards/accuracies"] == best["value"]
+    kept, published = (
+        load_file(place / "model.safetensors") for place in (folder / f"checkpoint-{best['step']}", folder)
+    )
+    assert all(torch.equal(kept[name], tensor) for name, tensor in published.items())
+    last = load_file(folder / "checkpoint-10" / "model.safetensors")
+    assert any(not torch.equal(last[name], tensor) for name, tensor in published.items())
+
+
+def test_the_best_weights_may_be_those_of_the_run_that_is_continued(prepared) -> None:
+    """Best at step 1 of the first run; the second continues its last checkpoint, and then finds the best damaged."""
+    tree, store = prepared
+    over = {"learning_rate": 0.05, "warmup_ratio": 0.0, "eval_steps": 1, "best_metric": "rewards/accuracies"}
+    first = Path(train(changed(tree, {}, **over, keep_last=9, max_steps=5), store)["artifact"])
+    longer = changed(tree, {}, **over, save_best=True, max_steps=7, resume=str(first / "checkpoint-5"))
+    policy = Path(train(longer, store)["artifact"])
+    best, published = (load_file(place / "model.safetensors") for place in (first / "checkpoint-1", policy))
+    assert all(torch.equal(best[name], tensor) for name, tensor in published.items())
+    shutil.rmtree(policy)
+    _flip(first / "checkpoint-1" / "model.safetensors")
+    with pytest.raises(CorruptError, match=r"best weights are those of step 1.*is damaged"):
+        train(longer, store)
+
+
+def test_early_stopping_ends_after_its_patience(prepared) -> None:
+    tree, store = prepared
+    over = {"learning_rate": 0.05, "warmup_ratio": 0.0, "eval_steps": 1, "num_epochs": 6}
+    said: list[str] = []
+    result = train(
+        changed(tree, {}, **over, early_stopping_metric="rewards/chosen", early_stopping_patience=2),
+        store,
+        said,
+    )
+    values = [
+        line["eval/rewards/chosen"]
+        for line in map(json.loads, (Path(result["artifact"]) / "metrics.jsonl").open())
+        if line["step"]
+    ]
+    assert len(values) == result["steps"] < 30
+    assert values.index(max(values)) == len(values) - 3
+    assert any("Stopping early" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("train_settings", "message"),
+    [
+        (
+            {"best_metric": "rewards/acuracies"},
+            r"train.best_metric is 'rewards/acuracies'.*rewards/accuracies",
+        ),
+        ({"early_stopping_metric": "f1"}, r"train.early_stopping_metric is 'f1'.*loss"),
+        ({"save_best": True}, r"train.best_metric, which is not set"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"min_lr"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"pwr": 2.0}}, r"pwr"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2.0}},
+            r"takes no further arguments",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_a_step(train_settings, message, prepared) -> None:
+    tree, store = prepared
+    with pytest.raises(AlignError, match=message):
+        train(changed(tree, {}, **train_settings), store)

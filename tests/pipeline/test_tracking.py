@@ -1,0 +1,266 @@
+"""Dashboards and evaluation sets of real runs: names, steps after a resume, and no secret in any file."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cache.errors import StaleError, UsageError
+from pipeline.config import build_config
+from pipeline.run import Session
+from stages.loop import Run
+from stages.tracking import Tracker, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+CANARY = "canary0a1b2c3d4e5f60718293a4b5c6d7e8f901234"
+
+
+def tree_of(model: Path, preferences: Path, **blocks: dict) -> dict:
+    tree = {
+        "data": {"path": str(preferences)},
+        "policy": {"model": str(model)},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.25, "mismatched": False},
+        "compute": {"dtype": "float32", "device": "cpu"},
+        "train": {"learning_rate": 1e-3, "batch_size": 4, "eval_steps": 2, "save_steps": 2, "max_steps": 4},
+    }
+    for block, values in blocks.items():
+        tree[block] = {**tree.get(block, {}), **values}
+    return tree
+
+
+def run(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:
+    result: dict = {}
+    for stage in stages:
+        config = build_config(tree)
+        result = Session(config, store, say=(said if said is not None else []).append).run(stage)
+    return result
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with an exception as it begins this step."""
+    take = Run._step
+
+    def failing(self: Run, number: int):
+        if number == step:
+            raise RuntimeError("the machine went away")
+        return take(self, number)
+
+    monkeypatch.setattr(Run, "_step", failing)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(
+    tiny_model, preferences, tmp_path, monkeypatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tree = tree_of(tiny_model, preferences, track={"tensorboard": True})
+    run(tree, tmp_path, "prepare", "cache-ref")
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(tree, tmp_path, "train")
+    result = run(tree, tmp_path, "train")
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert folder.name == Path(result["artifact"]).name
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    lines = {line["step"]: line for line in read_metrics(Path(result["artifact"]) / "metrics.jsonl")}
+    assert list(lines) == [0, 1, 2, 3, 4]
+    for name, steps in (
+        ("train/loss", [1, 2, 3, 4]),
+        ("eval/loss", [0, 2, 4]),
+        ("eval/rewards/margins", [0, 2, 4]),
+    ):
+        points = events.Scalars(name)
+        assert [point.step for point in points] == steps
+        plain = name.removeprefix("train/")
+        assert [point.value for point in points] == pytest.approx([lines[step][plain] for step in steps])
+
+
+def test_metrics_continue_without_a_doubled_or_a_cut_line(tmp_path) -> None:
+    lines = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(5)]
+    run_folder, checkpoint = tmp_path / "run", tmp_path / "checkpoint-2"
+    run_folder.mkdir()
+    checkpoint.mkdir()
+    tracker = Tracker(run_folder)
+    tracker.begin(None)
+    for line in lines:
+        tracker.log(line)
+        if line["step"] == 2:
+            shutil.copyfile(run_folder / "metrics.jsonl", checkpoint / "metrics.jsonl")
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    assert read_metrics(run_folder / "metrics.jsonl") == lines
+    tracker.begin(checkpoint)
+    tracker.log({"step": 3, "loss": None})
+    assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_secrets_from_the_environment_reach_no_file(tiny_model, preferences, tmp_path) -> None:
+    """W&B offline, TensorBoard and trackio at once, every file they and the run wrote searched for the canary."""
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("trackio")
+    track = {"wandb": "offline", "tensorboard": True, "trackio": True}
+    sampling = {"train": {"sample_steps": 4, "sample_prompts": 2}, "sample": {"max_tokens": 4}}
+    tree = tree_of(tiny_model, preferences, track=track, **sampling)
+    config, home = tmp_path / "run.yaml", tmp_path / "home"
+    config.write_text(yaml.safe_dump(tree))
+    home.mkdir()
+    secrets = {"HF_TOKEN": f"hf_{CANARY}", "WANDB_API_KEY": CANARY, "MY_PASSWORD": CANARY}
+    environment = {**os.environ, **secrets, "HOME": str(home), "TRACKIO_DIR": str(home / "trackio")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for stage in ("prepare", "cache-ref", "train"):
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline",
+            stage,
+            "-c",
+            str(config),
+            "--store",
+            str(tmp_path / "store"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert CANARY not in done.stdout + done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any("tfevents" in path.name for path in files)
+    assert any(path.suffix == ".db" for path in (home / "trackio").rglob("*"))
+    assert [str(path) for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"track.wandb_api_key={CANARY}",
+        f"train.hf_token={CANARY}",
+        f"data.path=https://me:{CANARY}@example.org/x",
+        f"policy.model=https://me:{CANARY}@example.org/x",
+        f"eval.sets.a.path=s3://key:{CANARY}@bucket/x",
+    ],
+)
+def test_a_secret_in_the_configuration_is_refused_and_not_repeated(setting, tmp_path) -> None:
+    from pipeline.config import load_config
+
+    (tmp_path / "c.yaml").write_text("train: {seed: 1}\n")
+    with pytest.raises(UsageError) as caught:
+        load_config([tmp_path / "c.yaml"], [setting], None)
+    assert CANARY not in str(caught.value)
+    assert "HF_TOKEN" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"train": {"sync_ref_model": True}},
+        {"reference": {"ref_model_mixup_alpha": 0.6}},
+        {"loss": {"name": "tr_dpo"}},
+        {"ref_model_sync_steps": 64},
+    ],
+)
+def test_a_moving_reference_is_refused_with_the_reason_and_the_way(tree) -> None:
+    with pytest.raises(UsageError, match=r"no log-probs that could be cached.*policy\.model=POLICY"):
+        build_config(tree)
+
+
+def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
+    tiny_model, preferences, tmp_path
+) -> None:
+    """Half of the data as a set of its own: its metrics at step 0 are exact, its rows scored once by cache-ref."""
+    lines = preferences.read_text().splitlines()
+    half = tmp_path / "half.jsonl"
+    half.write_text("\n".join(lines[:7]) + "\n")
+    store = tmp_path / "store"
+    sets = {"sets": {"half": str(half), "again": {"path": str(half), "max_samples": 3}}}
+    tree = tree_of(tiny_model, preferences, eval=sets)
+    run(tree_of(tiny_model, preferences), store, "prepare")
+    with pytest.raises(StaleError, match=r"eval\.sets\.half.*align prepare"):
+        run(tree, store, "cache-ref")
+    prepared = run(tree, store, "prepare")
+    assert {name: part["rows_in"] for name, part in prepared["eval_sets"].items()} == {"half": 7, "again": 3}
+    run(tree, store, "cache-ref")
+    result = run(tree, store, "train")
+    for name in ("half", "again"):
+        assert result["step0"][f"{name}/loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+        assert result["final"][f"{name}/rewards/margins"] > 0
+    plain = run(tree_of(tiny_model, preferences), store, "train")
+    assert not plain["reused"]
+    assert plain["final"]["loss"] == result["final"]["loss"]
+
+    evaluated = run(tree, store, "eval")
+    assert evaluated["model"] == Path(result["artifact"]).name
+    flat = {
+        metric if name == "heldout" else f"{name}/{metric}": value
+        for name, metrics in evaluated["sets"].items()
+        for metric, value in metrics.items()
+        if metric != "examples"
+    }
+    assert flat == pytest.approx(result["final"], rel=1e-6, abs=1e-6)
+    start = run({**tree, "eval": {**sets, "model": str(tiny_model)}}, store, "eval")
+    assert start["sets"]["half"]["rewards/accuracies"] == 0.5
+    assert start["sets"]["heldout"]["loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+
+
+def test_samples_while_training_change_no_number_and_survive_a_resume(
+    tiny_model, preferences, tmp_path, monkeypatch
+) -> None:
+    sampling = {"sample_steps": 2, "sample_prompts": 3, "sample_strategy": "round_robin"}
+    tree = tree_of(tiny_model, preferences, train=sampling, sample={"max_tokens": 6, "num_prompts": 5})
+    said: list[str] = []
+    run(tree, tmp_path, "prepare", "cache-ref")
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(tree, tmp_path, "train")
+    (working,) = (tmp_path / "policy").glob(".tmp-*")
+    with open(working / "samples.jsonl", "a") as file:
+        file.write('{"step": 4, "id": "cut')
+    resumed = Path(run(tree, tmp_path, "train", said=said)["artifact"])
+    records = read_metrics(resumed / "samples.jsonl")
+    assert [record["step"] for record in records] == [0] * 3 + [2] * 3 + [4] * 3
+    assert any(line.startswith("Samples at step 4:") for line in said)
+    metrics = read_metrics(resumed / "metrics.jsonl")
+    assert all(0 <= metrics[step]["samples/repetition_share"] <= 1 for step in (0, 2, 4))
+    shutil.rmtree(resumed)
+    whole = Path(run(tree, tmp_path, "train")["artifact"])
+    assert read_metrics(whole / "samples.jsonl") == records
+    silent = Path(run(tree_of(tiny_model, preferences), tmp_path, "train")["artifact"])
+    for name in ("model.safetensors",):
+        assert (silent / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_step_that_is_not_finite_is_skipped_when_asked(
+    tiny_model, preferences, tmp_path, monkeypatch
+) -> None:
+    """The second step's gradient is made infinite: it is counted, named, and leaves weights and state alone."""
+    from stages.trainable import Trainable
+
+    clip, calls = Trainable.clip_gradients, 0
+
+    def poisoned(self: Trainable, max_norm: float) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            self.parameters[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return clip(self, max_norm)
+
+    monkeypatch.setattr(Trainable, "clip_gradients", poisoned)
+    said: list[str] = []
+    tree = tree_of(tiny_model, preferences, train={"on_nonfinite": "skip", "eval_steps": 1})
+    result = run(tree, tmp_path, "prepare", "cache-ref", "train", said=said)
+    lines = read_metrics(Path(result["artifact"]) / "metrics.jsonl")
+    assert result["skipped_steps"] == 1
+    assert lines[2]["skipped"] == 1
+    assert "loss" not in lines[2]
+    assert lines[2]["eval/loss"] == lines[1]["eval/loss"] != lines[3]["eval/loss"]
+    assert any("Step 2: " in line and "preferences" in line and "Skipped" in line for line in said)
+    assert any(line.startswith("Warning: 1 of the last 2 steps were skipped") for line in said)
+    assert (
+        json.loads((Path(result["artifact"]) / "manifest.json").read_text())["counts"]["skipped_steps"] == 1
+    )

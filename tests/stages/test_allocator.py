@@ -1,0 +1,34 @@
+"""Freed memory stays with the process: the page faults of a repeated step are gone."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from stages.allocator import keep_freed_memory
+
+def faults_of_a_step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults_of_a_step()
+plain = faults_of_a_step()
+if keep_freed_memory():
+    print(plain, min(faults_of_a_step() for _ in range(8)))  # the heap grows in the first of them
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
+def test_a_repeated_step_faults_no_page_in_again() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("this C library has no mallopt")
+    plain, kept = map(int, done.stdout.split())
+    # Four tensors of 48 MB: 46,875 pages of 4 KiB, or about a hundred of 2 MiB.
+    assert plain > 50
+    assert kept < plain / 10
