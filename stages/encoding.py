@@ -135,6 +135,8 @@ class Encoder:
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
         for opens in (True, False):
             index = [number for number, text in enumerate(texts) if text.opens == opens]
+            if not index:
+                continue
             # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
             encodings = self._batches.encode_batch_fast(
                 [texts[number].text for number in index], add_special_tokens=opens

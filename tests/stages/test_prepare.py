@@ -474,12 +474,12 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, chat):
     del rows[700]["chosen"], rows[2100]["chosen"]
     data = write(tmp_path / "rows.jsonl", rows)
     found = []
-    for workers in (1, 2, 3):
+    for workers in (1, 2):
         settings = EVERYTHING_FITS.model_copy(update={"num_workers": workers})
         context = Context(Store(tmp_path / f"store{workers}"), say=lambda line: None)
         artifact = prepare(data, settings, chat, context)
         found.append((artifact.manifest["files"], artifact.counts, artifact.fingerprint))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert found[0][1]["dropped"] == {"bad_row": 2}
 
 
@@ -500,7 +500,7 @@ def test_fastokens_gives_the_same_rows(shared_data, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "olmo2_dolma2")
-    data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"), max_samples=400)
+    data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"), max_samples=150)
     files = []
     for quick in (False, True):
         context = Context(Store(tmp_path / str(quick)), say=lambda line: None)
