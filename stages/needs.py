@@ -32,6 +32,12 @@ def check_needs(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Contex
             f"Loss {name} needs a score for each completion, and {unscored} in {rows.path} have none. "
             f"Use data with columns score_chosen and score_rejected, or graded responses."
         )
+    if rows.counts["weighted_rows"] and not loss.takes_weights:
+        others = [other for other, cls in LOSSES.items() if cls.takes_weights is True]
+        raise UsageError(
+            f"Loss {name} takes no weights, and {rows.counts['weighted_rows']:,} rows in {rows.path} have one other than 1. "
+            f"Losses that do: {', '.join(others)}. Or prepare the data without them (data.ties=drop; no weight columns)."
+        )
     if loss.needs_density_ratios and (roles.get("chosen") or roles.get("ranked")):
         raise UsageError(
             f"Loss {name} with udm weights undesirable completions by how their prompts differ from those of desirable "

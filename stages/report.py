@@ -64,6 +64,7 @@ class Report:
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
     scored_rows: int = 0
+    weighted_rows: int = 0
     tokens: int = 0
 
     def drop(self, source: str, reason: str) -> None:
@@ -84,6 +85,7 @@ class Report:
         self.examples[split] += len(examples)
         for example in examples:
             self.rows.update(row.role for row in example.rows)
+            self.weighted_rows += sum(row.weight != 1 for row in example.rows)
             self.scored_rows += sum(row.score is not None for row in example.rows)
             self.tokens += len(example.prompt_ids) + sum(len(row.ids) for row in example.rows)
 
@@ -138,6 +140,7 @@ class Report:
             "notes": {note: count for note, count in sorted(self.notes.items()) if count},
             "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
             "tokens": self.tokens,
         }
 

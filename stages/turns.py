@@ -123,7 +123,7 @@ class Turns:
         whole, spans = self._apply(prompt + turns, False, tools)
         _continues(head, whole)
         said = [message for message in turns if message["role"] == "assistant"]
-        spans = [(max(start, len(head)), end) for start, end in spans if end > len(head)]
+        spans = [(max(start, len(head)), end) for start, end in spans if end >= len(head)]
         if len(spans) != len(said):
             raise BadRow(
                 f"the chat template marks {len(spans)} spans of {{% generation %}} in a completion of {len(said)} assistant turns"

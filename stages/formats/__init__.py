@@ -157,7 +157,10 @@ def choose_format(
 def _unknown(first: Mapping[str, Any]) -> str:
     """What to do about rows that no format knows."""
     if any(columns <= first.keys() for columns in PROMPT_ONLY) and not _has_answer(first):
-        return "holds a prompt and no answers. Prompts serve align sample: --set sample.prompts=FILE."
+        return (
+            "holds a prompt and no answers. Prompts serve align sample: --set sample.prompts=FILE. "
+            "If there are answers, say in YAML which columns are which (data.columns), or choose with --set data.format=NAME; docs/formats.md shows a row of each."
+        )
     names = ", ".join(entry.name for entry in FORMATS)
     return (
         "fits no known format. Say in YAML which columns are which, for example data.columns: "

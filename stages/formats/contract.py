@@ -16,6 +16,7 @@ from stages.reading import BadRow
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
     ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
     ("chosen_score", "rejected_score"),
 )
 

@@ -1,6 +1,7 @@
 """Errors as a person at a terminal sees them: one line that says what to do, and an exit code."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def refused(result, code, *parts):
     found, out, err = result
     assert found == code, err
     assert out == ""
+    err = re.sub(r"\Adetected: .*\n", "", err)  # what was found before the row that could not be used
     assert err.startswith("align: ")
     assert err.count("\n") == 1
     for part in parts:

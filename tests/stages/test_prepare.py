@@ -10,6 +10,9 @@ import pytest
 from cache.artifacts import Store
 from cache.errors import DataError, MachineError, UsageError
 from stages.context import Context
+from stages.losses import LOSSES
+from stages.needs import check_needs
+from stages.pairs import Pairs
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
 from stages.settings import DataSettings, PrepareSettings
@@ -525,3 +528,160 @@ def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, co
     batches._quick = Wrong()
     with pytest.raises(DataError, match=r"different ids for .*prepare\.tokenizer=tokenizers"):
         prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, template, context)
+
+
+def test_a_prompt_is_on_one_side_as_text_and_as_a_conversation(tmp_path, chat, context):
+    """The same 40 prompts in three formats: the held-out ones are the same."""
+    held = []
+    for number, layout in enumerate(
+        [
+            lambda q: {"prompt": q, "chosen": "a", "rejected": "b"},
+            lambda q: {"prompt": [{"role": "user", "content": q}], "completion": "a", "label": True},
+            lambda q: {"instruction": q, "input": "", "output": ["a", "b"]},
+        ]
+    ):
+        data = write(tmp_path / f"{number}.jsonl", [layout(f"q{n}") for n in range(40)])
+        held.append(prompts_of(examples(prepare(data, EVERYTHING_FITS, chat, context)))["heldout"])
+    assert held[0] == held[1] == held[2]
+    assert 0 < len(held[0]) < 40
+
+
+def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(tmp_path, base, context):
+    values = [{"prompt": f"q{n}", "responses": [f" a{n}", f" b{n}"], "rewards": [1, n % 2]} for n in range(4)]
+    settings = PrepareSettings(heldout_fraction=0.0)
+    data = write(tmp_path / "rows.jsonl", values)
+    dropped = prepare(data, settings, base, context)
+    assert (dropped.counts["dropped"], dropped.counts["rows_kept"]) == ({"tie": 2}, 2)
+    both = prepare(data.model_copy(update={"ties": "half"}), settings, base, context)
+    assert (both.counts["dropped"], both.counts["rows_kept"]) == ({}, 4)
+    split = RowSet.of(both, "train")
+    pairs_of = Pairs(split, "best_worst")
+    tied, won = pairs_of.of(1), pairs_of.of(0)
+    assert (len(tied), len(won)) == (2, 1)
+    assert split.weights[tied].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert split.keys[tied[0, 0]] == split.keys[tied[1, 1]]
+    assert split.weights[won].tolist() == [[1.0, 1.0]]
+    assert (dropped.counts["weighted_rows"], both.counts["weighted_rows"]) == (0, 8)
+    check_needs(LOSSES["dpo"](), both, "best_worst", context)
+    check_needs(LOSSES["simpo"](), dropped, "best_worst", context)
+    with pytest.raises(UsageError, match=r"Loss simpo takes no weights, and 8 rows .*Losses that do: dpo, "):
+        check_needs(LOSSES["simpo"](), both, "best_worst", context)
+    assert both.counts["rows_by_role"] == {"chosen": 6, "rejected": 6, "mismatched": 8}
+
+
+def test_weights_and_masks_of_turns_reach_the_rows(tmp_path, chat, context):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    said = [user, {**answer, "loss_weight": 0.0}, user, {**answer, "loss_weight": 0.5}]
+    row = {"chosen_messages": said, "rejected_messages": [user, {"role": "assistant", "content": "b"}]}
+    settings = PrepareSettings(heldout_fraction=0.0, mismatched=False)
+    split = RowSet.of(prepare(write(tmp_path / "v1.jsonl", [row]), settings, chat, context), "train")
+    assert split.weights.tolist() == [0.5, 1.0]
+    trained = split.completion(0)[split.mask(0).astype(bool)]
+    assert chat.tokenizer.decode(trained) == "a<|end|>"
+
+
+def test_what_is_found_gathered_and_out_of_balance_is_said(tmp_path, base, context, said):
+    scored = [{"prompt": f"q{n // 3}", "text": f" {n}", "reward": n} for n in range(9)]
+    counts = prepare(write(tmp_path / "a.jsonl", scored), PrepareSettings(), base, context).counts
+    assert said[0].startswith("detected: scored_rows (prompt, text or response")
+    assert said[0].endswith("override with --set data.format=NAME")
+    assert (counts["rows_in"], counts["notes"]) == (3, {"rows_gathered_into_lists": 9})
+    for good, expected in (
+        (3, {"desirable_weight": [3.0, 4.0]}),
+        (6, None),
+        (9, {"undesirable_weight": [2.25, 3.0]}),
+    ):
+        marked = [
+            {"prompt": f"q{n}", "completion": " a", "label": n < good} for n in range(12 if good != 6 else 11)
+        ]
+        data = write(tmp_path / f"{good}.jsonl", marked)
+        found = prepare(data, PrepareSettings(), base, context).counts
+        assert found["kto_weights"] == expected
+    assert counts["kto_weights"] is None
+
+
+def test_a_column_map_is_part_of_preparing(tmp_path, base, context):
+    data = write(
+        tmp_path / "rows.jsonl",
+        [{"ask": f"q{n}", "good": "a", "bad": "b"} for n in range(3)] + [{"ask": "q"}],
+    )
+    mapped = data.model_copy(update={"columns": {"prompt": "ask", "chosen": "good", "rejected": "bad"}})
+    artifact = prepare(mapped, PrepareSettings(heldout_fraction=0.0), base, context)
+    assert (artifact.counts["format"], artifact.counts["rows_kept"]) == ("preference", 3)
+    assert "good: no such column" in (artifact.path / "rejected.jsonl").read_text()
+
+
+def test_rows_of_token_ids_become_rows(tmp_path, base, context):
+    values = [{"prompt_ids": [5, 6, n], "chosen_ids": [8, 2], "rejected_ids": [9]} for n in range(10, 14)]
+    artifact = prepare(
+        write(tmp_path / "ids.jsonl", values), PrepareSettings(heldout_fraction=0.0), base, context
+    )
+    split = RowSet.of(artifact, "train")
+    assert split.prompt(0).tolist() == [5, 6, 10]
+    assert [split.completion(row).tolist() for row in (0, 1)] == [[8, 2], [9]]
+
+
+REAL = {
+    "pairs/llamafactory_dpo_en_demo.json": ("llama_factory_sharegpt", 300, 300, {}),
+    "pairs/llamafactory_oasst_rm_zh.json": ("llama_factory_ranked", 775, 772, {"identical_completions": 3}),
+    "pairs/llamafactory_v1_dpo_demo.jsonl": ("llama_factory_v1", 10, 10, {}),
+    "pairs/pandalm_testset_v1.json": (
+        "pandalm",
+        999,
+        836,
+        {"bad_row": 6, "empty_completion": 52, "tie": 105},
+    ),
+    "pairs/torchtune_stack_exchange_paired_tiny.json": ("stack_exchange", 25, 25, {}),
+    "graded/odpo_imdb_test.jsonl": ("scored_rows", 252, 249, {"empty_completion": 3}),
+    "graded/odpo_tldr_train.json": ("odpo", 572, 567, {"fewer_than_two_responses": 3, "tie": 2}),
+    "graded/prometheus_vicuna_eval.json": ("prometheus", 80, 74, {"tie": 6}),
+    "kto/llamafactory_kto_en_demo.json": ("kto_messages", 300, 300, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", REAL)
+def test_real_files_need_nothing_but_their_path(shared_data, base, context, path):
+    settings = PrepareSettings(max_length=1 << 20, mismatched=False)
+    counts = prepare(
+        DataSettings(path=str(shared_data / path), on_bad_row="skip"), settings, base, context
+    ).counts
+    assert (counts["format"], counts["rows_in"], counts["rows_kept"], counts["dropped"]) == REAL[path]
+
+
+def test_nothing_in_the_data_is_executed_or_connected_to(tmp_path, base, context):
+    """Pickles, YAML tags, templates and code beside and inside the rows stay data."""
+    import pickle
+    import sys
+
+    class Bomb:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts = [
+        "!!python/object/apply:os.system ['id']",
+        "{{ ''.__class__.__mro__ }}",
+        "__import__('os')",
+        "${HOME}",
+    ]
+    rows = [{"prompt": text, "chosen": text + "a", "rejected": text + "b"} for text in texts]
+    write(folder / "rows.jsonl", rows)
+    (folder / "rows.pkl").write_bytes(pickle.dumps(Bomb()))
+    (folder / "conftest.py").write_text("raise SystemExit")
+    (folder / "dataset_infos.json.py").write_text("raise SystemExit")
+    seen, watching = [], True
+    forbidden = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect")
+
+    def hook(event, arguments):
+        if watching and event.startswith(forbidden):
+            seen.append((event, arguments))
+
+    sys.addaudithook(hook)
+    artifact = prepare(DataSettings(path=str(folder)), PrepareSettings(heldout_fraction=0.0), base, context)
+    watching = False
+    assert seen == []
+    split = RowSet.of(artifact, "train")
+    decoded = base.tokenizer.decode(split.prompt(0), skip_special_tokens=True)
+    assert (artifact.counts["rows_kept"], decoded) == (4, texts[0])
