@@ -79,8 +79,6 @@ def allowed(part: dict[str, Any]) -> str:
         return f"{part['type']} {bounds}".strip()
     if part["type"] == "array":
         return "list of " + ("blocks" if "$ref" in part["items"] else allowed(part["items"]))
-    if part["type"] == "object" and part.get("additionalProperties", {}).get("type") == "string":
-        return "map of text"
     return {"string": "text", "null": "null", "object": "names and values"}[part["type"]]
 
 
