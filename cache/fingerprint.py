@@ -17,13 +17,12 @@ from cache.errors import DataError
 
 ROW_KEY_BYTES = 16
 SHORT = 12
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def canonical_json(value: Any) -> bytes:
     """Sorted-key, whitespace-free UTF-8 JSON; NaN and infinities are refused (ValueError)."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:

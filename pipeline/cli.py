@@ -72,6 +72,7 @@ EXAMPLES = {
         "align eval --set eval.model=artifacts/policy/NAME --set eval.sets.mine=pairs.jsonl",
     ],
     "run": ["align run", "align run -c configs/dpo.yaml"],
+    "inspect": ["align inspect --random 3", "align inspect -c configs/dpo.yaml --longest --html rows.html"],
 }
 
 
@@ -206,6 +207,61 @@ def run(
 ) -> None:
     """All four stages in order; what is already there is not done again."""
     _stage("run", config, set_, loss, store, json_, dry_run)
+
+
+@app.command(epilog=_epilog("inspect"))
+def inspect(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="A folder that `align prepare` wrote; none means that of the configuration."),
+    ] = None,
+    row: Annotated[int | None, typer.Option("--row", metavar="N", help="Show this row, from 1.")] = None,
+    random: Annotated[
+        int | None, typer.Option("--random", metavar="COUNT", min=1, help="Show so many rows at random.")
+    ] = None,
+    longest: Annotated[bool, typer.Option("--longest", help="Show the longest row.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id of every token.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one HTML page, too.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is, if it has been moved."),
+    ] = None,
+    config: Configs = None,
+    set_: Sets = None,
+    store: StoreDir = DEFAULT_STORE,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Look at prepared rows: lengths, cuts, and single examples, token by token and coloured by part."""
+    from cache.errors import UsageError
+    from pipeline.config import load_config
+    from pipeline.inspect import Rows, open_rows
+    from pipeline.report import show_rows
+    from pipeline.run import Session
+    from stages.models import ModelSource, load_tokenizer
+
+    if sum((row is not None, random is not None, longest)) > 1:
+        raise UsageError("--row, --random and --longest are three choices. Give one of them.")
+    if artifact is None:
+        artifact = Session(
+            load_config(config or [], set_ or [], None), store, _arguments(config, set_, store)
+        ).rows.path
+    found = open_rows(artifact)
+    folder = tokenizer or Path(found.manifest["provenance"]["tokenizer"])
+    rows = Rows(found, load_tokenizer(ModelSource(str(folder), folder)))
+    overview, examples = rows.overview(), rows.chosen(row, random, longest)
+    if html is not None:
+        from cache.files import write_bytes
+        from pipeline.inspect_page import page
+
+        write_bytes(html, page(overview, examples, ids).encode())
+        print(f"inspect: wrote {html}", file=sys.stderr)
+    if json_:
+        print(json.dumps(overview.as_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        show_rows(overview, examples, ids)
 
 
 @app.callback(invoke_without_command=True)

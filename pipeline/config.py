@@ -22,6 +22,7 @@ from stages.settings import (
     ComputeSettings,
     DataSettings,
     EvalSettings,
+    FilterSettings,
     ModelSettings,
     PrepareSettings,
     ReferenceSettings,
@@ -54,6 +55,7 @@ class RunConfig(Settings):
     """Everything a run needs; one block for each idea."""
 
     data: DataSettings = DataSettings()
+    filter: FilterSettings = FilterSettings()
     policy: ModelSettings = ModelSettings()
     reference: ReferenceSettings = ReferenceSettings()
     prepare: PrepareSettings = PrepareSettings()

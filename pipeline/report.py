@@ -1,5 +1,6 @@
 """What a person sees at the end of a command: tables on stdout, made from the stages' results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.inspect import Overview, Shown
+from pipeline.inspect_terminal import show_example, show_legend, show_overview
 from pipeline.quickstart import is_preferred
 from stages.outputs import read_jsonl
 
@@ -25,9 +28,7 @@ NARROW, WIDE = 80, 120
 
 def show(stage: str, result: dict[str, Any], dry_run: bool) -> None:
     """Print the result of a stage, or of all of them."""
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console.width = WIDE
+    console = _console()
     if dry_run:
         for name, plan in result.items():
             console.print(Text(f"{name}: would {plan['would']}" + _details(plan)))
@@ -37,6 +38,23 @@ def show(stage: str, result: dict[str, Any], dry_run: bool) -> None:
     parts = result if stage == "run" else {stage: result}
     for name, part in parts.items():
         _SHOW[name](console, part)
+
+
+def show_rows(overview: Overview, examples: Sequence[Shown], with_ids: bool) -> None:
+    """Print what is in a rows artifact, and single examples of it."""
+    console = _console()
+    show_overview(console, overview)
+    console.print()
+    show_legend(console)
+    for example in examples:
+        show_example(console, example, with_ids)
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
 
 
 def _details(plan: dict[str, Any]) -> str:
@@ -61,10 +79,19 @@ def _show_prepare(console: Console, result: dict[str, Any]) -> None:
     table.add_row("dropped", dropped)
     table.add_row("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out")
     table.add_row("rows", ", ".join(f"{count:,} {role}" for role, count in result["rows_by_role"].items()))
-    table.add_row(
-        "cut",
-        f"{result['prompts_cut']:,} prompts, {result['completions_cut']:,} completions, {result['tokens_cut']:,} tokens",
-    )
+    for name in ("prompts", "completions"):
+        cut = result["cuts"][name]
+        what = (
+            f"{cut['cut']:,} by {cut['tokens']:,} tokens (median {cut['median']:,}, at most {cut['max']:,})"
+            if cut["cut"]
+            else "none"
+        )
+        table.add_row(f"{name} cut", what)
+    if len(result["sources"]) > 1:
+        for name, source in result["sources"].items():
+            table.add_row(
+                f"from {name}", f"{source['rows_in']:,} in, {source['rows_kept']:,} kept ({source['format']})"
+            )
     for note, count in result["notes"].items():
         table.add_row("note", f"{count:,} {note.replace('_', ' ')}")
     if result["kto_weights"]:

@@ -25,10 +25,11 @@ from stages.merge import find_merged, merge
 from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.needs import check_needs
 from stages.policy import remove_leftovers
-from stages.prepare import find_rows, prepare
+from stages.prepare import NOTHING_FILTERED, find_rows, prepare
 from stages.resume import open_origin
 from stages.sample import SampleJob, find_completions, sample
-from stages.settings import DataSettings, PrepareSettings
+from stages.settings import DataSettings, FilterSettings, PrepareSettings
+from stages.sources import sources_of
 from stages.templates import Template
 from stages.train import train
 
@@ -72,10 +73,9 @@ class Session:
     def plan(self, stage: str) -> Result:
         """What `run` would do, from what is in the store; writes nothing."""
         stages = [name for name in STAGES if self._is_needed(name)] if stage == "run" else [stage]
-        if (
-            QUICKSTART in (self.config.policy.model, self.config.data.path)
-            and not quickstart.folder_of(self.context.store.root).is_dir()
-        ):
+        if (self._is_quickstart or self.config.policy.model == QUICKSTART) and not quickstart.folder_of(
+            self.context.store.root
+        ).is_dir():
             return {name: {"would": "build the quickstart's model and data first"} for name in stages}
         plans: Result = {}
         for name in stages:
@@ -85,14 +85,21 @@ class Session:
                 plans[name] = {"would": f"run after its inputs are there: {error}"}
         return plans
 
+    @property
+    def rows(self) -> Artifact:
+        """The prepared rows of this configuration; raises `StaleError` when they are not there."""
+        return self._rows
+
     def _prepare(self) -> Result:
-        result = self._prepare_one(self._data, self.config.prepare)
+        result = self._prepare_one(self._data, self.config.prepare, self.config.filter)
         sets = {name: self._prepare_one(data, self._eval_prepare) for name, data in self._eval_data.items()}
         return {**result, "eval_sets": sets} if sets else result
 
-    def _prepare_one(self, data: DataSettings, settings: PrepareSettings) -> Result:
-        found = find_rows(data, settings, self._template, self.context)
-        rows = found or prepare(data, settings, self._template, self.context)
+    def _prepare_one(
+        self, data: DataSettings, settings: PrepareSettings, filter_: FilterSettings = NOTHING_FILTERED
+    ) -> Result:
+        found = find_rows(data, settings, self._template, self.context, filter_)
+        rows = found or prepare(data, settings, self._template, self.context, filter_)
         return self._artifact_result("prepare", rows, found is not None)
 
     def _cache_ref(self) -> Result:
@@ -135,7 +142,7 @@ class Session:
         completions = found or sample(job, self.context)
         result = self._artifact_result("sample", completions, found is not None)
         # Its preference can be counted, so the report does.
-        known = {"quickstart": True} if self.config.data.path == QUICKSTART else {}
+        known = {"quickstart": True} if self._is_quickstart else {}
         return {**result, "output": str(completions.path / "completions.jsonl"), **known}
 
     def _merge(self) -> Result:
@@ -157,7 +164,7 @@ class Session:
         }
 
     def _plan_prepare(self) -> Result:
-        found = find_rows(self._data, self.config.prepare, self._template, self.context)
+        found = find_rows(self._data, self.config.prepare, self._template, self.context, self.config.filter)
         missing = [
             name
             for name, data in self._eval_data.items()
@@ -165,7 +172,7 @@ class Session:
         ]
         return {
             "would": "reuse" if found and not missing else "read and tokenize",
-            "source": self.config.data.path,
+            "source": self._source,
             **({"artifact": str(found.path)} if found else {}),
             **({"eval_sets": ", ".join(missing)} if missing else {}),
         }
@@ -218,6 +225,15 @@ class Session:
         }
 
     @property
+    def _is_quickstart(self) -> bool:
+        return self.config.data.path == QUICKSTART and not self.config.data.sources
+
+    @property
+    def _source(self) -> str:
+        """The data by name, for people."""
+        return " + ".join(source.name for source in sources_of(self.config.data))
+
+    @property
     def _loss_name(self) -> str:
         return self.config.loss.model_dump()["name"]
 
@@ -239,7 +255,7 @@ class Session:
         data = self.config.data
         return (
             data.model_copy(update={"path": str(self._quickstart.preferences)})
-            if data.path == QUICKSTART
+            if self._is_quickstart
             else data
         )
 
@@ -250,11 +266,12 @@ class Session:
     @cached_property
     def _template(self) -> Template:
         settings = self.config.prepare
-        return Template(load_tokenizer(self._policy_source), settings.template, settings.append_eos)
+        quick = settings.tokenizer == "fastokens"
+        return Template(load_tokenizer(self._policy_source), settings.template, settings.append_eos, quick)
 
     @cached_property
     def _rows(self) -> Artifact:
-        return self._rows_of(self._data, self.config.prepare, self.config.data.path)
+        return self._rows_of(self._data, self.config.prepare, self._source, self.config.filter)
 
     @cached_property
     def _eval_data(self) -> dict[str, DataSettings]:
@@ -272,8 +289,14 @@ class Session:
             for name, data in self._eval_data.items()
         }
 
-    def _rows_of(self, data: DataSettings, settings: PrepareSettings, what: str) -> Artifact:
-        rows = find_rows(data, settings, self._template, self.context)
+    def _rows_of(
+        self,
+        data: DataSettings,
+        settings: PrepareSettings,
+        what: str,
+        filter_: FilterSettings = NOTHING_FILTERED,
+    ) -> Artifact:
+        rows = find_rows(data, settings, self._template, self.context, filter_)
         if rows is None:
             raise StaleError(
                 f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class SourceRow:
     location: str
     value: dict[str, Any] | None
     problem: str | None = None
+    source: str = ""
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
@@ -54,10 +56,7 @@ def read_source(data: DataSettings) -> Iterator[SourceRow]:
     """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
     files = _local_files(data)
     rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
-    for number, row in enumerate(rows):
-        if data.max_samples is not None and number >= data.max_samples:
-            return
-        yield row
+    return islice(rows, data.max_samples)
 
 
 def _local_files(data: DataSettings) -> list[Path] | None:

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cache.errors import DataError
@@ -34,6 +35,10 @@ SIZE_LIMIT = 1 << 27
 COUNT_LIMIT = 1 << 20
 # What templates that write today's date are told; Llama 3's templates fall back to the same day.
 DATE = datetime(2024, 7, 26)
+# What templates ask a loop.
+LOOP_ATTRIBUTES = frozenset(
+    {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
+)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -65,6 +70,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise DataError(f"{name} is not a template: {error}, line {error.lineno}.") from error
+        # Put together once; jinja would chain its globals anew for every rendering.
+        self._always = {**self._template.globals, **self.variables, "documents": None}
 
     def mentions(self, word: str) -> bool:
         """Whether the template reads a variable or a key of this name."""
@@ -81,12 +88,15 @@ class ChatTemplate:
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
-        arguments = {**self.variables, "messages": messages, "tools": tools, "documents": None}
+        context = self._template.new_context(
+            {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": open_turn},
+            shared=True,
+        )
         pieces, size = [], 0
         end = time.monotonic() + self.time_limit_seconds
         try:
             with _alarm(self.time_limit_seconds):
-                for piece in self._template.generate(**arguments, add_generation_prompt=open_turn):
+                for piece in self._template.root_render_func(context):
                     size += len(piece)
                     if size > SIZE_LIMIT:
                         raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
@@ -174,6 +184,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.filters[name] = _checked(name, self.filters[name])
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = DATE.strftime
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # The sandbox would inspect it anew, several times for each message.
+        if type(obj) is LoopContext and attribute in LOOP_ATTRIBUTES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and type(left) is str and type(right) is str:

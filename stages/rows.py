@@ -29,29 +29,39 @@ SCHEMA = pa.schema(
         ("completion_mask", pa.list_(pa.bool_())),
         ("source", pa.string()),
         ("cycle", pa.int32()),
+        ("prompt_cut", pa.int32()),
+        ("completion_cut", pa.int32()),
     ]
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One completion of an example's prompt; `ids` int32 and `mask` bool have one entry per token."""
+    """One completion of an example's prompt; `ids` int32 and `mask` bool have one entry per token.
+
+    `cut` is the number of tokens that truncation took from its end.
+    """
 
     role: str
     ids: np.ndarray
     mask: np.ndarray
     score: float | None = None
     weight: float = 1.0
+    cut: int = 0
 
 
 @dataclass
 class Example:
-    """Rows that share `prompt_ids`; `source` says where it came from, e.g. `pairs.jsonl:17`."""
+    """Rows that share `prompt_ids`; `source` says where it came from, e.g. `pairs.jsonl:17`.
+
+    `prompt_cut` is the number of tokens that truncation took from the prompt.
+    """
 
     example_id: str
     source: str
     prompt_ids: np.ndarray
     rows: list[Row] = field(default_factory=list)
+    prompt_cut: int = 0
 
 
 def to_table(examples: Sequence[Example], cycles: Sequence[int]) -> pa.Table:
@@ -72,6 +82,8 @@ def to_table(examples: Sequence[Example], cycles: Sequence[int]) -> pa.Table:
         _lists([row.mask for _, row, _ in flat], np.bool_),
         pa.array([example.source for example, _, _ in flat], type=pa.string()),
         pa.array([cycle for _, _, cycle in flat], type=pa.int32()),
+        pa.array([example.prompt_cut for example, _, _ in flat], type=pa.int32()),
+        pa.array([row.cut for _, row, _ in flat], type=pa.int32()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 

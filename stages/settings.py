@@ -27,6 +27,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+class SourceSettings(Settings):
+    """One of several sources: a path as in `data.path`, and its share of the mixture."""
+
+    path: str
+    name: str | None = None
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    weight: PositiveFloat | None = None
+    count: PositiveInt | None = None
+
+
 class DataSettings(Settings):
     """Where preference data comes from."""
 
@@ -53,12 +67,60 @@ class DataSettings(Settings):
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
+    sources: list[SourceSettings] = Field(
+        default=[],
+        description="several sources in place of path: each with path and, where wanted, name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="which rows are taken of a source that is not taken whole"
+    )
     max_samples: PositiveInt | None = Field(
         default=None, description="use only the first so many source rows"
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
         description="a malformed row: stop, naming file and line, or skip it and list it in rejected.jsonl",
+    )
+
+
+class FilterSettings(Settings):
+    """Which rows are left out on purpose; each is counted by its reason."""
+
+    min_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
+    max_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
+    min_completion_tokens: PositiveInt | None = Field(
+        default=None, description="tokens in every completion, uncut"
+    )
+    max_completion_tokens: PositiveInt | None = Field(
+        default=None, description="tokens in every completion, uncut"
+    )
+    min_score_gap: NonNegativeFloat | None = Field(
+        default=None,
+        description="score of the best completion less that of the worst; rows without scores are dropped too",
+    )
+    language: str | None = Field(
+        default=None, description="keep only rows whose language column holds this, in any case"
+    )
+    language_column: str = Field(default="language", description="the source's column of language tags")
+    drop_pattern: str | None = Field(
+        default=None,
+        description="regular expression; a row is dropped where it is found in a text of the prompt or of a completion",
+    )
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        default="keep",
+        description="drop rows with the prompt and completions of an earlier one: the same ones, or nearly (extra 'dedup')",
+    )
+    near_duplicate_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.8,
+        description="near duplicates share at least this part of their five-word sequences (Jaccard, estimated by MinHash)",
+    )
+    decontaminate: list[str] = Field(
+        default=[],
+        description="files of evaluation prompts (as sample.prompts); rows are dropped whose prompt holds or repeats one",
+    )
+    decontaminate_words: PositiveInt = Field(
+        default=13,
+        description="so many words of an evaluation prompt in a row are a match; a shorter one must be matched whole",
     )
 
 
@@ -109,6 +171,14 @@ class PrepareSettings(Settings):
     graded: Literal["best_worst", "ranked"] = Field(
         default="best_worst",
         description="graded responses: keep the best and the worst as a pair, or all of them as a ranked list from which train.pairs forms pairs",
+    )
+    tokenizer: Literal["tokenizers", "fastokens"] = Field(
+        default="tokenizers",
+        description="library that encodes; fastokens (extra 'fast') gives the same ids several times as fast, and is checked against tokenizers while it does",
+    )
+    num_workers: PositiveInt = Field(
+        default=1,
+        description="processes that render and tokenize; changes speed, not results. One already uses two cores",
     )
 
 

@@ -5,7 +5,6 @@ kept. Where the template has `{% generation %}` blocks those say what is kept; e
 the rendering of the conversation before it. A text that could be taken for a turn's mark is refused.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,13 +191,12 @@ class Turns:
     def _refuse_forged_turns(self, preference: Preference, marks: list[str]) -> None:
         asked = [preference.prompt, preference.tools or []]
         for spoken, value in ((False, asked), (True, [c.completion for c in preference.candidates])):
-            for text in _strings(value):
-                for mark in marks:
-                    if mark in text and not (spoken and mark in REASONING_MARKS):
-                        kind = "the special token" if mark in self._special else "the template's mark"
-                        raise BadRow(
-                            f"the text spells {kind} {mark.strip()}, with which data could forge a turn"
-                        )
+            # Joined by what no mark holds, so that each is looked for once.
+            text = "\0".join(_strings(value))
+            for mark in marks:
+                if mark in text and not (spoken and mark in REASONING_MARKS):
+                    kind = "the special token" if mark in self._special else "the template's mark"
+                    raise BadRow(f"the text spells {kind} {mark.strip()}, with which data could forge a turn")
 
 
 def _turns(value: Any) -> list[Message]:
@@ -234,14 +232,20 @@ def _leading_bos(tokenizer: Any) -> str:
     )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> list[str]:
     """Every text inside a message, a list of messages, or a text."""
+    found: list[str] = []
+    _collect(found, value)
+    return found
+
+
+def _collect(found: list[str], value: Any) -> None:
     if isinstance(value, str):
-        yield value
+        found.append(value)
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield key
-            yield from _strings(part)
+            found.append(key)
+            _collect(found, part)
     elif isinstance(value, list):
         for part in value:
-            yield from _strings(part)
+            _collect(found, part)

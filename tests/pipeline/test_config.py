@@ -78,7 +78,7 @@ def allowed(part: dict[str, Any]) -> str:
         bounds = " and ".join(bound for bound in (above, from_, to, below) if bound)
         return f"{part['type']} {bounds}".strip()
     if part["type"] == "array":
-        return f"list of {allowed(part['items'])}"
+        return "list of " + ("blocks" if "$ref" in part["items"] else allowed(part["items"]))
     return {"string": "text", "null": "null", "object": "names and values"}[part["type"]]
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -307,17 +308,20 @@ OTHER_DATA = {
     "max_samples": 5,
     "on_bad_row": "skip",
 }
-NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main"}  # of a local file
+# Of a single local file, which is taken whole.
+NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main", "seed": 7}
 
 
 def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, chat, chat_tokenizer):
     """`template` and `append_eos` do so through the template that is made of them."""
     data, settings = DataSettings(path=str(preferences)), PrepareSettings()
     identity = rows_identity(data, settings, chat)
-    assert set(PrepareSettings.model_fields) - {"template", "append_eos"} == set(OTHER_SETTINGS)
+    assert set(PrepareSettings.model_fields) - {"template", "append_eos", "tokenizer", "num_workers"} == set(
+        OTHER_SETTINGS
+    )
     for name, value in OTHER_SETTINGS.items():
         assert rows_identity(data, settings.model_copy(update={name: value}), chat) != identity, name
-    assert set(DataSettings.model_fields) - {"path"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
+    assert set(DataSettings.model_fields) - {"path", "sources"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
     for name, value in OTHER_DATA.items():
         assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
     for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
@@ -338,6 +342,8 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         )
         == identity
     )
+    for other in ({"num_workers": 3}, {"tokenizer": "fastokens"}):
+        assert rows_identity(data, settings.model_copy(update=other), chat) == identity
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(preferences.read_bytes())
     assert rows_identity(DataSettings(path=str(moved)), settings, chat) == identity
@@ -463,6 +469,65 @@ def test_only_graded_data_can_be_ranked(preferences, chat, context):
         UsageError, match=r"prepare.graded=ranked is for graded or ranked responses.*preference"
     ):
         prepare(DataSettings(path=str(preferences)), PrepareSettings(graded="ranked"), chat, context)
+
+
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, chat):
+    """Six batches with bad rows among them, so that outcomes come back out of order."""
+    rows = [{"prompt": f"q{number}", "chosen": f"good {number}", "rejected": "bad"} for number in range(3000)]
+    del rows[700]["chosen"], rows[2100]["chosen"]
+    data = write(tmp_path / "rows.jsonl", rows)
+    found = []
+    for workers in (1, 2):
+        settings = EVERYTHING_FITS.model_copy(update={"num_workers": workers})
+        context = Context(Store(tmp_path / f"store{workers}"), say=lambda line: None)
+        artifact = prepare(data, settings, chat, context)
+        found.append((artifact.manifest["files"], artifact.counts, artifact.fingerprint))
+    assert found[0] == found[1]
+    assert found[0][1]["dropped"] == {"bad_row": 2}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_with_any_number_of_processes_the_first_bad_row_is_the_one_named(tmp_path, chat, context, workers):
+    rows = pairs(2000)
+    rows[900]["chosen"] = 1
+    rows[1500]["prompt"] = None
+    path = tmp_path / "rows.jsonl"
+    write(path, rows)
+    settings = EVERYTHING_FITS.model_copy(update={"num_workers": workers})
+    with pytest.raises(DataError, match=r"rows\.jsonl:901: chosen"):
+        prepare(DataSettings(path=str(path)), settings, chat, context)
+
+
+def test_fastokens_gives_the_same_rows(shared_data, tmp_path):
+    pytest.importorskip("fastokens")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "olmo2_dolma2")
+    data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"), max_samples=150)
+    files = []
+    for quick in (False, True):
+        context = Context(Store(tmp_path / str(quick)), say=lambda line: None)
+        template = Template(tokenizer, "auto", append_eos=True, quick=quick)
+        files.append(prepare(data, EVERYTHING_FITS, template, context).manifest["files"])
+    assert files[0] == files[1]
+
+
+def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, context):
+    """A library whose ids are off by one in one text of a batch, as a wrong version's would be."""
+    pytest.importorskip("fastokens")
+    template = Template(chat_tokenizer, "auto", append_eos=True, quick=True)
+    batches = template._encoder._batches
+    right = batches._quick
+
+    class Wrong:
+        def encode_batch(self, texts, special):
+            found = [list(encoding.ids) for encoding in right.encode_batch(texts, special)]
+            found[0][-1] += 1
+            return [SimpleNamespace(ids=ids) for ids in found]
+
+    batches._quick = Wrong()
+    with pytest.raises(DataError, match=r"different ids for .*prepare\.tokenizer=tokenizers"):
+        prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, template, context)
 
 
 def test_a_prompt_is_on_one_side_as_text_and_as_a_conversation(tmp_path, chat, context):

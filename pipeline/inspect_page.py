@@ -1,0 +1,147 @@
+"""A rows artifact as one HTML page that needs nothing else: the numbers, the histograms, and examples by part."""
+
+from collections.abc import Sequence
+from html import escape
+
+from pipeline.inspect import Completion, Histogram, Overview, Shown, Span, Token
+from pipeline.inspect_terminal import cuts, share, tokens
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --faint: #687076; --paper: #fbfcfd; --card: #fff; --line: #e2e6ea;
+  --prompt: #0b68cb; --prompt-paper: #eaf3fe; --good: #1a7f45; --good-paper: #e6f6ec; --bad: #b25d00; --bad-paper: #fdf1e1;
+  --masked-paper: #f1f3f5; --special: #6e45c9; --special-paper: #efe9fd; --cut: #c62a2f; --cut-paper: #ffe9e9; --bar: #6fa8ea; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --faint: #9ba1a6; --paper: #131517; --card: #1b1e21; --line: #2d3135;
+  --prompt: #7cb8ff; --prompt-paper: #14273d; --good: #6fd69a; --good-paper: #12301f; --bad: #f2b36b; --bad-paper: #35240f;
+  --masked-paper: #25292c; --special: #b9a1f7; --special-paper: #2b2243; --cut: #ff8a8e; --cut-paper: #3d1a1c; --bar: #3d77bd; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .8rem; }
+.path, .note { color: var(--faint); font-size: .9rem; overflow-wrap: anywhere; margin: .2rem 0 0; }
+.grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1.1rem; }
+.card b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.card span { color: var(--faint); font-size: .88rem; }
+.chart { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .6rem; align-items: center;
+  font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: .5rem; }
+.chart i { font-style: normal; color: var(--faint); text-align: right; }
+.chart u { text-decoration: none; background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; }
+.chart u.none { background: none; }
+.legend { display: flex; flex-wrap: wrap; gap: .5rem .9rem; font-size: .85rem; }
+.example { margin-bottom: 1.2rem; padding: 0; overflow: hidden; }
+.example header { padding: .6rem 1.1rem; border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: 0 1rem; }
+.example header span { color: var(--faint); }
+section { padding: .7rem 1.1rem .9rem; } section + section { border-top: 1px solid var(--line); }
+section h3 { font-size: .85rem; margin: 0 0 .4rem; } section h3 span { color: var(--faint); font-weight: 400; }
+.text { font: 13px/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+t { border-radius: 3px; padding: .08rem 0; } t:hover { outline: 1px solid currentColor; }
+.prompt t { background: var(--prompt-paper); color: var(--prompt); }
+.kept t { background: var(--good-paper); color: var(--good); } .bad .kept t { background: var(--bad-paper); color: var(--bad); }
+.masked t { background: var(--masked-paper); color: var(--faint); }
+t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .kept t.special, .bad .kept t.special, .masked t.special
+  { background: var(--special-paper); color: var(--special); font-weight: 600; padding: .08rem .2rem; margin: 0 1px; }
+.break { opacity: .45; } sub { font-size: 9px; color: var(--faint); margin: 0 .25em 0 .1em; }
+.cut { background: var(--cut-paper); color: var(--cut); border-radius: 3px; padding: .08rem .35rem; font-weight: 600; }
+"""
+BAD_ROLES = ("rejected", "undesirable")
+
+
+def page(overview: Overview, examples: Sequence[Shown], with_ids: bool) -> str:
+    """The page as text."""
+    cards = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label in _figures(overview)
+    )
+    charts = "".join(_chart(histogram) for histogram in overview.histograms)
+    shown = "".join(_example(example, with_ids) for example in examples)
+    name = escape(overview.folder.name)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
+        f'<h1>{name}</h1><p class="path">{escape(str(overview.folder))}, tokenizer {escape(overview.tokenizer)}</p>\n'
+        f'<h2>Rows and tokens</h2><div class="grid">{cards}</div>\n{_dropped(overview)}'
+        f'<h2>Lengths in tokens</h2><div class="grid">{charts}</div>\n'
+        f"<h2>Examples</h2>{_legend()}{shown}\n</body></html>\n"
+    )
+
+
+def _figures(overview: Overview) -> list[tuple[str, str]]:
+    counts = overview.counts
+    return [
+        (f"{counts['rows_kept']:,} of {counts['rows_in']:,}", "rows kept"),
+        (
+            f"{counts['examples']['train']:,} + {counts['examples']['heldout']:,}",
+            "examples to train on + held out",
+        ),
+        (f"{overview.tokens:,}", "tokens, each prompt once"),
+        (
+            share(overview.trained_tokens, overview.tokens),
+            f"of all tokens are trained; {share(overview.trained_tokens, overview.completion_tokens)} of the completions'",
+        ),
+        (f"{counts['cuts']['prompts']['cut']:,}", f"prompts cut: {cuts(overview, 'prompts')}"),
+        (f"{counts['cuts']['completions']['cut']:,}", f"completions cut: {cuts(overview, 'completions')}"),
+    ]
+
+
+def _dropped(overview: Overview) -> str:
+    reasons = ", ".join(
+        f"{count:,} {escape(reason.replace('_', ' '))}"
+        for reason, count in overview.counts["dropped"].items()
+    )
+    return f'<p class="note">Dropped: {reasons or "none"}.</p>\n'
+
+
+def _chart(histogram: Histogram) -> str:
+    most = max(count for _, _, count in histogram.bins)
+    bars = "".join(
+        f'<i>{first:,}-{last:,}</i><u{"" if count else " class=none"} style="width:{100 * count / most:.2f}%"></u><i>{count:,}</i>'
+        for first, last, count in histogram.bins
+    )
+    return (
+        f'<div class="card"><strong>{escape(histogram.name)}</strong><br><span>median {histogram.median:,}, '
+        f'90 % up to {histogram.p90:,}, longest {histogram.longest:,}</span><div class="chart">{bars}</div></div>'
+    )
+
+
+def _legend() -> str:
+    return (
+        '<div class="legend text"><span class="prompt"><t>prompt</t></span><span class="kept"><t>trained</t></span>'
+        '<span class="bad"><span class="kept"><t>trained, rejected</t></span></span><span class="masked"><t>masked</t></span>'
+        '<span class="kept"><t class="special">special</t></span><span class="cut">✂ cut</span><span>↵ line break</span></div><br>'
+    )
+
+
+def _example(shown: Shown, with_ids: bool) -> str:
+    cut = f'<span class="cut">✂ {tokens(shown.prompt_cut)} cut</span>' if shown.prompt_cut else ""
+    text = _span(shown.prompt, with_ids)
+    prompt = f"{cut} {text}" if shown.cut_at_start and cut else f"{text} {cut}"
+    return (
+        f'<article class="card example"><header><strong>row {shown.number:,}</strong><span>{escape(shown.split)}</span>'
+        f"<span>{escape(shown.source)}</span></header>"
+        f'<section><h3>prompt <span>{tokens(shown.num_prompt_tokens)}</span></h3><div class="text">{prompt}</div></section>'
+        + "".join(_completion(completion, with_ids) for completion in shown.completions)
+        + "</article>\n"
+    )
+
+
+def _completion(completion: Completion, with_ids: bool) -> str:
+    masked = completion.num_tokens - completion.num_trained
+    detail = tokens(completion.num_tokens) + (f", {masked:,} of them masked" if masked else "")
+    detail += "" if completion.score is None else f", score {completion.score:g}"
+    cut = f' <span class="cut">✂ {tokens(completion.cut)} cut</span>' if completion.cut else ""
+    text = "".join(_span(span, with_ids) for span in completion.spans)
+    side = ' class="bad"' if completion.role in BAD_ROLES else ""
+    return f'<section{side}><h3>{escape(completion.role)} <span>{detail}</span></h3><div class="text">{text}{cut}</div></section>'
+
+
+def _span(span: Span, with_ids: bool) -> str:
+    return (
+        f'<span class="{span.part}">' + "".join(_token(token, with_ids) for token in span.tokens) + "</span>"
+    )
+
+
+def _token(token: Token, with_ids: bool) -> str:
+    ids = ", ".join(map(str, token.ids))
+    text = escape(token.text).replace("\n", '<span class="break">↵</span>\n')
+    special = ' class="special"' if token.is_special else ""
+    return f'<t{special} title="{ids}">{text}</t>' + (f"<sub>{ids}</sub>" if with_ids else "")

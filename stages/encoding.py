@@ -1,0 +1,177 @@
+"""From rendered text to token ids and the mask of what is trained.
+
+The prompt's ids are those of the prompt alone, as in sampling. Prompt and completions are tokenized
+apart where that provably gives the ids of the whole text (`joins.py`), so that a prompt is tokenized
+once for all its completions; elsewhere the whole text is. Where tokens would merge across the cut, such
+as the line breaks of a generation prompt and of a reply, the completion is tokenized as a
+continuation, and counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+
+from stages.joins import Joins
+from stages.quick_tokenizer import QuickTokenizer
+from stages.reading import BadRow
+from stages.turns import Rendered, Segment
+
+# Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
+ANCHORS = ("\n", ".", "a")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A preference as ids: the prompt, and `(ids, mask)` for each candidate; int32 and bool."""
+
+    prompt_ids: np.ndarray
+    completions: list[tuple[np.ndarray, np.ndarray]]
+    rejoined: int
+    # Whether the tokenizer has no ids for some of the characters.
+    loses_text: bool = False
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text to tokenize; `opens` gives it what the tokenizer puts around a text of its own accord."""
+
+    text: str
+    opens: bool
+
+
+class Encoder:
+    """Tokenizes rendered preferences with one `tokenizers.Tokenizer`, in its Rust threads."""
+
+    def __init__(self, backend: Any, quick: bool = False) -> None:
+        """Use `backend` without the truncation and padding its file may carry; `quick` lets fastokens do its work."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._batches = QuickTokenizer(backend) if quick else backend
+        self._joins = Joins(backend)
+        self._num_appended = _num_appended(backend)
+
+    def encode(self, batch: Sequence[Rendered]) -> list[Encoded | BadRow]:
+        """Token ids of rendered preferences, tokenized together."""
+        texts: list[_Text] = []
+        apart: list[bool] = []
+        for item in batch:
+            texts.append(_Text(item.prompt, item.plain))
+            tail = self._joins.tail(item.prompt)
+            for parts in item.completions:
+                is_apart = self._are_separate(tail, item.prompt, parts)
+                apart.append(is_apart)
+                if is_apart:
+                    texts += [_Text(part.text, False) for part in parts]
+                else:
+                    texts.append(_Text(item.prompt + "".join(part.text for part in parts), item.plain))
+        ids, separate = iter(self._ids(texts)), iter(apart)
+        results: list[Encoded | BadRow] = []
+        for item in batch:
+            prompt_ids = next(ids)
+            pieces = [
+                (is_apart := next(separate), [next(ids) for _ in range(len(parts) if is_apart else 1)])
+                for parts in item.completions
+            ]
+            try:
+                results.append(self._assembled(item, prompt_ids, pieces))
+            except BadRow as problem:
+                results.append(problem)
+        return results
+
+    def encode_texts(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
+        """Token ids of texts alone; `plain` ones get the beginning-of-sequence token of the tokenizer."""
+        pairs = zip(texts, plain, strict=True)
+        return [ids.tolist() for ids in self._ids([_Text(text, opens) for text, opens in pairs])]
+
+    def _are_separate(self, tail: str | None, prompt: str, parts: list[Segment]) -> bool:
+        if tail is None or not prompt:
+            return False
+        before, texts = prompt, [part.text for part in parts]
+        for number, text in enumerate(texts):
+            if not self._joins.are_separate(tail, before, "".join(texts[number:])):
+                return False
+            if number + 1 < len(texts):
+                before += text
+                tail = self._joins.tail(before)
+        return True
+
+    def _assembled(
+        self, item: Rendered, prompt_ids: np.ndarray, pieces: list[tuple[bool, list[np.ndarray]]]
+    ) -> Encoded:
+        if not len(prompt_ids):
+            raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
+        completions, rejoined = [], 0
+        for parts, (is_apart, own) in zip(item.completions, pieces, strict=True):
+            if is_apart:
+                completions.append(_joined(parts, own))
+                continue
+            [whole] = own
+            head, ids = item.prompt, whole[len(prompt_ids) :]
+            if not np.array_equal(whole[: len(prompt_ids)], prompt_ids):
+                head, ids = self._continuation("".join(part.text for part in parts))
+                rejoined += 1
+            mask = np.ones(len(ids), dtype=bool)
+            if not all(part.kept for part in parts):
+                mask = self._mask(head, parts, len(ids))
+            completions.append((ids, mask))
+        return Encoded(prompt_ids, completions, rejoined)
+
+    def _mask(self, head: str, parts: list[Segment], num_tokens: int) -> np.ndarray:
+        """Which of the last `num_tokens` tokens of `head` and `parts` together lie in a part that is kept."""
+        encoding = self._backend.encode(head + "".join(part.text for part in parts), add_special_tokens=False)
+        ends = np.cumsum([len(head)] + [len(part.text) for part in parts])
+        kept = np.array([False] + [part.kept for part in parts])
+        # A token belongs to the segment that holds its last character. (Byte-level tokenizers may leave
+        # spaces out of the offsets; a token of nothing but a space then begins and ends behind it.)
+        last = np.array([end - 1 for _, end in encoding.offsets[len(encoding.ids) - num_tokens :]])
+        return kept[np.searchsorted(ends, last, side="right")]
+
+    def _ids(self, texts: Sequence[_Text]) -> list[np.ndarray]:
+        """Token ids of each text, int32: views of one array."""
+        result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
+        for opens in (True, False):
+            index = [number for number, text in enumerate(texts) if text.opens == opens]
+            if not index:
+                continue
+            # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
+            encodings = self._batches.encode_batch_fast(
+                [texts[number].text for number in index], add_special_tokens=opens
+            )
+            lists = [encoding.ids for encoding in encodings]
+            starts = list(accumulate(map(len, lists), initial=0))
+            flat = np.fromiter(chain.from_iterable(lists), np.int32, starts[-1])
+            added = self._num_appended if opens else 0
+            for number, start, end in zip(index, starts, starts[1:], strict=False):
+                result[number] = flat[start : end - added]
+        return result
+
+    def _continuation(self, text: str) -> tuple[str, np.ndarray]:
+        """The text that ids were tokenized after, and the ids of `text`, which would merge with its prompt."""
+        for anchor in ANCHORS:
+            head = self._backend.encode(anchor, add_special_tokens=False).ids
+            whole = self._backend.encode(anchor + text, add_special_tokens=False).ids
+            if whole[: len(head)] == head:
+                return anchor, np.array(whole[len(head) :], dtype=np.int32)
+        raise BadRow("the completion cannot be tokenized as a continuation of the prompt")
+
+
+def _joined(parts: list[Segment], ids: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a completion whose segments were tokenized apart."""
+    if len(parts) == 1:
+        return ids[0], np.full(len(ids[0]), parts[0].kept)
+    mask = np.repeat(np.array([part.kept for part in parts], dtype=bool), [len(own) for own in ids])
+    return np.concatenate([np.zeros(0, np.int32), *ids]), mask
+
+
+def _num_appended(backend: Any) -> int:
+    """How many tokens, such as an end of sequence, a tokenizer appends to every text of its own accord."""
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = (
+        start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare
+    )
+    start = next(starts, len(whole) - len(bare)) if bare else len(whole)
+    return len(whole) - start - len(bare)

@@ -1,0 +1,155 @@
+"""Whether two texts can be tokenized apart: encode(a + b) = encode(a) + encode(b), decided without encoding.
+
+True only where it follows from how the tokenizer works; everywhere else the answer is no, and the whole
+text is tokenized. The argument: pre-tokenizers of the GPT family cut a text by one regular expression,
+matched from left to right, which never looks behind its start and looks past the end of a match by at
+most one character, a contraction (`'re`: three characters) or the rest of a run of white space. So a
+cut at the seam is decided by the text from the last certain cut before it to four characters behind
+it, unless white space meets white space there. The pre-tokenizer itself is asked about that window;
+if it cuts at the seam, and left of it as it does without the continuation, then nothing on one side
+depends on the other, and models of subwords never reach over a cut. Added tokens are found before
+pre-tokenization, so a seam inside one is refused and the end of one is a certain cut.
+"""
+
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+# Characters behind a seam that a match in front of it can read: a contraction.
+REACH = 4
+# Characters in front of a seam in which a certain cut is looked for.
+WINDOW = 64
+# The expressions the argument was made for; other tokenizers always encode the whole text.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACE = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    # Llama 3, OLMo 2, Qwen 2 and 3, and their kin: cl100k with numbers of three digits, one or two.
+    *(
+        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACE}"
+        for digits in ("{1,3}", "{1,2}", "")
+    ),
+    # o200k: GPT-OSS, Phi-4 and others.
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    rf"{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
+    rf"{CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{SPACE}",
+}
+# Where every one of them cuts, whatever stands around: before a blank that follows anything but white
+# space, and between a line break and a letter or "<". At least REACH characters before the seam.
+LAST_CERTAIN_CUT = re.compile(rf"(?s).*(?:(?<=\S)(?= )|(?<=\n)(?=[<\w]))(?=.{{{REACH}}})")
+
+
+class Joins:
+    """Answers for one tokenizer; `backend` is a `tokenizers.Tokenizer`."""
+
+    def __init__(self, backend: Any) -> None:
+        """Look at the parts of the tokenizer; `is_known` says whether any answer can be yes."""
+        self._backend = backend
+        added = list(backend.get_added_tokens_decoder().values())
+        contents = sorted((token.content for token in added), key=len, reverse=True)
+        self._longest = max(map(len, contents), default=0)
+        self._added = _any_of(contents)
+        self._entangled = _any_of(_entangled(contents))
+        # Last characters of a proper beginning of an added token: no others can stand before a broken one.
+        self._unfinished = {content[end - 1] for content in contents for end in range(1, len(content))}
+        self._is_composing = backend.normalizer is not None
+        self.is_known = (
+            _cuts_left_to_right(backend.pre_tokenizer)
+            and _normalizes_nothing_or_nfc(backend.normalizer)
+            and not any(token.lstrip or token.rstrip or token.single_word for token in added)
+            and not (self._is_composing and any(token.normalized for token in added))
+        )
+        self._is_cut = lru_cache(maxsize=1 << 12)(self._asks_the_pre_tokenizer)
+
+    def tail(self, before: str) -> str | None:
+        """The end of a text that decides its seams: from its last certain cut on; None where there is none."""
+        if not self.is_known:
+            return None
+        window = before[-(WINDOW + self._longest) :]
+        if self._entangled.search(window):
+            return None  # what is found would depend on where one begins to look
+        end = 0
+        for token in self._added.finditer(window):
+            end = token.end()
+        if end:
+            rest = window[end:]
+            return rest if len(rest) <= WINDOW else self._cut_tail(rest[-WINDOW:])
+        return before if len(before) <= WINDOW else self._cut_tail(window[-WINDOW:])
+
+    def are_separate(self, tail: str | None, before: str, after: str) -> bool:
+        """Whether `before` and `after` can be encoded apart; `tail` is that of `before`."""
+        if not after:
+            return True
+        if tail is None or not before:
+            return False
+        head = after[:REACH]
+        if self._is_composing and not head.isascii():
+            return False
+        if before[-1] in self._unfinished and self._is_inside_an_added_token(before, after):
+            return False
+        if not tail:
+            return True
+        return not (tail[-1].isspace() and head[0].isspace()) and self._is_cut(tail, head)
+
+    def _cut_tail(self, window: str) -> str | None:
+        found = LAST_CERTAIN_CUT.match(window)
+        return window[found.end() :] if found else None
+
+    def _is_inside_an_added_token(self, before: str, after: str) -> bool:
+        reach = self._longest - 1
+        left = before[-reach:]
+        text = left + after[:reach]
+        return any(
+            token.end() > len(left)
+            for start in range(len(left))
+            if (token := self._added.match(text, start)) is not None
+        )
+
+    def _asks_the_pre_tokenizer(self, tail: str, head: str) -> bool:
+        pieces = self._pieces(tail)
+        return self._pieces(tail + head)[: len(pieces)] == pieces
+
+    def _pieces(self, text: str) -> list[str]:
+        if self._is_composing:
+            text = self._backend.normalizer.normalize_str(text)
+        return [piece for piece, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _cuts_left_to_right(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer is one of the GPT family, and adds nothing to what it cuts."""
+    if pre_tokenizer is None:
+        return False
+    state = json.loads(pre_tokenizer.__getstate__())
+    parts = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    has_pattern = False
+    for part in parts:
+        if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
+            has_pattern |= part["use_regex"]
+        elif part["type"] == "Split" and part["pattern"].get("Regex") in PATTERNS:
+            has_pattern |= (part["behavior"], part["invert"]) in (("Removed", True), ("Isolated", False))
+        elif not (part["type"] == "Digits" and part["individual_digits"]):
+            return False
+    return has_pattern
+
+
+def _normalizes_nothing_or_nfc(normalizer: Any) -> bool:
+    return normalizer is None or json.loads(normalizer.__getstate__())["type"] == "NFC"
+
+
+def _any_of(contents: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, contents)) or r"(?!)")
+
+
+def _entangled(contents: list[str]) -> list[str]:
+    """The added tokens, longest first, of which one can begin inside another."""
+    begin: dict[str, set[str]] = {}
+    for content in contents:
+        for end in range(1, len(content) + 1):
+            begin.setdefault(content[:end], set()).add(content)
+    whole, lengths, found = set(contents), {len(content) for content in contents}, set()
+    for content in contents:
+        for start in range(1, len(content)):
+            rest = content[start:]
+            others = begin.get(rest, set()) | (whole & {rest[:length] for length in lengths})
+            found |= others | ({content} if others else set())
+    return [content for content in contents if content in found]
