@@ -34,7 +34,7 @@ def session(model: Path, data: Path, store: Path, said: list[str] | None = None,
     tree = {
         "data": {"path": str(data)},
         "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.25, **blocks.get("prepare", {})},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.5, **blocks.get("prepare", {})},
         "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
         "loss": blocks.get("loss", {"name": "dpo"}),
         "train": {"learning_rate": 1e-3, "batch_size": 4, **blocks.get("train", {})},
