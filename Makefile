@@ -39,8 +39,13 @@ style: $(READY) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## the measurements quoted in the README, into benchmarks/results/
+bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
+	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) -e '.[bench]'
+	$(BIN)/python benchmarks/engine.py --data $(DATA)
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
+	$(BIN)/python benchmarks/gpu_engine.py
 
 clean: ## remove the environment (artifacts stay)
 	rm -rf $(VENV)
