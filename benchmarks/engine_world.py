@@ -69,7 +69,7 @@ def build_world(
     )
     session = Session(config, WORLD / "artifacts", say=lambda line: None)
     session.run("prepare")
-    return World(dataset, max_length, vocabulary, RowSet.of(session._rows, "train"), model_folder)
+    return World(dataset, max_length, vocabulary, RowSet.of(session.inputs.rows, "train"), model_folder)
 
 
 def pairs_file(data: Path, dataset: str) -> Path:

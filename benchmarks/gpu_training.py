@@ -25,7 +25,7 @@ from stages.memory import LayerwiseShapes, pairs_pack
 from stages.models import ModelSource
 from stages.optimizers import make_optimizer
 from stages.scoring import Scorer
-from stages.settings import AdapterSettings, TrainSettings
+from stages.train_settings import AdapterSettings, TrainSettings
 
 BATCHES, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096)
 TIMED_STEPS = 5

@@ -20,8 +20,8 @@ from benchmarks.record import write_results
 from cache.artifacts import Store
 from cache.errors import DataError
 from stages.context import Context
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.prepare import prepare
-from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Template
 
 NOTES = """Every file with its path and no other option (`max_length` 1024 tokens, the default). Where a malformed row

@@ -172,9 +172,9 @@ def measure(job: dict) -> dict:
 def ours(tokenizer, rows: Path, processes: int, quick: bool) -> dict:
     from cache.artifacts import Store
     from stages.context import Context
+    from stages.data_settings import DataSettings, PrepareSettings
     from stages.prepare import prepare
     from stages.rows import RowSet
-    from stages.settings import DataSettings, PrepareSettings
     from stages.templates import Template
 
     template = Template(tokenizer, "chat", append_eos=True, quick=quick)

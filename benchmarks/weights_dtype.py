@@ -69,7 +69,7 @@ def prepare(data: Path, store: Path):
     session = Session(config, store, say=lambda line: None)
     session.run("prepare")
     session.run("cache-ref")
-    job = session._job
+    job = session.inputs.job
     return session, {split: RowSet.of(job.rows, split) for split in ("train", "heldout")}, job.reference
 
 

@@ -247,7 +247,7 @@ def inspect(
     if artifact is None:
         artifact = Session(
             load_config(config or [], set_ or [], None), store, _arguments(config, set_, store)
-        ).rows.path
+        ).inputs.rows.path
     found = open_rows(artifact)
     folder = tokenizer or Path(found.manifest["provenance"]["tokenizer"])
     rows = Rows(found, load_tokenizer(ModelSource(str(folder), folder)))

@@ -15,22 +15,18 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
 
 from cache.errors import UsageError
+from stages.data_settings import DataSettings, EvalSettings, FilterSettings, PrepareSettings
 from stages.losses import LOSSES, parse_loss
 from stages.losses.contract import Loss
 from stages.settings import (
-    AdapterSettings,
     ComputeSettings,
-    DataSettings,
-    EvalSettings,
-    FilterSettings,
     ModelSettings,
-    PrepareSettings,
     ReferenceSettings,
     SampleSettings,
     Settings,
     TrackSettings,
-    TrainSettings,
 )
+from stages.train_settings import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

@@ -17,7 +17,7 @@ from cache.errors import DataError, MachineError, UsageError
 from cache.fingerprint import weights_fingerprint
 from stages.compute import Compute
 from stages.models import ModelSource, load_model, resolve_model
-from stages.settings import AdapterSettings
+from stages.train_settings import AdapterSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from stages.pairs import Pairs
 from stages.parallel import World
 from stages.planning import deal, pack
 from stages.rows import RowSet
-from stages.settings import PairStrategy
+from stages.train_settings import PairStrategy
 
 if TYPE_CHECKING:
     from stages.scoring import Scorer

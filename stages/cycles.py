@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from cache.artifacts import Draft
+from stages.data_settings import PrepareSettings
 from stages.formats import Candidate
 from stages.pairs import best_and_worst
 from stages.report import Report
 from stages.rows import Example, Row, to_table
-from stages.settings import PrepareSettings
 
 SHARD_EXAMPLES = 2048
 # Examples whose completions rotate to make each other's mismatched rows; small, so that an optimizer

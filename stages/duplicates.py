@@ -9,8 +9,8 @@ about 100 bytes a row for exact, about 2 KB for near.
 from typing import Any
 
 from cache.errors import MachineError
+from stages.data_settings import FilterSettings
 from stages.filters import words_of
-from stages.settings import FilterSettings
 
 WORDS_OF_A_SEQUENCE = 5
 NUM_PERMUTATIONS = 128

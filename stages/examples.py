@@ -14,13 +14,13 @@ import numpy as np
 from cache.fingerprint import canonical_json
 from stages.columns import as_messages
 from stages.cycles import compared
+from stages.data_settings import PrepareSettings
 from stages.encoding import Encoded
 from stages.filters import Filters, texts_of
 from stages.formats import Preference, Tokens, Unusable
 from stages.reading import BadRow, SourceRow
 from stages.report import Made, Report
 from stages.rows import Example, Row
-from stages.settings import PrepareSettings
 from stages.templates import Template
 from stages.truncation import Fitted, fit
 from stages.turns import Rendered

@@ -10,10 +10,10 @@ from typing import Any
 
 from cache.errors import DataError, UsageError
 from stages.columns import as_messages
+from stages.data_settings import DataSettings, FilterSettings
 from stages.encoding import Encoded
 from stages.formats import Preference, Tokens
 from stages.reading import BadRow, read_source
-from stages.settings import DataSettings, FilterSettings
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "turns", "messages")
 WORD = re.compile(r"\w+")

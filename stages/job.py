@@ -18,7 +18,7 @@ from stages.loop_samples import PromptPool
 from stages.losses.contract import Loss
 from stages.models import ModelSource
 from stages.planning import num_steps
-from stages.settings import AdapterSettings, TrainSettings
+from stages.train_settings import AdapterSettings, TrainSettings
 
 STAGE_VERSION = 2
 NUM_DEFAULT_EVALS = 5

@@ -23,7 +23,7 @@ from stages.generation import (
 )
 from stages.models import ModelSource
 from stages.outputs import instruction
-from stages.settings import SampleStrategy
+from stages.train_settings import SampleStrategy
 from stages.transformers_engine import sample_network
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from stages.models import ModelSource
 from stages.optimizers import STATE_BYTES
 from stages.packs import Pack, build_pack
 from stages.rows import Example, Row, RowSet, to_table
-from stages.settings import AdapterSettings, TrainSettings
+from stages.train_settings import AdapterSettings, TrainSettings
 
 # NF4 with double quantization: 4 bits a weight and 8.13 for each 64 of them.
 NF4_BYTES = 0.516

@@ -5,7 +5,7 @@ from cache.errors import DataError, StaleError, UsageError
 from stages.context import Context
 from stages.losses import LOSSES
 from stages.losses.contract import Loss
-from stages.settings import PairStrategy
+from stages.train_settings import PairStrategy
 
 
 def check_needs(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Context) -> None:

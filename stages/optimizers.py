@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.settings import TrainSettings
+from stages.train_settings import TrainSettings
 
 # Bytes of state that each optimizer keeps for a trained weight.
 STATE_BYTES = {

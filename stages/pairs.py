@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from stages.rows import RowSet
-from stages.settings import PairStrategy
+from stages.train_settings import PairStrategy
 
 
 def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.context import Context
 from stages.cycles import SplitWriter
+from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
 from stages.duplicates import Duplicates
 from stages.examples import ExampleMaker, Rejected
 from stages.filters import Filters
@@ -25,7 +26,6 @@ from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, ga
 from stages.reading import SourceRow, read_source, source_identity
 from stages.report import Report
 from stages.rows import SPLITS
-from stages.settings import DataSettings, FilterSettings, PrepareSettings
 from stages.side_by_side import outcomes
 from stages.sources import Source, mixture, sources_identity, sources_of
 from stages.templates import Template

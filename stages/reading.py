@@ -17,7 +17,7 @@ from typing import Any
 
 from cache.errors import DataError, MachineError
 from cache.files import sha256_file
-from stages.settings import DataSettings
+from stages.data_settings import DataSettings
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

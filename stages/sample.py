@@ -18,13 +18,14 @@ from stages.adapters import model_identity
 from stages.columns import Message, text_or_messages, tools_of
 from stages.compute import Compute
 from stages.context import Context
+from stages.data_settings import DataSettings
 from stages.formats.contract import Tokens, assembled
 from stages.generation import Completion, EngineOptions, Sampling, generate_each
 from stages.models import ModelSource
 from stages.outputs import SampleRecord, read_jsonl, write_alpaca_eval, write_jsonl
 from stages.reading import BadRow, read_source
 from stages.rows import RowSet
-from stages.settings import DataSettings, SampleSettings
+from stages.settings import SampleSettings
 from stages.templates import Template
 
 STAGE_VERSION = 1

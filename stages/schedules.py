@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cache.errors import UsageError
-from stages.settings import TrainSettings
+from stages.train_settings import TrainSettings
 
 
 def make_schedule(settings: TrainSettings, learning_rate: float, steps: int) -> Callable[[int], float]:

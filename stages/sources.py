@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, UsageError
+from stages.data_settings import DataSettings, SourceSettings
 from stages.reading import SourceRow, source_identity
-from stages.settings import DataSettings, SourceSettings
 
 Stream = Callable[[], Iterator[SourceRow]]
 

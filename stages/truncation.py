@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.settings import PrepareSettings
+from stages.data_settings import PrepareSettings
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import typer.main
 from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
 from pipeline.cli import EXAMPLES, app
 from pipeline.config import RunConfig, load_config
+from stages.data_settings import PrepareSettings
 from stages.formats import FORMATS
 from stages.losses import LOSSES
-from stages.settings import PrepareSettings
 from stages.truncation import fit
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from cache.errors import UsageError
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.formats.contract import Candidate, Format, Preference, Unusable
 from stages.pairs import best_and_worst
-from stages.settings import DataSettings, PrepareSettings
 
 
 def conversion(

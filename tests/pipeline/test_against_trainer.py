@@ -38,7 +38,7 @@ def ours(tiny_model, preferences, tmp_path) -> tuple[Session, dict]:
 
 def examples_of(session: Session) -> list[dict]:
     """The chosen completions in the order in which our loop takes them, epoch after epoch."""
-    rows = RowSet.of(session._job.rows, "train")
+    rows = RowSet.of(session.inputs.job.rows, "train")
     found = []
     for epoch in range(4):
         for example in epoch_order(rows.cycles, 0, epoch):

@@ -10,8 +10,8 @@ from cache.errors import StaleError, UsageError
 from pipeline.inspect import Rows, open_rows
 from pipeline.inspect_page import page
 from pipeline.report import show_rows
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.prepare import prepare
-from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Template
 
 TALK = [

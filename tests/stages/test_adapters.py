@@ -25,7 +25,7 @@ from stages.models import ModelSource, load_model
 from stages.packs import build_pack
 from stages.rows import Example, Row, RowSet, to_table
 from stages.scoring import Scorer
-from stages.settings import AdapterSettings
+from stages.train_settings import AdapterSettings
 
 peft = pytest.importorskip("peft")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import DataError, UsageError
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.formats import (
     FORMATS,
     Tokens,
@@ -18,7 +19,6 @@ from stages.formats import (
     renamed,
 )
 from stages.reading import BadRow, SourceRow, read_source
-from stages.settings import DataSettings, PrepareSettings
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 EXAMPLES = [json.loads(line) for line in PAGE.split("```jsonl\n")[1].split("```")[0].splitlines()]

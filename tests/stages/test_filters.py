@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from cache.errors import DataError, MachineError, UsageError
+from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
 from stages.filters import Evaluation
 from stages.prepare import prepare, rows_identity
 from stages.rows import RowSet
-from stages.settings import DataSettings, FilterSettings, PrepareSettings
 from stages.templates import Template
 
 WHOLE = PrepareSettings(heldout_fraction=0.0, mismatched=False, max_length=4096)

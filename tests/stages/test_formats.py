@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cache.errors import DataError
 from stages.columns import messages
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.formats import FORMATS, Unusable, choose_format, conversion
 from stages.reading import BadRow
-from stages.settings import DataSettings, PrepareSettings
 
 BY_NAME = {entry.name: entry for entry in FORMATS}
 

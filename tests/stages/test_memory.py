@@ -16,7 +16,7 @@ from stages.feasible import check_feasible
 from stages.memory import LayerwiseShapes, Shapes, pairs_pack
 from stages.models import ModelSource, load_model
 from stages.scoring import Scorer
-from stages.settings import AdapterSettings, TrainSettings
+from stages.train_settings import AdapterSettings, TrainSettings
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)

@@ -15,7 +15,7 @@ from pathlib import Path
 from cache.artifacts import Store
 from stages.context import Context
 from stages.prepare import prepare
-from stages.settings import DataSettings, PrepareSettings
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.templates import Template
 template = Template(transformers.AutoTokenizer.from_pretrained(sys.argv[1]), "auto", True)
 prepare(DataSettings(path=sys.argv[2]), PrepareSettings(mismatched=False), template, Context(Store(Path(sys.argv[3]))))

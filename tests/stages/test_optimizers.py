@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.optimizers import NEEDS_BITSANDBYTES, STATE_BYTES, AdamWBf16, make_optimizer
-from stages.settings import TrainSettings
+from stages.train_settings import TrainSettings
 
 ON_A_CPU = [name for name in STATE_BYTES if name != "paged_adamw_8bit"]
 NUM_WEIGHTS = 128 * 512

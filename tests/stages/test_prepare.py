@@ -10,12 +10,12 @@ import pytest
 from cache.artifacts import Store
 from cache.errors import DataError, MachineError, UsageError
 from stages.context import Context
+from stages.data_settings import DataSettings, PrepareSettings
 from stages.losses import LOSSES
 from stages.needs import check_needs
 from stages.pairs import Pairs
 from stages.prepare import find_rows, prepare, rows_identity
 from stages.rows import SPLITS, RowSet
-from stages.settings import DataSettings, PrepareSettings
 from stages.templates import Template
 
 EVERYTHING_FITS = PrepareSettings(max_length=4096, heldout_fraction=0.25)

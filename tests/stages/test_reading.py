@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cache.errors import DataError
+from stages.data_settings import DataSettings
 from stages.reading import read_source, source_identity
-from stages.settings import DataSettings
 
 
 @pytest.fixture

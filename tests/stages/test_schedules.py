@@ -6,7 +6,7 @@ from transformers import get_scheduler
 
 from cache.errors import UsageError
 from stages.schedules import make_schedule
-from stages.settings import TrainSettings
+from stages.train_settings import TrainSettings
 
 PEAK, STEPS, WARMUP = 2e-4, 40, 8
 KWARGS = {

@@ -8,9 +8,9 @@ import pytest
 from cache.artifacts import Store
 from cache.errors import DataError, UsageError
 from stages.context import Context
+from stages.data_settings import DataSettings, PrepareSettings, SourceSettings
 from stages.prepare import prepare, rows_identity
 from stages.rows import SPLITS, RowSet
-from stages.settings import DataSettings, PrepareSettings, SourceSettings
 from stages.templates import Template
 
 WHOLE = PrepareSettings(heldout_fraction=0.0, mismatched=False)

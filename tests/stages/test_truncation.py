@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.settings import PrepareSettings
+from stages.data_settings import PrepareSettings
 from stages.truncation import fit
 
 

@@ -1,0 +1,197 @@
+"""What one configuration means in one store: its data, models, rows, jobs; each found or loaded on first use.
+
+In: a `RunConfig` and the stages' surroundings. Out: what the stages are handed. A missing artifact is a
+`StaleError` that names the command which makes it.
+"""
+
+from functools import cached_property
+
+from cache.artifacts import Artifact
+from cache.errors import StaleError, UsageError
+from cache.ref_logps import RefLogps
+from pipeline import quickstart
+from pipeline.config import RunConfig
+from stages.cache_ref import check_same_model, open_reference
+from stages.compute import Compute, resolve_compute
+from stages.context import Context
+from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
+from stages.job import Job, find_policy
+from stages.loop_samples import PromptPool
+from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.prepare import NOTHING_FILTERED, find_rows
+from stages.resume import open_origin
+from stages.sample import SampleJob
+from stages.sources import sources_of
+from stages.templates import Template
+
+QUICKSTART = "quickstart"
+
+
+class Inputs:
+    """One configuration over one store, looked up as it is asked for."""
+
+    def __init__(self, config: RunConfig, context: Context) -> None:
+        """Nothing is looked up yet."""
+        self.config, self.context = config, context
+
+    @property
+    def is_quickstart(self) -> bool:
+        """Whether the data is the embedded set."""
+        return self.config.data.path == QUICKSTART and not self.config.data.sources
+
+    @property
+    def data_name(self) -> str:
+        """The data by name, for people."""
+        return " + ".join(source.name for source in sources_of(self.config.data))
+
+    @property
+    def loss_name(self) -> str:
+        """The loss as it is named in YAML."""
+        return self.config.loss.model_dump()["name"]
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Where and in what arithmetic models run."""
+        return resolve_compute(self.config.compute)
+
+    @cached_property
+    def _quickstart(self) -> quickstart.Quickstart:
+        return quickstart.build(self.context.store.root, self.context.say)
+
+    def model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
+        """A model by its name; with `or_adapter` a folder of adapter weights will do."""
+        if name == QUICKSTART:
+            return ModelSource(QUICKSTART, self._quickstart.model)
+        return resolve_model(name, revision, or_adapter)
+
+    @cached_property
+    def data(self) -> DataSettings:
+        """The data block, the embedded set's file in place of its name."""
+        data = self.config.data
+        return (
+            data.model_copy(update={"path": str(self._quickstart.preferences)})
+            if self.is_quickstart
+            else data
+        )
+
+    @cached_property
+    def policy_source(self) -> ModelSource:
+        """The model that training starts from."""
+        return self.model(self.config.policy.model, self.config.policy.revision)
+
+    @cached_property
+    def template(self) -> Template:
+        """The policy's tokenizer with the template of this configuration."""
+        settings = self.config.prepare
+        quick = settings.tokenizer == "fastokens"
+        return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
+
+    @cached_property
+    def rows(self) -> Artifact:
+        """The prepared rows; raises `StaleError` when they are not there."""
+        return self._rows_of(self.data, self.config.prepare, self.data_name, self.config.filter)
+
+    @property
+    def eval_prepare(self) -> PrepareSettings:
+        """How evaluation sets are prepared: as the training rows, none of them set apart."""
+        return self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
+
+    @cached_property
+    def eval_sets(self) -> dict[str, Artifact]:
+        """The prepared rows of the named evaluation sets; raises `StaleError` when they are not there."""
+        return {
+            name: self._rows_of(data, self.eval_prepare, f"eval.sets.{name}")
+            for name, data in self.config.eval.sets.items()
+        }
+
+    def _rows_of(
+        self,
+        data: DataSettings,
+        settings: PrepareSettings,
+        what: str,
+        filter_: FilterSettings = NOTHING_FILTERED,
+    ) -> Artifact:
+        rows = find_rows(data, settings, self.template, self.context, filter_)
+        if rows is None:
+            raise StaleError(
+                f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+            )
+        return rows
+
+    @cached_property
+    def job(self) -> Job:
+        """What a training run is made from; raises `StaleError` where a part is missing."""
+        config = self.config
+        rows = self.rows
+        start = reference_identity(self.policy_source, self.compute)
+        reference: RefLogps | None = None
+        if config.loss.needs_reference:
+            name, revision = config.reference_model
+            is_start = (name, revision) == (config.policy.model, config.policy.revision)
+            reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
+            if is_start:  # the content of the weights is known, which says more than their dates
+                check_same_model(reference, start, self.context)
+        return Job(
+            rows,
+            self.policy_source,
+            start,
+            reference,
+            config.loss,
+            config.train,
+            self.compute,
+            config.adapter,
+            eval_sets=self.eval_sets,
+            origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
+            pool=None if config.train.sample_steps is None else self._pool,
+        )
+
+    @property
+    def _pool(self) -> PromptPool:
+        """What is sampled while training: prompts and ways of the block sample."""
+        job = SampleJob.of({}, self.rows, self.template, self.config.sample, self.compute)
+        settings = self.config.train
+        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+
+    @property
+    def policy(self) -> ModelSource:
+        """The policy that this configuration has trained."""
+        return ModelSource(self.policy_artifact.path.name, self.policy_artifact.path)
+
+    @cached_property
+    def policy_artifact(self) -> Artifact:
+        """The policy that this configuration has trained; raises `StaleError` when it is not there."""
+        policy = find_policy(self.job, self.context)
+        if policy is None:
+            raise StaleError(
+                f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+            )
+        return policy
+
+    @cached_property
+    def sample_job(self) -> SampleJob:
+        """What is to be sampled from which models."""
+        config = self.config
+        models = {}
+        if config.sample.model is not None:
+            models["model"] = self.model(config.sample.model, None, or_adapter=True)
+        else:
+            models["policy"] = self.policy
+        if config.sample.compare:
+            if config.sample.model is not None:
+                raise UsageError(
+                    "sample.compare compares the trained policy with its reference; leave sample.model out."
+                )
+            models["reference"] = self.model(*config.reference_model)
+        return SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
+
+    @property
+    def evaluated(self) -> ModelSource:
+        """The model that `align eval` measures: the one named, or the policy."""
+        name = self.config.eval.model
+        return self.policy if name is None else self.model(name, None, or_adapter=True)
+
+    @property
+    def needs_quickstart(self) -> bool:
+        """Whether the embedded model or data is asked for and not built yet."""
+        asked = self.is_quickstart or self.config.policy.model == QUICKSTART
+        return asked and not quickstart.folder_of(self.context.store.root).is_dir()
