@@ -1,8 +1,9 @@
 """Checkpoints of a training run: whole or absent, checked before use, newest valid one first.
 
-`checkpoint-<step>/` is a Hugging Face folder (safetensors in float32, configuration, tokenizer) with the optimizer
-beside it, the metrics so far (`metrics.jsonl`) and `state.json`. The sha256 of each file is
-written last, into `files.json`, and the folder is renamed into place.
+`checkpoint-<step>/` is a Hugging Face folder (safetensors in float32, configuration, tokenizer; an adapter in peft's
+layout) with the optimizer beside it (under `train.parallel: fsdp` shards of optimizer and weights), the metrics so far
+(`metrics.jsonl`) and `state.json`. The sha256 of each file is written last, into `files.json`, and the folder is
+renamed into place.
 """
 
 import shutil

@@ -20,11 +20,6 @@ def check_feasible(job: Job) -> None:
         raise UsageError(
             "train.parallel=fsdp cannot shard 4-bit weights. Use --set train.parallel=ddp: the 4-bit model is small."
         )
-    if sharded and settings.sample_steps is not None:
-        raise UsageError(
-            "train.sample_steps generates with the policy, which train.parallel=fsdp cannot do while its weights are "
-            "sharded. Leave it out, or use --set train.parallel=ddp."
-        )
     if settings.optimizer in NEEDS_BITSANDBYTES:
         require_bitsandbytes(f"train.optimizer={settings.optimizer}")
         if sharded:

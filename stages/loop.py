@@ -197,7 +197,9 @@ class Run:
         if every is None or pool is None or (step % every and step != self.plan.steps):
             return {}
         occasion = -(-step // every)
-        records, metrics = sample_policy(self.policy.scorer, self.job.source, pool, step, occasion)
+        records, metrics = sample_policy(
+            self.policy.scorer, self.job.source, pool, step, occasion, in_step=self.world.sharded
+        )
         self.say("\n".join([f"Samples at step {step}:", *shown(records)]))
         tracker.log_samples(records)
         return metrics

@@ -65,11 +65,11 @@ def choose(strategy: SampleStrategy, pool: int, number: int, occasion: int, seed
 
 
 def sample_policy(
-    scorer: "Scorer", source: ModelSource, pool: PromptPool, step: int, occasion: int
+    scorer: "Scorer", source: ModelSource, pool: PromptPool, step: int, occasion: int, in_step: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Records of the completions of this step, and their metrics. All ranks call and get the same.
 
-    Raises `DataError` naming a prompt of the pool that leaves no room for a completion.
+    `in_step` is for ranks that share one sharded model: each of its forward passes needs all of them.  Raises `DataError` naming a prompt of the pool that leaves no room for a completion.
     """
     sampling = pool.sampling
     places = choose(pool.strategy, len(pool.prompts), pool.number, occasion, sampling.seed)
@@ -81,8 +81,9 @@ def sample_policy(
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)
     ]
-    with scorer.generating() as network:
-        sampled, is_finite = sample_network(network, model, requests, sampling)
+    sampled, is_finite = scorer.sampling(
+        lambda network: sample_network(network, model, requests, sampling, in_step)
+    )
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
     records = [
         {

@@ -1,7 +1,8 @@
-"""Whether a step moves the weights at all: the share of sampled weights whose stored value it changed.
+"""Whether a step moves the weights at all: of those with a gradient, the share whose stored value it changed.
 
 A learning rate too small for the weights' precision (bfloat16 weights above all) leaves most of them where
-they are, and no other metric shows it.
+they are, and no other metric shows it. Weights without a gradient (padding, tokens that did not occur) say
+nothing about that and are left out, or a large vocabulary alone would look like a run that stands still.
 """
 
 from collections.abc import Sequence
@@ -20,31 +21,30 @@ class Movement:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         """Watch `parameters`; of a sharded one, each rank watches its own part."""
         self._parameters = parameters
-        self._before: list[Tensor] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
 
+    @torch.no_grad()
     def remember(self) -> None:
-        """Note the sampled weights before a step."""
-        self._before = self._sampled()
+        """Note the sampled weights before a step, and which of them have a gradient that is not 0."""
+        self._before = [
+            (_sampled(parameter).clone(), _sampled(parameter.grad) != 0)
+            for parameter in self._parameters
+            if parameter.grad is not None
+        ]
 
     @torch.no_grad()
     def share(self, world: World) -> float:
-        """Share of the sampled weights, over all ranks, that changed since `remember`."""
-        now = self._sampled()
-        device = self._parameters[0].device
-        changed = torch.zeros((), dtype=torch.float64, device=device)
-        for old, new in zip(self._before, now, strict=True):
-            changed += (old != new).sum()
-        total = float(sum(values.numel() for values in now))
-        changed, total = world.sum_(torch.stack([changed, changed.new_tensor(total)])).tolist()
+        """Share of these that changed since `remember`, over all ranks; 0 when none had a gradient."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self._parameters[0].device)
+        moved = [parameter for parameter in self._parameters if parameter.grad is not None]
+        for (old, pushed), parameter in zip(self._before, moved, strict=True):
+            counts += torch.stack([((_sampled(parameter) != old) & pushed).sum(), pushed.sum()])
+        changed, total = world.sum_(counts).tolist()
         return changed / max(total, 1.0)
 
-    @torch.no_grad()
-    def _sampled(self) -> list[Tensor]:
-        local = [_local(parameter.detach()).flatten() for parameter in self._parameters]
-        return [values[:: -(-len(values) // SAMPLED_PER_TENSOR) or 1].clone() for values in local]
 
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
+def _sampled(tensor: Tensor) -> Tensor:
+    """Evenly spaced values of a tensor, or of this rank's part of a sharded one."""
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    values = (tensor if to_local is None else to_local()).detach().flatten()
+    return values[:: -(-len(values) // SAMPLED_PER_TENSOR) or 1]

@@ -8,7 +8,7 @@ scored one completion at a time instead, said in one line.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from stages.compute import Compute
 from stages.head import TokenLogps, collision_logps
 from stages.packs import Pack, build_pack
 from stages.rows import Example, Row, RowSet, to_table
+
+T = TypeVar("T")
 
 # Largest difference, in nats a token at float32, between the engine and the model's own logits.
 SELF_CHECK_TOLERANCE = 1e-3
@@ -98,15 +100,17 @@ class Scorer(nn.Module):
             completions = states[: len(pack.token_rows)].detach()
             return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
 
-    @contextmanager
-    def generating(self) -> Iterator[Any]:
-        """The model as `generate` wants it, under this scorer's arithmetic; set up for scoring again afterwards."""
+    def sampling(self, sample: Callable[[Any], T]) -> T:
+        """What `sample` makes of the model, set up for it as `generate` wants it, under this scorer's arithmetic.
+
+        A call and no context, because a sharded scorer gathers weights around its calls.
+        """
         training = self.model.training
         self.model.eval()
         self.model.set_attn_implementation(self._native_attention)
         try:
             with self._autocast():
-                yield self.model
+                return sample(self.model)
         finally:
             self.model.set_attn_implementation(self.backend or self._native_attention)
             self.model.train(training)

@@ -119,7 +119,12 @@ def _on_meta(job: Job) -> Any:
 
 
 def _shard(scorer: "Scorer", compute: Compute) -> None:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     # Inputs are not cast: the residual stream stays float32 under autocast, as it does without sharding.
     blocks = MixedPrecisionPolicy(
@@ -128,6 +133,7 @@ def _shard(scorer: "Scorer", compute: Compute) -> None:
     for block in _blocks(scorer.model):
         fully_shard(block, mp_policy=blocks)
     fully_shard(scorer, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    register_fsdp_forward_method(scorer, "sampling")
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

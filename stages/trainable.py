@@ -7,6 +7,7 @@ peft folder with the same files in every case.
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,13 +70,13 @@ class Trainable:
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Write weights and optimizer into a checkpoint's folder: all that `load_state` needs. All ranks call.
 
-        A sharded model is written shard by shard, in torch's distributed format; any other as by `save`.
+        Weights are written as by `save`, so every checkpoint opens as a model. A sharded run is continued from its
+        shards of weights and optimizer beside them, in torch's distributed format: no rank reads more than its own.
         """
+        self.save(folder)
         if self.world.sharded:
             save_shards(self.scorer, optimizer, folder, trained_only=self.adapted is not None)
-            return
-        self.save(folder)
-        if self.world.is_main:
+        elif self.world.is_main:
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
     def load_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -124,7 +125,8 @@ def _whole(config: Any, state: dict[str, torch.Tensor]) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        # A copy: the attention that is named here is written into the configuration, which the policy lives by.
+        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model

@@ -42,9 +42,12 @@ def run_transformers(
 
 
 def sample_network(
-    network: Any, model: Model, requests: list[Request], sampling: Sampling
+    network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool = False
 ) -> tuple[list[list[int]], list[bool]]:
-    """As `run_transformers`, with a loaded network, and whether all scores of each completion were finite."""
+    """As `run_transformers`, with a loaded network, and whether all scores of each completion were finite.
+
+    `in_step`: all ranks sample the same, and none ends before the others.
+    """
     from transformers import GenerationConfig
 
     # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
@@ -62,7 +65,9 @@ def sample_network(
             batch = members[start : start + NUM_ROWS]
             full = [requests[index] for index in batch + batch[:1] * (NUM_ROWS - len(batch))]
             watch = FiniteScores(len(full))
-            sampled = _sample_batch(network, full, width, budget, model.stop_token_ids, sampling, watch)
+            sampled = _sample_batch(
+                network, full, width, budget, model.stop_token_ids, sampling, watch, in_step
+            )
             completions.update(zip(batch, sampled, strict=False))
             finite.update(zip(batch, watch.finite, strict=False))
     network.generation_config = own_config
@@ -88,6 +93,7 @@ def _sample_batch(
     stop: list[int],
     sampling: Sampling,
     watch: "FiniteScores",
+    in_step: bool,
 ) -> list[list[int]]:
     import torch
     from transformers import GenerationConfig
@@ -110,6 +116,7 @@ def _sample_batch(
             attention_mask=mask.to(network.device),
             generation_config=config,
             logits_processor=[watch, *noise],
+            synced_gpus=in_step,
         )
     return [_up_to_stop(row, stop) for row in whole[:, width:].tolist()]
 

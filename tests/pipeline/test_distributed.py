@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from pipeline.config import build_config
 from pipeline.run import Session
@@ -83,7 +84,10 @@ def assert_same_run(found: dict, expected: dict) -> None:
         for name in {"loss", "grad_norm", "eval/loss", "logps/chosen", "kl"} & wanted.keys():
             assert line[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-5), (line["step"], name)
     folders = [Path(result["artifact"]) for result in (found, expected)]
-    layouts = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in folders]
+    layouts = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not is_of_optimizer(path))
+        for folder in folders
+    ]
     assert layouts[0] == layouts[1]
     weights = [load_file(next(folder.glob("*model.safetensors"))) for folder in folders]
     assert {name: value.shape for name, value in weights[0].items()} == {
@@ -92,15 +96,32 @@ def assert_same_run(found: dict, expected: dict) -> None:
     assert all(value.dtype == torch.float32 for value in weights[0].values())
 
 
+def is_of_optimizer(path: Path) -> bool:
+    """Files of a checkpoint that differ between one whole optimizer and its shards."""
+    return path.name in ("optimizer.pt", ".metadata") or path.suffix == ".distcp"
+
+
 def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_path):
-    """Ranks have unequal numbers of packs in most steps: a step is five examples."""
-    tree = tree_of(tiny_model, preferences)
+    """Ranks have unequal numbers of packs in most steps: a step is five examples.
+
+    They sample the same completions in step, at step 0 before any of the model's own passes, and what they leave
+    behind opens as a model.
+    """
+    watched = {"sample_steps": 4, "sample_prompts": 3, "keep_last": 1}
+    tree = tree_of(tiny_model, preferences, train=watched, sample={"max_tokens": 6})
     expected = alone(tree, tmp_path / "one", "prepare", "cache-ref", "train")
     alone(tree, tmp_path / "two", "prepare", "cache-ref")
-    sharded = tree_of(tiny_model, preferences, train={"parallel": "fsdp"})
-    found = finish(launch(sharded, tmp_path / "two"))
+    tree["train"]["parallel"] = "fsdp"
+    found = finish(launch(tree, tmp_path / "two"))
     assert found["audit_max_abs_diff"] == 0.0
     assert_same_run(found, expected)
+    ours, theirs = (Path(result["artifact"]) for result in (found, expected))
+    assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    (checkpoint,) = ours.glob("checkpoint-*")
+    assert list(checkpoint.glob("*.distcp"))
+    opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    published = load_file(ours / "model.safetensors")
+    assert all(torch.equal(opened[name], value) for name, value in published.items())
 
 
 def test_a_killed_rank_ends_all_and_one_rank_continues_with_two_ranks_shards(

@@ -129,7 +129,6 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
     [
         ({"four_bit": True}, UsageError, "adapter.name=lora"),
         ({"four_bit": True, "adapter": "lora", "parallel": "fsdp"}, UsageError, "train.parallel=ddp"),
-        ({"sample_steps": 2, "parallel": "fsdp"}, UsageError, "while its weights are sharded"),
         ({"optimizer": "adamw_8bit", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
         ({"optimizer": "paged_adamw_8bit"}, MachineError, "Use adamw_8bit"),
         ({"activation_offload": True}, MachineError, "compute.device is cpu"),
