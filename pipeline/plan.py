@@ -10,6 +10,7 @@ import torch
 
 from cache.artifacts import Artifact
 from pipeline.config import RunConfig
+from stages.allocator import give_back_freed_memory
 from stages.compute import Compute
 from stages.feasible import check_feasible
 from stages.job import Job
@@ -91,6 +92,8 @@ def _table(job: Job) -> list[dict[str, Any]]:
 
 
 def _measured(job: Job, packs: list[Pack], predicted: int, tokens: int) -> dict[str, Any]:
+    if job.compute.device.type == "cpu":
+        give_back_freed_memory()
     policy = load_trainable(job, World(), print)
     optimizer = make_optimizer(policy.parameters, job.settings)
     found: Measured = measure(policy, optimizer, packs)
@@ -99,6 +102,7 @@ def _measured(job: Job, packs: list[Pack], predicted: int, tokens: int) -> dict[
     return {
         "tokens_per_second": rate,
         "peak_bytes": found.peak_bytes,
+        "held_bytes": found.held_bytes,
         "predicted_bytes": predicted,
         "run_seconds": run_seconds,
         "device": torch.cuda.get_device_name() if job.compute.device.type == "cuda" else "cpu",

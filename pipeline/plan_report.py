@@ -22,10 +22,15 @@ def show_plan(plan: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = NARROW
     predicted, available = plan["predicted"], plan["available_bytes"]
-    if available and predicted["total"] > available:
+    needed = {
+        "predicted": predicted["total"],
+        "held when measured": plan.get("measured", {}).get("held_bytes"),
+    }
+    over = [f"{_gib(value)} {how}" for how, value in needed.items() if value and value > available]
+    if available and over:
         console.print(
             Text(
-                f"Out of memory is to be expected: {_gib(predicted['total'])} predicted, {_gib(available)} available. "
+                f"Out of memory is to be expected: {', '.join(over)}, {_gib(available)} available. "
                 f"What helps, in this order: train.gradient_checkpointing=true, a smaller compute.tokens_per_batch, "
                 f"train.optimizer=adamw_8bit, adapter.name=lora.",
                 style="bold red",
@@ -72,10 +77,9 @@ def _kinds(plan: dict[str, Any]) -> Table:
     table.add_column("measured", justify="right")
     for key, label in KINDS:
         table.add_row(label, _gib(predicted[key]), "")
-    peak = (
-        "" if not measured else "unknown" if measured["peak_bytes"] is None else _gib(measured["peak_bytes"])
-    )
-    table.add_row("all", _gib(predicted["total"]), peak)
+    table.add_row("all", _gib(predicted["total"]), _known(measured["peak_bytes"]) if measured else "")
+    if measured:
+        table.add_row("held, with what was freed", "", _known(measured["held_bytes"]))
     table.add_row("available", _gib(plan["available_bytes"]) if plan["available_bytes"] else "unknown", "")
     return table
 
@@ -97,6 +101,10 @@ def _cell(value: int | None, available: int) -> Text:
         return Text("-", style="dim")
     too_much = bool(available) and value > available
     return Text(f"{_gib(value)}{' !' if too_much else ''}", style="red" if too_much else "")
+
+
+def _known(value: int | None) -> str:
+    return "unknown" if value is None else _gib(value)
 
 
 def _gib(value: int) -> str:

@@ -16,7 +16,7 @@ from pipeline.plan import plan_training
 from stages.cache_ref import cache_ref
 from stages.context import Context
 from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
-from stages.evaluate import evaluate_model
+from stages.evaluate import evaluate_model, saved_state
 from stages.job import find_policy
 from stages.merge import find_merged, merge
 from stages.policy import remove_leftovers
@@ -110,9 +110,14 @@ class Session:
         return self._artifact_result("train", policy, found is not None)
 
     def _eval(self) -> Result:
-        model = self.inputs.evaluated
-        sets = evaluate_model(self.inputs.job, model, self.context)
-        return {"model": model.name, "loss": self.inputs.loss_name, "sets": sets}
+        job, model = self.inputs.job, self.inputs.evaluated
+        state = saved_state(model.folder, job.loss)
+        if job.loss.keeps_state:
+            begin = f"goes on from that of {model.name}" if state else "begins at 0, as before the first step"
+            self.context.say(f"The running mean of {self.inputs.loss_name} {begin}: {model.folder}")
+        sets = evaluate_model(job, model, state, self.context)
+        kept = {"loss_state": state or None} if job.loss.keeps_state else {}
+        return {"model": model.name, "loss": self.inputs.loss_name, **kept, "sets": sets}
 
     def _sample(self) -> Result:
         job = self.inputs.sample_job

@@ -4,12 +4,18 @@ In: a model, evaluation rows by name, the reference's log-probs and a loss.  Out
 written, and the reference is not loaded. Run it with `align eval`.
 """
 
+from pathlib import Path
+
+from cache.artifacts import MANIFEST
 from cache.errors import DataError
+from cache.files import read_json
 from stages.adapters import base_of, is_adapter, load_any
 from stages.batches import RowScorer
+from stages.checkpoints import STATE
 from stages.context import Context, progress
 from stages.density import DensityRatios
 from stages.job import Job
+from stages.losses.contract import Loss
 from stages.models import ModelSource, check_length
 from stages.parallel import World
 from stages.rows import RowSet
@@ -18,11 +24,29 @@ from stages.steps import evaluate
 HELDOUT = "heldout"
 
 
-def evaluate_model(job: Job, model: ModelSource, context: Context) -> dict[str, dict[str, float]]:
+def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
+    """The running numbers (bco's mean reward) that training with this very loss left in a policy or checkpoint.
+
+    Empty where there are none: another loss, another beta, or a model that was not trained here.
+    """
+    if not loss.keeps_state:
+        return {}
+    for name, place in ((MANIFEST, "counts"), (STATE, None)):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            holder = found if place is None else found[place]
+            if found["identity"].get("loss") == loss.model_dump():
+                return dict(holder.get("loss_state") or {})
+    return {}
+
+
+def evaluate_model(
+    job: Job, model: ModelSource, state: dict[str, float], context: Context
+) -> dict[str, dict[str, float]]:
     """Metrics of `model` on the job's held-out rows ('heldout') and evaluation sets, with the job's loss.
 
-    A loss that keeps state from step to step (bco's running mean) begins with none. Raises `DataError` when
-    there is nothing to evaluate on.
+    `state` is what a loss that keeps any goes on from, as `saved_state` finds it. Raises `DataError` when there is
+    nothing to evaluate on.
     """
     from stages.scoring import Scorer  # brings transformers' modelling code
 
@@ -47,6 +71,6 @@ def evaluate_model(job: Job, model: ModelSource, context: Context) -> dict[str, 
             own = ratios and ratios.of(rows)
             row_scorer = RowScorer(scorer, rows, job.reference, job.loss, World(), job.settings.pairs, own)
             number = min(rows.num_examples, job.settings.eval_samples or rows.num_examples)
-            found[name] = {"examples": number, **evaluate(row_scorer, job.loss, range(number), {})}
+            found[name] = {"examples": number, **evaluate(row_scorer, job.loss, range(number), state)}
             advance(1, name)
     return found

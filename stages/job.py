@@ -20,7 +20,7 @@ from stages.models import ModelSource
 from stages.planning import num_steps
 from stages.train_settings import AdapterSettings, TrainSettings
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 NUM_DEFAULT_EVALS = 5
 # A rule of thumb: matrices of low rank that start at zero want steps about ten times as large.
 ADAPTER_LEARNING_RATE = 10

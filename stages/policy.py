@@ -13,8 +13,8 @@ from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import CorruptError
-from cache.files import TEMPORARY_PREFIX
-from stages.checkpoints import PREFIX, checkpoint_problem, checkpoint_steps
+from cache.files import TEMPORARY_PREFIX, read_json
+from stages.checkpoints import PREFIX, STATE, checkpoint_problem, checkpoint_steps
 from stages.context import Context
 from stages.history import Best
 from stages.loop import Run
@@ -32,7 +32,9 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     run.world.barrier()
     best = run.best if run.settings.save_best else None
     if best is not None and best.step != run.last_step:
-        run.policy.load_state(_checkpoint_of(run, best.step, draft.path), run.optimizer)
+        checkpoint = _checkpoint_of(run, best.step, draft.path)
+        run.policy.load_state(checkpoint, run.optimizer)
+        run.loss_state = read_json(checkpoint / STATE)["loss_state"]
         context.say(f"The policy is that of step {best.step}, the best by {run.settings.best_metric}.")
     run.policy.save(finished.path)
     if not run.world.is_main:
@@ -78,6 +80,8 @@ def _counts(run: Run, best: Best | None) -> dict[str, Any]:
         "audit_max_abs_diff": run.audit_difference,
         "skipped_steps": sum(bool(line.get("skipped")) for line in run.history),
     }
+    if run.loss.keeps_state:
+        counts["loss_state"] = run.loss_state
     if run.best is not None:
         counts["best"] = {"metric": run.settings.best_metric, "step": run.best.step, "value": run.best.value}
     return counts

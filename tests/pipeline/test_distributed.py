@@ -124,12 +124,13 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     assert all(torch.equal(opened[name], value) for name, value in published.items())
 
 
-def test_a_killed_rank_ends_all_and_one_rank_continues_with_two_ranks_shards(
-    tiny_model, preferences, tmp_path
-):
-    """Of an adapter, whose shards are few: the checkpoint holds them and their optimizer alone."""
-    changes = {"num_epochs": 3, "parallel": "fsdp", "learning_rate": 1e-4}
-    tree = tree_of(tiny_model, preferences, adapter={"name": "lora", "r": 4}, train=changes)
+@pytest.mark.parametrize(
+    ("parallel", "adapter"), [("ddp", {}), ("fsdp", {"name": "lora", "r": 4})], ids=["ddp", "fsdp"]
+)
+def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_model, preferences, tmp_path):
+    """What is sharded is an adapter, whose shards are few: the checkpoint holds them and their optimizer alone."""
+    changes = {"num_epochs": 3, "parallel": parallel, "learning_rate": 1e-4}
+    tree = tree_of(tiny_model, preferences, adapter=adapter, train=changes)
     expected = alone(tree, tmp_path / "one", "prepare", "cache-ref", "train")
     store = tmp_path / "two"
     alone(tree, store, "prepare", "cache-ref")

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,50 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
         assert [point.value for point in points] == pytest.approx([lines[step][plain] for step in steps])
 
 
+def wandb_records(file: Path) -> Iterator[bytes]:
+    """The records of an offline run: LevelDB's log format behind 7 bytes of W&B's own."""
+    content, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tiny_model, preferences, tmp_path, monkeypatch) -> None:
+    """Offline: both parts are written under the id that lies in the run's folder, and say each point's step."""
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    tree = tree_of(tiny_model, preferences, track={"wandb": "offline"})
+    run(tree, tmp_path, "prepare", "cache-ref")
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(tree, tmp_path, "train")
+    (stored,) = (tmp_path / "policy").glob(".tmp-*/wandb-id")
+    name = stored.read_text()
+    policy = Path(run(tree, tmp_path, "train")["artifact"])
+    found = []
+    for file in sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}/*.wandb"), key=os.path.getmtime):
+        records = [Record.FromString(data) for data in wandb_records(file)]
+        items = [item for record in records for item in record.history.item]
+        steps = [
+            int(item.value_json) for item in items if "train/global_step" in (item.key, *item.nested_key)
+        ]
+        found.append(({record.run.run_id for record in records if record.HasField("run")}, steps))
+    assert found == [({name}, [0, 1, 2, 3]), ({name}, [3, 4])]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert [line["step"] for line in read_metrics(policy / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
 def test_metrics_continue_without_a_doubled_or_a_cut_line(tmp_path) -> None:
     lines = [{"step": step, "loss": 1.0 / (step + 1)} for step in range(5)]
     run_folder, checkpoint = tmp_path / "run", tmp_path / "checkpoint-2"
@@ -112,6 +158,7 @@ def test_secrets_from_the_environment_reach_no_file(tiny_model, preferences, tmp
     config.write_text(yaml.safe_dump(tree))
     home.mkdir()
     secrets = {"HF_TOKEN": f"hf_{CANARY}", "WANDB_API_KEY": CANARY, "MY_PASSWORD": CANARY}
+    secrets |= dict.fromkeys(("HTTPS_PROXY", "https_proxy"), f"http://me:{CANARY}@127.0.0.1:9")
     environment = {**os.environ, **secrets, "HOME": str(home), "TRACKIO_DIR": str(home / "trackio")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for stage in ("prepare", "cache-ref", "train"):
@@ -205,6 +252,23 @@ def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
     start = run({**tree, "eval": {**sets, "model": str(tiny_model)}}, store, "eval")
     assert start["sets"]["half"]["rewards/accuracies"] == 0.5
     assert start["sets"]["heldout"]["loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+
+
+def test_eval_goes_on_from_the_mean_that_training_left(tiny_model, preferences, tmp_path) -> None:
+    """bco's metrics of a policy are those its training ended with; another beta's mean is of other rewards."""
+    tree = tree_of(tiny_model, preferences, loss={"name": "bco"}, train={"keep_last": 1})
+    trained = run(tree, tmp_path, "prepare", "cache-ref", "train")
+    policy = Path(trained["artifact"])
+    said: list[str] = []
+    for folder in (None, str(policy), str(policy / "checkpoint-4")):
+        found = run({**tree, "eval": {"model": folder}}, tmp_path, "eval", said=said)
+        heldout = {name: value for name, value in found["sets"]["heldout"].items() if name != "examples"}
+        assert heldout == pytest.approx(trained["final"], rel=1e-6, abs=1e-6)
+        assert found["loss_state"]["reward_count"] == 4 * 8
+    assert sum("goes on from that of" in line for line in said) == 3
+    other = {**tree, "loss": {"name": "bco", "beta": 0.3}, "eval": {"model": str(policy)}}
+    assert run(other, tmp_path, "eval", said=said)["loss_state"] is None
+    assert "begins at 0" in said[-1]
 
 
 def test_samples_while_training_change_no_number_and_survive_a_resume(
