@@ -143,8 +143,13 @@ def ranks(data: Path, folder: Path) -> dict[str, list[dict]]:
 
 def lora(data: Path, folder: Path) -> dict[str, list[dict]]:
     return {
-        "all weights": train(tree(data, RATES["full"]), folder / "full"),
-        "LoRA, r 16": train(tree(data, RATES["lora"], adapter={"name": "lora", "r": 16}), folder / "lora"),
+        f"all weights, rate {RATES['full']:g}": train(tree(data, RATES["full"]), folder / "full"),
+        f"LoRA r 16, rate {RATES['lora']:g}": train(
+            tree(data, RATES["lora"], adapter={"name": "lora", "r": 16}), folder / "lora"
+        ),
+        f"LoRA r 16, rate {RATES['full']:g}": train(
+            tree(data, RATES["full"], adapter={"name": "lora", "r": 16}), folder / "lora-slow"
+        ),
     }
 
 

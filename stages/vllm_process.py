@@ -75,12 +75,16 @@ def kv_cache_bytes(model: Model, options: EngineOptions) -> int:
 def lora_rank(adapter: Path) -> int:
     """The smallest rank that vLLM provides for and that holds this adapter; raises `MachineError` for one it cannot run."""
     config = adapter_config(adapter)
-    if config.get("use_dora"):
-        raise MachineError("vLLM runs no DoRA adapters. Merge it into its base with `align merge`")
     ranks = [rank for rank in LORA_RANKS if rank >= config["r"]]
-    if not ranks:
+    if config.get("use_dora") or not ranks:
+        what = (
+            "no DoRA adapters"
+            if config.get("use_dora")
+            else f"adapters up to rank {LORA_RANKS[-1]}, and this one has {config['r']}"
+        )
         raise MachineError(
-            f"vLLM runs adapters up to rank {LORA_RANKS[-1]}, this one has {config['r']}. Merge it with `align merge`"
+            f"vLLM runs {what} ({adapter}). Sample with --set sample.engine=transformers, or run `align merge` with the "
+            f"arguments of `align train` and sample the folder it names: --set sample.model=FOLDER"
         )
     return ranks[0]
 

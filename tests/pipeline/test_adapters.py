@@ -127,7 +127,7 @@ def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, prefe
     pytest.importorskip("vllm")
     tree = adapter_settings(tiny_model, preferences, "dora", sample={"engine": "vllm"})
     through_training(tree, tmp_path)
-    with pytest.raises(MachineError, match=r"DoRA.*align merge"):
+    with pytest.raises(MachineError, match=r"DoRA.*sample\.engine=transformers.*align merge.*sample\.model="):
         session(tree, tmp_path).run("sample")
 
 
