@@ -4,7 +4,7 @@ from cache.errors import MachineError, UsageError
 from stages.adapters import check_adapter
 from stages.compute import require_bitsandbytes
 from stages.job import Job
-from stages.optimizers import NEEDS_BITSANDBYTES
+from stages.optimizers import NEEDS_BITSANDBYTES, NOT_SHARDED
 
 
 def check_feasible(job: Job) -> None:
@@ -22,11 +22,11 @@ def check_feasible(job: Job) -> None:
         )
     if settings.optimizer in NEEDS_BITSANDBYTES:
         require_bitsandbytes(f"train.optimizer={settings.optimizer}")
-        if sharded:
-            raise UsageError(
-                f"train.optimizer={settings.optimizer} (bitsandbytes) cannot keep sharded state. With "
-                f"train.parallel=fsdp use adamw or adamw_bf16."
-            )
+    if sharded and settings.optimizer in NOT_SHARDED:
+        raise UsageError(
+            f"train.optimizer={settings.optimizer} cannot keep sharded state. With train.parallel=fsdp use adamw or "
+            f"adamw_bf16."
+        )
     if settings.optimizer == "paged_adamw_8bit" and compute.device.type != "cuda":
         raise MachineError(
             "train.optimizer=paged_adamw_8bit pages between a GPU and the host, and there is no GPU. Use adamw_8bit."

@@ -23,6 +23,8 @@ STATE_BYTES = {
     "sgd": 0.0,
 }
 NEEDS_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit")
+# bitsandbytes has no state for sharded tensors; the norms of torch's Adafactor fail on them (torch 2.13).
+NOT_SHARDED = (*NEEDS_BITSANDBYTES, "adafactor")
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

@@ -130,6 +130,7 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
         ({"four_bit": True}, UsageError, "adapter.name=lora"),
         ({"four_bit": True, "adapter": "lora", "parallel": "fsdp"}, UsageError, "train.parallel=ddp"),
         ({"optimizer": "adamw_8bit", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
+        ({"optimizer": "adafactor", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
         ({"optimizer": "paged_adamw_8bit"}, MachineError, "Use adamw_8bit"),
         ({"activation_offload": True}, MachineError, "compute.device is cpu"),
     ],
