@@ -58,6 +58,13 @@ def test_what_a_person_sees(session_of, capsys):
     assert "Out of memory is to be expected" not in shown
     assert "not measured; add --measure" in shown
     assert max(len(line) for line in shown.splitlines()) <= 120
+    plan["measured"] = {"peak_bytes": 1 << 30, "held_bytes": 3 << 30, "packs": 3, "device": "cpu"}
+    plan["measured"] |= {"tokens_per_second": 800.0, "run_seconds": 200.0}
+    show_plan(plan)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "to be expected: 3.00 GiB held when measured, 2.00 GiB available." in shown
+    assert "held, with what was freed 3.00 GiB" in shown
+    del plan["measured"]
     plan["predicted"]["total"] = 5 << 30
     show_plan(plan)
     assert "Out of memory is to be expected: 5.00 GiB predicted, 2.00 GiB available." in " ".join(

@@ -23,6 +23,39 @@ if keep_freed_memory():
 """
 
 
+HELD = """
+import torch
+from pathlib import Path
+from stages.allocator import give_back_freed_memory, keep_freed_memory
+
+def held():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) >> 10
+
+def after_a_step(size):
+    before = held()
+    [torch.ones(size) for _ in range(4)]
+    return held() - before
+
+torch.ones(10).sum()
+if keep_freed_memory():
+    kept = after_a_step(12_000_000)
+    give_back_freed_memory()
+    print(kept, after_a_step(16_000_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
+def test_given_back_memory_is_no_longer_held() -> None:
+    """MiB that four tensors of 48 MB, and of 64 MB that fit no freed block, leave behind."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("this C library has no mallopt")
+    kept, given_back = map(int, done.stdout.split())
+    assert kept > 150
+    assert given_back < 20
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
 def test_a_repeated_step_faults_no_page_in_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
