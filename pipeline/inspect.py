@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from cache.artifacts import Artifact, open_artifact
 from cache.errors import StaleError, UsageError
+from stages.models import ModelSource, load_tokenizer
 from stages.rows import SPLITS
 
 STEPS = (1, 2, 5)
@@ -113,8 +114,11 @@ class Overview:
         }
 
 
-def open_rows(folder: Path) -> Artifact:
-    """The rows artifact in `folder`; raises `UsageError` or `StaleError` when it is something else."""
+def open_rows(folder: Path, tokenizer: Path | None = None) -> "Rows":
+    """The rows artifact in `folder`, read with the tokenizer that its manifest names or with `tokenizer`.
+
+    Raises `UsageError` or `StaleError` when one of them is something else.
+    """
     if not folder.is_dir():
         raise UsageError(f"No such artifact: {folder}. Give a folder under artifacts/rows, or none at all.")
     artifact = open_artifact(folder)
@@ -122,7 +126,8 @@ def open_rows(folder: Path) -> Artifact:
         raise UsageError(
             f"{folder} was written by `align {artifact.manifest['stage']}`. Give a folder that `align prepare` wrote."
         )
-    return artifact
+    tokenizer = tokenizer or Path(artifact.manifest["provenance"]["tokenizer"])
+    return Rows(artifact, load_tokenizer(ModelSource(str(tokenizer), tokenizer)))
 
 
 class Rows:

@@ -67,7 +67,11 @@ def refused(result, code, *parts):
 USAGE = [
     (["nope"], ["No such command 'nope'", "align --help"]),
     (["train", "--nope"], ["No such option: --nope", "align train --help"]),
-    (["train", "extra"], ["unexpected extra argument", "align train --help"]),
+    (["train", "extra"], ["unexpected extra argument(s) (extra). Type `", "align train --help"]),
+    (["trian"], ["Did you mean 'train'? Type `", "align --help"]),
+    (["prepare", "--loss", "dpo"], ["No such option: --loss", "align prepare --help"]),
+    (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),
+    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest are three choices"]),
     (["train", "--loss", "kt0"], ["unknown loss 'kt0'", "Did you mean 'kto'?"]),
     (["train", "--set", "loss.name=dop"], ["unknown loss 'dop'", "Did you mean 'dpo'?"]),
     (["train", "--set", "loss.bta=1"], ["loss.bta is not a field of dpo", "beta"]),
