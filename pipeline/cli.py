@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 EXAMPLES: dict[str, list[str]] = {}
+INTERRUPTED = 130
 
 
 def command(
@@ -209,14 +210,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        _complain("Interrupted. What was finished is kept; type the same command to continue.")
-        raise SystemExit(130) from None
+        # What typer returns is the code of an `Exit`; newer ones make one of Ctrl-C, older ones an `Abort`.
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except AlignError as error:
         if debug:
             raise
@@ -228,6 +225,10 @@ def main() -> None:
             raise
         _complain(usage)
         raise SystemExit(2) from None
+    if code == INTERRUPTED:
+        _complain("Interrupted. What was finished is kept; type the same command to continue.")
+    if code:
+        raise SystemExit(code)
 
 
 def _usage_line(error: Exception) -> str | None:

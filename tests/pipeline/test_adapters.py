@@ -80,8 +80,9 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
     with pytest.raises(StaleError, match="align train"):
         session(tree, tmp_path).run("merge")
     run.run("train")
-    with pytest.raises(UsageError, match="no adapter to merge"):
-        session(tree, tmp_path).run("merge")
+    for ask in (Session.run, Session.plan):
+        with pytest.raises(UsageError, match="no adapter to merge"):
+            ask(session(tree, tmp_path), "merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
     with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
         session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")

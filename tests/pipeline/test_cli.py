@@ -229,6 +229,38 @@ def test_a_store_that_cannot_be_written_ends_with_6(align, config, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_130(tmp_path):
+    """A real SIGINT while the quickstart's model is trained."""
+    # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pipeline.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "prepare", "--store", str(tmp_path / "store")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Building the quickstart")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert (out, err) == (
+        "",
+        "align: Interrupted. What was finished is kept; type the same command to continue.\n",
+    )
+
+
+def test_the_quickstart_is_not_built_to_say_that_its_rows_are_missing(align, tmp_path):
+    for stage in ("cache-ref", "train", "sample", "eval", "merge", "plan", "inspect"):
+        refused(align(stage), 4, "The rows of quickstart", "Make them with: align prepare")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_debug_shows_where_it_happened(align, config):
     with pytest.raises(DataError, match="No such file"):
         align("prepare", "--debug", "-c", config, "--set", "data.path=missing.jsonl")
@@ -251,7 +283,7 @@ def test_json_is_one_object_on_stdout_and_a_second_run_does_nothing(align, confi
 
 def test_a_dry_run_writes_nothing(align, config, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    for stage in ("prepare", "cache-ref", "train", "sample", "run"):
+    for stage in ("prepare", "cache-ref", "train", "sample", "merge", "eval", "run"):
         code, out, _ = align(stage, "--dry-run", "--json", "-c", config)
         assert code == 0
         assert "would" in out
