@@ -10,15 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.errors import DataError, MachineError, UsageError
-from stages.generation import (
-    Completion,
-    EngineOptions,
-    Sampling,
-    generate,
-    generate_each,
-    open_model,
-    request_seed,
-)
+from stages.generation import Completion, generate, generate_each, open_model, request_seed
+from stages.requests import EngineOptions, Sampling
 from stages.transformers_engine import keep_likeliest
 from stages.vllm_process import failure_cause, kv_cache_bytes
 from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, rows, save_model
