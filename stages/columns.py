@@ -130,7 +130,31 @@ def messages(row: Mapping[str, Any], column: str) -> list[Message]:
     value = row.get(column)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow(f"{column}: expected a non-empty list of messages, found {shown(value)}")
-    return [_message(message, f"{column}[{number}]") for number, message in enumerate(value)]
+    return _messages_as_they_are(value) or [
+        _message(message, f"{column}[{number}]") for number, message in enumerate(value)
+    ]
+
+
+def _messages_as_they_are(value: Sequence[Any]) -> list[Message] | None:
+    """Messages of nothing but a known role and text, as nearly all are; None where one is anything else."""
+    found: list[Message] = []
+    for message in value:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if role not in MESSAGE_ROLES or type(content) is not str or not _is_text(content):
+            return None
+        found.append({"role": role, "content": content})
+    return found
+
+
+def _is_text(value: str) -> bool:
+    """Whether text can be encoded as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(value: Any, where: str) -> Message:

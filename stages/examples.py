@@ -77,24 +77,25 @@ class ExampleMaker:
         """Source rows to rendered text."""
         batch = Converted(Outcome())
         report = batch.outcome.report
-        for place, row in enumerate(rows):
-            report.rows_in[row.source] += 1
-            if row.source in self.gathered and row.value is not None:
-                report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
-            try:
-                if row.value is None:
-                    raise BadRow(row.problem)
-                preference = self.converts[row.source](row.value)
-                if reason := self.filters.before_rendering(row.value, preference):
-                    raise Unusable(reason)
-                rendered = self.template.render(preference)
-                report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
-                batch.rendered.append(rendered)
-                batch.rows.append((place, row, preference))
-            except Unusable as reason:
-                report.drop(row.source, str(reason))
-            except BadRow as problem:
-                self._reject(batch.outcome, place, row, problem)
+        with self.template.watched():
+            for place, row in enumerate(rows):
+                report.rows_in[row.source] += 1
+                if row.source in self.gathered and row.value is not None:
+                    report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
+                try:
+                    if row.value is None:
+                        raise BadRow(row.problem)
+                    preference = self.converts[row.source](row.value)
+                    if reason := self.filters.before_rendering(row.value, preference):
+                        raise Unusable(reason)
+                    rendered = self.template.render(preference)
+                    report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
+                    batch.rendered.append(rendered)
+                    batch.rows.append((place, row, preference))
+                except Unusable as reason:
+                    report.drop(row.source, str(reason))
+                except BadRow as problem:
+                    self._reject(batch.outcome, place, row, problem)
         return batch
 
     def encode(self, batch: Converted) -> list[Encoded | BadRow]:
@@ -192,9 +193,7 @@ def _is_blank(completion: Any) -> bool:
         return not completion.ids
     if isinstance(completion, str):
         return not completion.strip()
-    said = (
-        str(turn["content"]) + str(turn.get("tool_calls", ""))
+    return not any(
+        turn["role"] == "assistant" and (turn["content"].strip() or turn.get("tool_calls"))
         for turn in completion
-        if turn["role"] == "assistant"
     )
-    return not any(text.strip() for text in said)

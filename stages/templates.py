@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -69,6 +70,10 @@ class Template:
     def render(self, preference: Preference) -> Rendered:
         """Text of a preference; raises `BadRow` when the template fails or rewrites the prompt."""
         return self._turns.render(preference)
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Have one timer for all renderings inside (`ChatTemplate.watched`)."""
+        return self._turns.chat.watched()
 
     def prompt_text(self, prompt: str | list[Message], tools: list[Any] | None = None) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""

@@ -19,6 +19,7 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen_score", "rejected_score"),
 )
+KEYS_OF_SCORES = frozenset(column for columns in SCORE_COLUMNS for column in columns) | {"margin"}
 
 
 class Unusable(Exception):
@@ -144,6 +145,8 @@ def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
     A `margin` alone stands for a score of the chosen that is so much above the rejected's 0.
     """
+    if not KEYS_OF_SCORES & row.keys():
+        return None, None
     for columns in SCORE_COLUMNS:
         values = [row.get(column) for column in columns]
         if all(value is not None for value in values):
