@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.fingerprint import canonical_json
-from stages.reading import BadRow
+from stages.reading import BadRow, Flagged
 
 Message = dict[str, Any]
+NOT_TEXT = "not_text"
 ROLE_NAMES = {
     "developer": "system",
     "human": "user",
@@ -93,6 +94,9 @@ def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]
 def text(row: Mapping[str, Any], column: str) -> str:
     """A column that holds text, encodable as UTF-8."""
     value = row.get(column)
+    if isinstance(value, bool):
+        # What a converter makes of an answer "true" or "no"; prepare refuses a column of nothing else.
+        raise Flagged(NOT_TEXT, f"{column}: expected text, found {shown(value)}")
     if not isinstance(value, str):
         raise BadRow(f"{column}: expected text, found {shown(value)}")
     try:
@@ -182,7 +186,8 @@ def _message(value: Any, where: str) -> Message:
             canonical_json(kept)
         return {**kept, "role": role, **_weight(message, role)}
     except BadRow as problem:
-        raise BadRow(f"{where}.{problem}") from problem
+        problem.args = (f"{where}.{problem}",)
+        raise
     except (TypeError, ValueError) as error:
         raise BadRow(f"{where}: holds what is not JSON ({error})") from error
 

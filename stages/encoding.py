@@ -9,6 +9,7 @@ continuation, and counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 from stages.joins import Joins
 from stages.quick_tokenizer import QuickTokenizer
 from stages.reading import BadRow
+from stages.spelled import SpelledText, unsure
 from stages.turns import Rendered, Segment
 
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
 ANCHORS = ("\n", ".", "a")
+NO_PROMPT = "the prompt has no tokens; the model needs at least one to predict from"
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class Encoder:
         self._backend = backend
         self._batches = QuickTokenizer(backend) if quick else backend
         self._joins = Joins(backend)
-        self._num_appended = _num_appended(backend)
+        self._num_prepended, self._num_appended = _num_around(backend)
 
     def encode(self, batch: Sequence[Rendered]) -> list[Encoded | BadRow]:
-        """Token ids of rendered preferences, tokenized together."""
+        """Token ids of rendered preferences, tokenized together but for those that spell special tokens."""
+        usual = iter(self._usual([item for item in batch if not item.breaker]))
+        return [self._spelled(item) if item.breaker else next(usual) for item in batch]
+
+    def _usual(self, batch: Sequence[Rendered]) -> list[Encoded | BadRow]:
         texts: list[_Text] = []
         apart: list[bool] = []
         for item in batch:
@@ -82,6 +89,29 @@ class Encoder:
                 results.append(problem)
         return results
 
+    @cached_property
+    def _spelled_text(self) -> SpelledText:
+        return SpelledText(self._backend)
+
+    def _spelled(self, item: Rendered) -> Encoded | BadRow:
+        """Ids of a row whose text spells special tokens; each part apart, where that gives the ids of the whole."""
+        try:
+            prompt, completions = self._spelled_text.encode(item.prompt, item.breaker), []
+            for parts in item.completions:
+                ids = [self._spelled_text.encode(part.text, item.breaker) for part in parts]
+                text = item.prompt + "".join(part.text for part in parts)
+                whole = self._spelled_text.encode(text, item.breaker)
+                if not np.array_equal(whole, np.concatenate([prompt, *ids])):
+                    raise unsure()
+                completions.append(_joined(parts, ids))
+            before = self._backend.encode("a").ids[: self._num_prepended if item.plain else 0]
+            prompt = np.concatenate([np.array(before, np.int32), prompt])
+            if not len(prompt):
+                raise BadRow(NO_PROMPT)
+            return Encoded(prompt, completions, 0)
+        except BadRow as problem:
+            return problem
+
     def encode_texts(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
         """Token ids of texts alone; `plain` ones get the beginning-of-sequence token of the tokenizer."""
         pairs = zip(texts, plain, strict=True)
@@ -103,7 +133,7 @@ class Encoder:
         self, item: Rendered, prompt_ids: np.ndarray, pieces: list[tuple[bool, list[np.ndarray]]]
     ) -> Encoded:
         if not len(prompt_ids):
-            raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
+            raise BadRow(NO_PROMPT)
         completions, rejoined = [], 0
         for parts, (is_apart, own) in zip(item.completions, pieces, strict=True):
             if is_apart:
@@ -167,11 +197,11 @@ def _joined(parts: list[Segment], ids: list[np.ndarray]) -> tuple[np.ndarray, np
     return np.concatenate([np.zeros(0, np.int32), *ids]), mask
 
 
-def _num_appended(backend: Any) -> int:
-    """How many tokens, such as an end of sequence, a tokenizer appends to every text of its own accord."""
+def _num_around(backend: Any) -> tuple[int, int]:
+    """How many tokens a tokenizer puts before and behind every text of its own accord."""
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     starts = (
         start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare
     )
     start = next(starts, len(whole) - len(bare)) if bare else len(whole)
-    return len(whole) - start - len(bare)
+    return start, len(whole) - start - len(bare)

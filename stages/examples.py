@@ -18,23 +18,25 @@ from stages.data_settings import PrepareSettings
 from stages.encoding import Encoded
 from stages.filters import Filters, texts_of
 from stages.formats import Preference, Tokens, Unusable
-from stages.reading import BadRow, SourceRow
+from stages.reading import BadRow, Flagged, SourceRow
 from stages.report import Made, Report
 from stages.rows import Example, Row
 from stages.templates import Template
 from stages.truncation import Fitted, fit
 from stages.turns import Rendered
 
+BAD_ROW = "bad_row"
 Convert = Callable[[Mapping[str, Any]], Preference]
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A malformed row: its place in the batch, its location and what is wrong with it."""
+    """A row that could not be used: its place in the batch, its location, what is wrong and the reason it is counted under."""
 
     place: int
     location: str
     problem: str
+    reason: str
 
 
 @dataclass
@@ -118,8 +120,9 @@ class ExampleMaker:
         return outcome
 
     def _reject(self, outcome: Outcome, place: int, row: SourceRow, problem: BadRow) -> None:
-        outcome.report.drop(row.source, "bad_row")
-        outcome.rejected.append(Rejected(place, row.location, str(problem)))
+        reason = problem.reason if isinstance(problem, Flagged) else BAD_ROW
+        outcome.report.drop(row.source, reason)
+        outcome.rejected.append(Rejected(place, row.location, str(problem), reason))
 
     def _fitted(self, preference: Preference, encoded: Encoded) -> Fitted | str:
         """The example cut to the limits, or the reason why it is not used."""

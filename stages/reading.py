@@ -30,6 +30,14 @@ class BadRow(ValueError):
     """A source row that cannot be read as its format says; `data.on_bad_row` decides what happens."""
 
 
+class Flagged(BadRow):
+    """A row that is dropped under a reason of its own and listed, but never stops the stage."""
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class SourceRow:
     """One row of the source, or the reason why it could not be read."""

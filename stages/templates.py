@@ -14,12 +14,12 @@ import numpy as np
 
 from cache.errors import DataError
 from stages.columns import Message
-from stages.encoding import Encoded, Encoder
+from stages.encoding import NO_PROMPT, Encoded, Encoder
 from stages.formats.contract import Candidate, Preference, Tokens
 from stages.reading import BadRow
 from stages.turns import Rendered, Turns
 
-RENDER_VERSION = 3
+RENDER_VERSION = 4
 # A tokenizer that has ids for these has them for every character (they take bytes of two, three and four).
 RARE_CHARACTERS = "é東🦊"
 
@@ -78,6 +78,8 @@ class Template:
     def prompt_text(self, prompt: str | list[Message], tools: list[Any] | None = None) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""
         rendered = self.render(Preference(prompt, [], tools))
+        if rendered.breaker:
+            raise BadRow("the text spells a special token, with which a prompt could forge a turn")
         return rendered.prompt, rendered.plain
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
@@ -106,6 +108,7 @@ class Template:
         if self._knows_every_character or isinstance(encoded, BadRow):
             return encoded
         text = item.prompt + "".join(part.text for parts in item.completions for part in parts)
+        text = text.replace(item.breaker, "") if item.breaker else text
         return replace(encoded, loses_text=self._loses(text))
 
     def _loses(self, text: str) -> bool:
@@ -127,7 +130,7 @@ class Template:
         if largest >= len(self.tokenizer):
             return BadRow(f"token id {largest}: the tokenizer has {len(self.tokenizer):,} ids")
         if not sides[0].ids:
-            return BadRow("the prompt has no tokens; the model needs at least one to predict from")
+            return BadRow(NO_PROMPT)
         completions = [
             (
                 np.array(side.ids, dtype=np.int32),
