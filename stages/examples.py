@@ -15,7 +15,7 @@ from cache.fingerprint import canonical_json
 from stages.columns import as_messages
 from stages.cycles import compared
 from stages.data_settings import PrepareSettings
-from stages.encoding import Encoded
+from stages.encoding import Encoded, Plan, Tokenized
 from stages.filters import Filters, texts_of
 from stages.formats import Preference, Tokens, Unusable
 from stages.reading import BadRow, Flagged, SourceRow
@@ -55,6 +55,7 @@ class Converted:
     outcome: Outcome
     rows: list[tuple[int, SourceRow, Preference]] = field(default_factory=list)
     rendered: list[Rendered] = field(default_factory=list)
+    plan: Plan = field(default_factory=lambda: Plan([], [], []))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ExampleMaker:
     def make(self, rows: Sequence[SourceRow]) -> Outcome:
         """All three steps."""
         converted = self.convert(rows)
-        return self.finish(converted, self.encode(converted))
+        return self.finish(converted, self.tokenize(converted))
 
     def convert(self, rows: Sequence[SourceRow]) -> Converted:
         """Source rows to rendered text."""
@@ -98,15 +99,17 @@ class ExampleMaker:
                     report.drop(row.source, str(reason))
                 except BadRow as problem:
                     self._reject(batch.outcome, place, row, problem)
+        batch.plan = self.template.plan(batch.rendered)
         return batch
 
-    def encode(self, batch: Converted) -> list[Encoded | BadRow]:
-        """Rendered text to ids; nearly all of the time is the tokenizer's, outside Python's lock."""
-        return self.template.encode(batch.rendered)
+    def tokenize(self, batch: Converted) -> Tokenized:
+        """Rendered text to ids: the tokenizer's work and nothing else, outside Python's lock."""
+        return self.template.tokenize(batch.plan)
 
-    def finish(self, batch: Converted, encoded: Sequence[Encoded | BadRow]) -> Outcome:
+    def finish(self, batch: Converted, tokenized: Tokenized) -> Outcome:
         """Ids to examples within the limits."""
         outcome = batch.outcome
+        encoded = self.template.finish(batch.rendered, batch.plan, tokenized)
         for (place, row, preference), ids in zip(batch.rows, encoded, strict=True):
             if isinstance(ids, BadRow):
                 self._reject(outcome, place, row, ids)

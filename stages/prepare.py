@@ -191,6 +191,10 @@ def _announce(
             context.say(
                 f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
             )
+    if len({format_.holds_ids for format_ in formats.values()}) > 1:
+        context.say(
+            "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
+        )
     for note in template.notes():
         context.say(note)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cache.errors import DataError
 from stages.columns import Message
-from stages.encoding import NO_PROMPT, Encoded, Encoder
+from stages.encoding import NO_PROMPT, Encoded, Encoder, Plan, Tokenized
 from stages.formats.contract import Candidate, Preference, Tokens
 from stages.reading import BadRow
 from stages.turns import Rendered, Turns
@@ -83,8 +83,21 @@ class Template:
         return rendered.prompt, rendered.plain
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
-        """Token ids of rendered preferences, tokenized together in Rust threads."""
-        encoded = iter(self._encoder.encode([item for item in batch if item.ready is None]))
+        """Token ids of rendered preferences, tokenized together in Rust threads: all three steps."""
+        plan = self.plan(batch)
+        return self.finish(batch, plan, self.tokenize(plan))
+
+    def plan(self, batch: list[Rendered]) -> Plan:
+        """Which texts are tokenized."""
+        return self._encoder.plan([item for item in batch if item.ready is None])
+
+    def tokenize(self, plan: Plan) -> Tokenized:
+        """The tokenizer's part, which can run beside Python in a thread."""
+        return self._encoder.tokenize(plan.texts)
+
+    def finish(self, batch: list[Rendered], plan: Plan, tokenized: Tokenized) -> list[Encoded | BadRow]:
+        """What the tokenizer found, put together."""
+        encoded = iter(self._encoder.finish(plan, tokenized))
         return [
             self._with_losses(item, next(encoded)) if item.ready is None else self._checked(item.ready)
             for item in batch

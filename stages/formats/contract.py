@@ -71,6 +71,8 @@ class Format:
     ranked: ClassVar[bool] = False
     # Rows are single responses to be gathered by the value of this column first.
     gathered_by: ClassVar[str | None] = None
+    # Rows are token ids, so that their prompts cannot be compared with texts.
+    holds_ids: ClassVar[bool] = False
     # Rows are single scored responses; data.threshold says from which score on they are desirable.
     needs_threshold: ClassVar[bool] = False
 
