@@ -1,7 +1,7 @@
 """Python's search for cycles of garbage, kept away from what lives as long as the process.
 
-Preparing makes a hundred small objects a row, none of them in a cycle that lasts. Python would go through all
-that torch and transformers have brought into memory each time a thousand rows are done, a sixth of the time.
+Preparing makes many small objects for each row, none of them in a cycle that lasts, and Python would again and again go
+through all that torch and transformers have brought into memory.
 """
 
 import gc
