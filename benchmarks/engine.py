@@ -62,10 +62,11 @@ CELLS = (
     Cell("dpo", "en_demo", 2048, 32_000, "bfloat16", ("compact",), batch=4),
     Cell("cache_ref", "hh", 512, 32_000, "bfloat16", ("compact",)),
     Cell("dpo", "hh", 512, 100_352, "bfloat16", ("compact",)),
+    Cell("dpo", "hh", 2048, 32_000, "float32", ("compact",)),
     Cell("dpo", "en_demo", 512, 32_000, "bfloat16", ("compact",), batch=4),
     Cell("cache_ref", "en_demo", 512, 32_000, "float32", ("compact", "tuned"), batch=4),
     Cell("dpo", "en_demo", 512, 32_000, "float32", ("tuned",), batch=4),
-    Cell("dpo", "en_demo", 2048, 32_000, "float32", ("compact", "tuned"), batch=4),
+    Cell("dpo", "en_demo", 2048, 32_000, "float32", ("compact",), batch=4),
     Cell("dpo", "en_demo", 2048, 100_352, "bfloat16", ("compact",), batch=4),
 )
 
@@ -112,6 +113,9 @@ def measure(cell: Cell, python: Path, data: Path, rounds: int, rate: float) -> l
         # A step's loss is a mean, a reference pass's result a sum over its pairs.
         scale = cell.batch if cell.task == "cache_ref" else 1
         row["max_loss_diff"] = max(abs(a["loss"] - b["loss"]) for a, b in turns) / scale
+        row["flops_ratio"] = statistics.median(
+            b["flops"] / a["flops"] for a, b in zip(ours[1:], peer[1:], strict=True)
+        )
         row["matmul_share"] = statistics.median(step["flops"] / step["seconds"] for step in ours[1:]) / rate
         sizes = [max(step["peak_bytes"] for step in steps) / 2**30 for steps in (ours, peer)]
         memory = {"name": f"memory_{cell.name}", "peer_kind": kind, **shared, "unit": "GiB above the model"}
@@ -206,7 +210,9 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace, rates: dict
         "en_demo completion-heavy: `sharing` is what computing each prompt once saves there. "
         f"{arguments.rounds} rounds after one of warm-up. `matmul_share`: useful model FLOPs (6 a parameter and token "
         "trained, 2 forward; each prompt once, the head on completions) over the machine's measured matmul rate "
-        f"({rates['float32'] / 1e9:.0f} GFLOP/s float32, {rates['bfloat16'] / 1e9:.0f} bfloat16). `max_loss_diff`: largest "
+        f"({rates['float32'] / 1e9:.0f} GFLOP/s float32, {rates['bfloat16'] / 1e9:.0f} bfloat16). `flops_ratio`: model FLOPs "
+        "that TRL runs for the same pairs, padding and its head's recomputation included, over the useful ones: the ratio "
+        "there would be if both ran at the same rate and did nothing else. `max_loss_diff`: largest "
         "difference of a step's loss (cache_ref: of the sum of log-probs, per pair). Memory: peak resident size above the "
         "loaded model, gradients and optimizer included."
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import varlen
+from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.record import write_results
 from stages import attention, flex
 from stages.compute import Compute
@@ -30,17 +31,6 @@ from stages.planning import pack
 from stages.rows import Example, Row, RowSet, to_table
 from stages.scoring import Scorer
 
-OLMO2_1B = {
-    "vocab_size": 100_352,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 4096,
-}
-TINY = {**OLMO2_1B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-# Dense bfloat16 peaks in FLOP/s, from the makers' data sheets.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
 LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (500, 0.6), 2048)}
 WAYS = {"flex": flex.NAME, "varlen": varlen.NAME, "segments": attention.NAME, "padded": None}
@@ -188,17 +178,13 @@ def timed(step, rows: RowSet, model: torch.nn.Module, device: torch.device, roun
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - 2 * head
     flops = 6 * (body * needed + head * completions)
-    peak = next((PEAKS[name] for name in PEAKS if name in device_name(device)), None)
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     return {
         "pairs_per_second": rows.num_examples / median,
         "tokens_per_second": needed / median,
         "mfu": None if peak is None else flops / median / peak,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

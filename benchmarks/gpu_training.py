@@ -18,8 +18,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from record import write_results
 
+from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
+from benchmarks.record import write_results
 from stages.compute import Compute
 from stages.memory import LayerwiseShapes, pairs_pack
 from stages.models import ModelSource
@@ -29,20 +30,6 @@ from stages.train_settings import AdapterSettings, TrainSettings
 
 BATCHES, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096)
 TIMED_STEPS = 5
-# Dense bfloat16 FLOP/s of the tensor cores, from the data sheets (SXM).
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-OLMO2_1B = {
-    "vocab_size": 100_352,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-TINY = {**OLMO2_1B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def main() -> None:
@@ -118,10 +105,7 @@ class _Trainer:
         figures = {"tokens_per_second": positions / seconds, "step_seconds": seconds}
         if self.device.type == "cuda":
             figures["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            peak = next(
-                (rate for name, rate in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None
-            )
-            if peak:
+            if peak := peak_flops(torch.cuda.get_device_name()):
                 figures["mfu"] = self._flops(cell, positions) / seconds / peak
         return figures
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import write_results
+from benchmarks.stories import stories
 
 TRAIN = {"learning_rate": 3e-4, "batch_size": 32, "num_epochs": 16, "eval_steps": 8, "save_steps": 2}
 
@@ -96,11 +97,7 @@ def campaign(loss: str, arguments: argparse.Namespace, folder: Path, chance: ran
 def tree(data: Path | None, loss: str) -> dict:
     own = {"data": {"path": "quickstart"}, "policy": {"model": "quickstart"}}
     if data is not None:
-        own = {
-            "data": {"path": str(data / "graded" / "tinystories_graded_synthetic.jsonl")},
-            "policy": {"model": str(data / "models" / "stories260K-hf-hd32")},
-            "prepare": {"max_length": 512, "append_eos": False, "heldout_fraction": 0.2},
-        }
+        own = stories(data)
     return {**own, "compute": {"device": "cpu"}, "loss": {"name": loss}, "train": TRAIN}
 
 

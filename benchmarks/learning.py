@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.record import write_results
+from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
 from stages.losses import LOSSES
@@ -86,9 +87,7 @@ def run(data: Path, block: dict, seed: int, store: Path) -> dict:
     """One training through the stages; only the first that needs the reference runs it."""
     config = build_config(
         {
-            "data": {"path": str(data / "graded" / "tinystories_graded_synthetic.jsonl")},
-            "policy": {"model": str(data / "models" / "stories260K-hf-hd32")},
-            "prepare": {"max_length": 512, "append_eos": False, "heldout_fraction": HELDOUT},
+            **stories(data, heldout_fraction=HELDOUT),
             "loss": block,
             "train": {
                 "learning_rate": LEARNING_RATE,

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import RESULTS, write_results
+from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
 from stages import loop
@@ -71,9 +72,7 @@ def settings_blocks() -> set[str]:
 
 def tree(data: Path, rate: float, **blocks: dict) -> dict:
     own = {
-        "data": {"path": str(data / "graded" / "tinystories_graded_synthetic.jsonl")},
-        "policy": {"model": str(data / "models" / "stories260K-hf-hd32")},
-        "prepare": {"max_length": 512, "append_eos": False, "heldout_fraction": 0.2, "mismatched": False},
+        **stories(data, mismatched=False),
         "compute": {"device": "cpu", "dtype": "float32"},
         "train": {"learning_rate": rate, "batch_size": 64, "num_epochs": EPOCHS, "eval_steps": EVAL_STEPS},
     }

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.record import write_results
+from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
 from stages.batches import RowScorer
@@ -59,13 +60,7 @@ def main() -> None:
 
 
 def prepare(data: Path, store: Path):
-    config = build_config(
-        {
-            "data": {"path": str(data / "graded" / "tinystories_graded_synthetic.jsonl")},
-            "policy": {"model": str(data / "models" / "stories260K-hf-hd32")},
-            "prepare": {"max_length": 512, "append_eos": False, "heldout_fraction": 0.2, "mismatched": False},
-        }
-    )
+    config = build_config(stories(data, mismatched=False))
     session = Session(config, store, say=lambda line: None)
     session.run("prepare")
     session.run("cache-ref")

@@ -89,6 +89,8 @@ class Inputs:
     @cached_property
     def rows(self) -> Artifact:
         """The prepared rows; raises `StaleError` when they are not there."""
+        if self.needs_quickstart:  # then there are none of it, and to look for them would build it
+            raise self._no_rows(self.data_name)
         return self._rows_of(self.data, self.config.prepare, self.data_name, self.config.filter)
 
     @property
@@ -113,10 +115,13 @@ class Inputs:
     ) -> Artifact:
         rows = find_rows(data, settings, self.template, self.context, filter_)
         if rows is None:
-            raise StaleError(
-                f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
-            )
+            raise self._no_rows(what)
         return rows
+
+    def _no_rows(self, what: str) -> StaleError:
+        return StaleError(
+            f"The rows of {what} with these settings are not in {self.context.store.root}. Make them with: {self.context.command('prepare')}"
+        )
 
     @cached_property
     def job(self) -> Job:

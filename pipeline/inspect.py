@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cache.artifacts import Artifact, open_artifact
+from cache.artifacts import MANIFEST, Artifact, open_artifact
 from cache.errors import StaleError, UsageError
+from stages.models import ModelSource, load_tokenizer
 from stages.rows import SPLITS
 
 STEPS = (1, 2, 5)
@@ -113,16 +114,28 @@ class Overview:
         }
 
 
-def open_rows(folder: Path) -> Artifact:
-    """The rows artifact in `folder`; raises `UsageError` or `StaleError` when it is something else."""
+def open_rows(folder: Path, tokenizer: Path | None = None) -> "Rows":
+    """The rows artifact in `folder`, read with the tokenizer that its manifest names or with `tokenizer`.
+
+    Raises `UsageError` or `StaleError` when one of them is something else.
+    """
     if not folder.is_dir():
         raise UsageError(f"No such artifact: {folder}. Give a folder under artifacts/rows, or none at all.")
+    if not (folder / MANIFEST).is_file():  # perhaps a whole store, which nobody is to be told to delete
+        raise UsageError(
+            f"{folder} is no artifact: it has no {MANIFEST}. Give a folder under artifacts/rows, or none at all."
+        )
     artifact = open_artifact(folder)
     if artifact.manifest["stage"] != "prepare":
         raise UsageError(
             f"{folder} was written by `align {artifact.manifest['stage']}`. Give a folder that `align prepare` wrote."
         )
-    return artifact
+    tokenizer = tokenizer or Path(artifact.manifest["provenance"]["tokenizer"])
+    if not tokenizer.is_dir():
+        raise UsageError(
+            f"No tokenizer in {tokenizer}: no such folder. Say where that of {folder} is with --tokenizer DIR."
+        )
+    return Rows(artifact, load_tokenizer(ModelSource(str(tokenizer), tokenizer)))
 
 
 class Rows:
@@ -136,7 +149,7 @@ class Rows:
         expected = artifact.manifest["identity"]["template"]["tokenizer"]
         if hashlib.sha256(backend.to_str().encode()).hexdigest() != expected:
             raise StaleError(
-                f"The tokenizer in {tokenizer.name_or_path} is not the one {artifact.path} was made with. Name the right one with --tokenizer FOLDER."
+                f"The tokenizer in {tokenizer.name_or_path} is not the one {artifact.path} was made with. Name the right one with --tokenizer DIR."
             )
         self.artifact = artifact
         self._tokenizer = tokenizer
@@ -266,7 +279,10 @@ def _histogram(name: str, lengths: np.ndarray) -> Histogram:
         step * 10**power for power in range(12) for step in STEPS if longest <= step * 10**power * MAX_BINS
     )
     counts = np.bincount((lengths - 1).clip(0) // width)
-    bins = [(index * width + 1, (index + 1) * width, int(count)) for index, count in enumerate(counts)]
+    first = int(counts.nonzero()[0][0])
+    bins = [
+        (index * width + 1, (index + 1) * width, int(counts[index])) for index in range(first, len(counts))
+    ]
     median, p90 = (int(value) for value in np.percentile(lengths, (50, 90)))
     return Histogram(name, bins, median, p90, longest)
 

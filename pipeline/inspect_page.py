@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
+from cache.files import write_bytes
 from pipeline.inspect import Completion, Histogram, Overview, Shown, Span, Token
 from pipeline.inspect_terminal import cuts, share, tokens
 
@@ -44,6 +46,11 @@ t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .ke
 .cut { background: var(--cut-paper); color: var(--cut); border-radius: 3px; padding: .08rem .35rem; font-weight: 600; }
 """
 BAD_ROLES = ("rejected", "undesirable")
+
+
+def write_page(path: Path, overview: Overview, examples: Sequence[Shown], with_ids: bool) -> None:
+    """Write the page to `path`."""
+    write_bytes(path, page(overview, examples, with_ids).encode())
 
 
 def page(overview: Overview, examples: Sequence[Shown], with_ids: bool) -> str:

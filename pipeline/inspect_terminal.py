@@ -54,7 +54,7 @@ def show_overview(console: Console, overview: Overview) -> None:
 
 def show_example(console: Console, shown: Shown, with_ids: bool) -> None:
     """One example, every token of it, coloured by part."""
-    title = Text.assemble((f" row {shown.number:,} ", "bold"), f"{shown.split} · {shown.source} ")
+    title = Text.assemble((f"row {shown.number:,}", "bold"), f"  {shown.split} · {shown.source}")
     parts = [_caption("prompt", tokens(shown.num_prompt_tokens), PROMPT), _prompt(shown, with_ids)]
     for completion in shown.completions:
         parts += [Rule(style="dim"), _caption(*_described(completion)), _completion(completion, with_ids)]

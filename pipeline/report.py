@@ -58,8 +58,14 @@ def _console() -> Console:
 
 
 def _details(plan: dict[str, Any]) -> str:
-    details = [f"{key.replace('_', ' ')} {value}" for key, value in plan.items() if key != "would"]
+    details = [f"{key.replace('_', ' ')} {_plain(value)}" for key, value in plan.items() if key != "would"]
     return f" ({', '.join(details)})" if details else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " and ".join(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _show_prepare(console: Console, result: dict[str, Any]) -> None:

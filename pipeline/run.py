@@ -82,8 +82,8 @@ class Session:
         return self._artifact_result("prepare", rows, found is not None)
 
     def _cache_ref(self) -> Result:
-        source = self.inputs.model(*self.config.reference_model)
         row_sets = [self.inputs.rows, *self.inputs.eval_sets.values()]
+        source = self.inputs.model(*self.config.reference_model)
         revision = self.config.reference_model[1]
         result = cache_ref(row_sets, source, revision, self.inputs.compute, self.context, self.shard)
         if not result.rows_scored:
@@ -133,9 +133,9 @@ class Session:
 
     def training_plan(self, measured: bool) -> Result:
         """What a training run of this configuration will take; needs the rows, and writes nothing."""
-        source = self.inputs.policy_source
+        rows, source = self.inputs.rows, self.inputs.policy_source
         say = self.context.say
-        return plan_training(self.config, self.inputs.rows, source, self.inputs.compute, measured, say)
+        return plan_training(self.config, rows, source, self.inputs.compute, measured, say)
 
     def _artifact_result(self, stage: str, artifact: Artifact, reused: bool) -> Result:
         if reused:

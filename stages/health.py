@@ -21,11 +21,12 @@ EMPTY_SHARE = 0.1
 
 def both_falling(history: Sequence[Line]) -> str:
     """The chosen completions have lost more than a tenth of their log-prob, and the rejected fell too."""
-    window = _steps(history)[-WINDOW:]
+    steps = _steps(history)
     chosen, rejected, logps = (
-        _mean(window, name) for name in ("logratios/chosen", "logratios/rejected", "logps/chosen")
+        _recent_mean(steps, name, WINDOW)
+        for name in ("logratios/chosen", "logratios/rejected", "logps/chosen")
     )
-    if len(window) < WINDOW or chosen is None or rejected is None or logps is None:
+    if chosen is None or rejected is None or logps is None:
         return ""
     reference = logps - chosen
     if chosen >= FALLEN_SHARE * reference or rejected >= 0:
@@ -39,9 +40,8 @@ def both_falling(history: Sequence[Line]) -> str:
 
 def kl_exploding(history: Sequence[Line]) -> str:
     """KTO's reference point is far from zero."""
-    window = _steps(history)[-WINDOW:]
-    kl = _mean(window, "kl")
-    if len(window) < WINDOW or kl is None or kl <= KL_NATS:
+    kl = _recent_mean(_steps(history), "kl", WINDOW)
+    if kl is None or kl <= KL_NATS:
         return ""
     return (
         f"kl is {kl:.3g} nats over the last {WINDOW} steps (healthy: below {KL_NATS:g}): the policy has left the reference. "
@@ -50,10 +50,9 @@ def kl_exploding(history: Sequence[Line]) -> str:
 
 
 def accuracy_at_chance(history: Sequence[Line]) -> str:
-    """Accuracy stays at one half although the learning rate is not zero."""
-    window = _steps(history)[-LONG_WINDOW:]
-    accuracy = _mean(window, "rewards/accuracies")
-    if len(window) < LONG_WINDOW or accuracy is None or abs(accuracy - 0.5) > CHANCE_BAND:
+    """Accuracy stays at one half."""
+    accuracy = _recent_mean(_steps(history), "rewards/accuracies", LONG_WINDOW)
+    if accuracy is None or abs(accuracy - 0.5) > CHANCE_BAND:
         return ""
     return (
         f"rewards/accuracies is {accuracy:.3f} over the last {LONG_WINDOW} steps: nothing is learned yet. "
@@ -70,10 +69,10 @@ def no_gradient(history: Sequence[Line]) -> str:
 
 
 def weights_stand_still(history: Sequence[Line]) -> str:
-    """Most weights keep their value in a step."""
-    window = [line for line in _steps(history) if line.get("learning_rate")][-WINDOW:]
-    share = _mean(window, "weights_changed")
-    if len(window) < WINDOW or share is None or share >= MOVED_SHARE:
+    """Most weights keep their value in a step whose learning rate is not zero."""
+    moving = [line for line in _steps(history) if line.get("learning_rate")]
+    share = _recent_mean(moving, "weights_changed", WINDOW)
+    if share is None or share >= MOVED_SHARE:
         return ""
     return (
         f"an optimizer step changes only {share:.0%} of the weights (last {WINDOW} steps): the learning rate is "
@@ -143,7 +142,7 @@ def _steps(history: Sequence[Line]) -> list[Line]:
     return [line for line in history[-2 * LONG_WINDOW :] if line["step"] > 0]
 
 
-def _mean(lines: Sequence[Line], name: str) -> float | None:
-    """Mean of a metric over the lines that have it; None when none does."""
-    values = [line[name] for line in lines if line.get(name) is not None]
-    return fmean(values) if values else None
+def _recent_mean(lines: Sequence[Line], name: str, window: int) -> float | None:
+    """Mean of a metric over the newest lines that have it; None when none does, or while there are fewer lines."""
+    values = [line[name] for line in lines[-window:] if line.get(name) is not None]
+    return fmean(values) if values and len(lines) >= window else None

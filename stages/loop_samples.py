@@ -12,17 +12,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cache.fingerprint import fingerprint
-from stages.generation import (
-    EngineOptions,
-    Request,
-    Sampling,
-    as_completion,
-    check_prompts,
-    open_model,
-    request_seed,
-)
+from stages.generation import as_completion, check_prompts, open_model, request_seed
 from stages.models import ModelSource
 from stages.outputs import instruction
+from stages.requests import EngineOptions, Request, Sampling
 from stages.train_settings import SampleStrategy
 from stages.transformers_engine import sample_network
 

@@ -25,18 +25,18 @@ TOLERANCE = 1e-3
 
 
 def find_merged(policy: Artifact, context: Context) -> Artifact | None:
-    """The merged model of this policy, if it is there."""
+    """The merged model of this policy, if it is there; raises `UsageError` where its own weights were trained."""
+    if not is_adapter(policy.path):
+        raise UsageError(f"{policy.path} is a whole model already; there is no adapter to merge.")
     return context.store.find("merged", _name(policy), _identity(policy))
 
 
 def merge(
     policy: Artifact, base: ModelSource, rows: Artifact, compute: Compute, context: Context
 ) -> Artifact:
-    """Merge, check and publish; raises `UsageError` for a policy whose own weights were trained."""
+    """Merge an adapter, check and publish; raises `CorruptError` where the log-probs change."""
     from stages.scoring import Scorer
 
-    if not is_adapter(policy.path):
-        raise UsageError(f"{policy.path} is a whole model already; there is no adapter to merge.")
     policy.check_files()
     exact = Compute(compute.device, torch.float32, compute.tokens_per_batch)
     adapted = load_adapter(load_model(base, exact), policy.path)

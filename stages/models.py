@@ -70,7 +70,7 @@ def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> 
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MachineError(
             f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
-            f"Check the name, the network and `hf auth login`, or give a folder with --set policy.model=PATH."
+            f"Check the name, the network and `hf auth login`, or give a folder in place of the name."
         ) from error
 
 

@@ -20,10 +20,11 @@ from stages.compute import Compute
 from stages.context import Context
 from stages.data_settings import DataSettings
 from stages.formats.contract import Tokens, assembled
-from stages.generation import Completion, EngineOptions, Sampling, generate_each
+from stages.generation import Completion, generate_each
 from stages.models import ModelSource
 from stages.outputs import SampleRecord, read_jsonl, write_alpaca_eval, write_jsonl
 from stages.reading import BadRow, read_source
+from stages.requests import EngineOptions, Sampling
 from stages.rows import RowSet
 from stages.settings import SampleSettings
 from stages.templates import Template

@@ -12,7 +12,7 @@ of its first request. Then a request meets the same shapes whatever it is sample
 from typing import TYPE_CHECKING, Any
 
 from stages.adapters import load_adapter
-from stages.generation import EngineOptions, Model, Request, Sampling
+from stages.requests import EngineOptions, Model, Request, Sampling
 
 if TYPE_CHECKING:
     import torch

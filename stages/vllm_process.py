@@ -22,7 +22,7 @@ from pathlib import Path
 from cache.errors import MachineError
 from cache.files import read_json, write_bytes
 from stages.adapters import adapter_config
-from stages.generation import EngineOptions, Model, Request, Sampling
+from stages.requests import EngineOptions, Model, Request, Sampling
 
 MIN_KV_CACHE_BYTES = 512 << 20
 MIN_FULL_SEQUENCES = 2

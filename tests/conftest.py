@@ -88,30 +88,11 @@ def byte_level_bpe(special_tokens: list[str]):
 
 
 def save_tiny_llama(folder: Path, tokenizer, seed: int) -> Path:
-    """A random two-layer Llama (head_dim 32, 256 positions) and its tokenizer as a Hugging Face folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random Llama and its tokenizer as a Hugging Face folder."""
+    from tests.tiny_llama import random_llama
 
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        # Wide enough that log-probs differ from token to token by whole nats.
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    random_llama(seed, **special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -32,6 +32,38 @@ def upward_imports(root: Path) -> list[str]:
     return wrong
 
 
+def circles(root: Path) -> list[str]:
+    """Files that import each other in a loop, at any depth and inside functions, too."""
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for floor in FLOORS
+        for path in (root / floor).rglob("*.py")
+    }
+    targets = {}
+    for name, path in files.items():
+        found = {module for module in imported_names(path) if module in files}
+        targets[name] = {other for other in found if other != name and not name.startswith(f"{other}.")}
+
+    def reach(name: str) -> set[str]:
+        seen, todo = set(), [name]
+        while todo:
+            new = targets[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return sorted(name for name in files if name in reach(name))
+
+
+def imported_names(path: Path) -> set[str]:
+    """Modules a file imports, and `package.name` for `from package import name`, which may be one."""
+    modules = set(imported_modules(path))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
 def badly_named(root: Path) -> list[str]:
     """Files whose name says nothing of what they hold."""
     paths = [path for floor in (*FLOORS, "tests", "benchmarks") for path in (root / floor).rglob("*.py")]
@@ -40,6 +72,10 @@ def badly_named(root: Path) -> list[str]:
 
 def test_imports_go_down_only():
     assert upward_imports(ROOT) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circles(ROOT) == []
 
 
 def test_no_file_is_a_drawer():
@@ -80,3 +116,12 @@ def test_a_drawer_is_found(tmp_path):
     (tmp_path / "stages/losses/base.py").touch()
     (tmp_path / "stages/baseline.py").touch()
     assert badly_named(tmp_path) == ["stages/losses/base.py"]
+
+
+def test_a_circle_is_found(tmp_path):
+    (tmp_path / "stages/losses").mkdir(parents=True)
+    (tmp_path / "stages/losses/__init__.py").write_text("from stages import b\n")
+    (tmp_path / "stages/b.py").write_text("def f():\n    from stages.c import g\n")
+    (tmp_path / "stages/c.py").write_text("import stages.losses\n")
+    (tmp_path / "stages/d.py").write_text("from stages.c import f\n")
+    assert circles(tmp_path) == ["stages.b", "stages.c", "stages.losses"]

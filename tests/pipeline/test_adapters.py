@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from cache.errors import CorruptError, MachineError, StaleError, UsageError
 from pipeline.run import Session
 from stages import merge as merging
-
-from .test_four_stages import LN2, ROOT, session, settings, through_training
+from tests.pipeline.small_run import LN2, ROOT, session, settings, through_training
 
 pytest.importorskip("peft")
 
@@ -81,8 +80,9 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
     with pytest.raises(StaleError, match="align train"):
         session(tree, tmp_path).run("merge")
     run.run("train")
-    with pytest.raises(UsageError, match="no adapter to merge"):
-        session(tree, tmp_path).run("merge")
+    for ask in (Session.run, Session.plan):
+        with pytest.raises(UsageError, match="no adapter to merge"):
+            ask(session(tree, tmp_path), "merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
     with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
         session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")

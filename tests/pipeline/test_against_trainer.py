@@ -12,28 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import build_config
 from pipeline.run import Session
 from stages.planning import epoch_order
 from stages.rows import RowSet
 from stages.schedules import make_schedule
+from tests.pipeline.small_run import session, settings
 
 STEPS, BATCH, RATE = 20, 4, 2e-4
 
 
 @pytest.fixture
 def ours(tiny_model, preferences, tmp_path) -> tuple[Session, dict]:
-    tree = {
-        "data": {"path": str(preferences)},
-        "policy": {"model": str(tiny_model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.0, "mismatched": False},
-        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 150},
-        "loss": {"name": "sft"},
-        "train": {"learning_rate": RATE, "batch_size": BATCH, "num_epochs": 4, "max_steps": STEPS},
-    }
-    session = Session(build_config(tree), tmp_path / "store", say=[].append)
-    session.run("prepare")
-    return session, session.run("train")
+    tree = settings(
+        tiny_model,
+        preferences,
+        prepare={"heldout_fraction": 0.0, "mismatched": False},
+        compute={"tokens_per_batch": 150},
+        loss={"name": "sft"},
+        train={"learning_rate": RATE, "batch_size": BATCH, "num_epochs": 4, "max_steps": STEPS},
+    )
+    run = session(tree, tmp_path / "store")
+    run.run("prepare")
+    return run, run.run("train")
 
 
 def examples_of(session: Session) -> list[dict]:
@@ -55,8 +55,8 @@ def examples_of(session: Session) -> list[dict]:
 def test_twenty_steps_are_those_of_transformers_trainer(ours, tiny_model, tmp_path) -> None:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    session, result = ours
-    rows = examples_of(session)
+    run, result = ours
+    rows = examples_of(run)
     assert len(rows) % BATCH == 0  # no partial step: the Trainer's batches know no epochs here
 
     def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_twenty_steps_are_those_of_transformers_trainer(ours, tiny_model, tmp_pa
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    schedule = make_schedule(session.config.train, RATE, STEPS)
+    schedule = make_schedule(run.config.train, RATE, STEPS)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: schedule(min(done + 1, STEPS)) / RATE)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "trainer"),

@@ -67,7 +67,11 @@ def refused(result, code, *parts):
 USAGE = [
     (["nope"], ["No such command 'nope'", "align --help"]),
     (["train", "--nope"], ["No such option: --nope", "align train --help"]),
-    (["train", "extra"], ["unexpected extra argument", "align train --help"]),
+    (["train", "extra"], ["unexpected extra argument(s) (extra). Type `", "align train --help"]),
+    (["trian"], ["Did you mean 'train'? Type `", "align --help"]),
+    (["prepare", "--loss", "dpo"], ["No such option: --loss", "align prepare --help"]),
+    (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),
+    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest are three choices"]),
     (["train", "--loss", "kt0"], ["unknown loss 'kt0'", "Did you mean 'kto'?"]),
     (["train", "--set", "loss.name=dop"], ["unknown loss 'dop'", "Did you mean 'dpo'?"]),
     (["train", "--set", "loss.bta=1"], ["loss.bta is not a field of dpo", "beta"]),
@@ -225,6 +229,38 @@ def test_a_store_that_cannot_be_written_ends_with_6(align, config, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_130(tmp_path):
+    """A real SIGINT while the quickstart's model is trained."""
+    # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pipeline.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "prepare", "--store", str(tmp_path / "store")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Building the quickstart")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert (out, err) == (
+        "",
+        "align: Interrupted. What was finished is kept; type the same command to continue.\n",
+    )
+
+
+def test_the_quickstart_is_not_built_to_say_that_its_rows_are_missing(align, tmp_path):
+    for stage in ("cache-ref", "train", "sample", "eval", "merge", "plan", "inspect"):
+        refused(align(stage), 4, "The rows of quickstart", "Make them with: align prepare")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_debug_shows_where_it_happened(align, config):
     with pytest.raises(DataError, match="No such file"):
         align("prepare", "--debug", "-c", config, "--set", "data.path=missing.jsonl")
@@ -247,7 +283,7 @@ def test_json_is_one_object_on_stdout_and_a_second_run_does_nothing(align, confi
 
 def test_a_dry_run_writes_nothing(align, config, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    for stage in ("prepare", "cache-ref", "train", "sample", "run"):
+    for stage in ("prepare", "cache-ref", "train", "sample", "merge", "eval", "run"):
         code, out, _ = align(stage, "--dry-run", "--json", "-c", config)
         assert code == 0
         assert "would" in out

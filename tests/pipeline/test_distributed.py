@@ -1,82 +1,34 @@
 """Real gloo ranks under torchrun: sharded and replicated runs are the one-rank run; a killed rank ends them all."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from pipeline.config import build_config
-from pipeline.run import Session
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "-m",
-    "pipeline",
-]
-# kto scores rows before the step, so ranks meet outside the backward pass too.
-TREE = {
-    "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-    "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 100},
-    "loss": {"name": "kto"},
-    "train": {"learning_rate": 1e-3, "batch_size": 5, "num_epochs": 2, "eval_steps": 3, "save_steps": 1},
-}
+from tests.pipeline.small_run import finish, metrics_of, on_two_ranks, run, settings
 
 pytestmark = pytest.mark.slow
 
 
-def tree_of(model: Path, preferences: Path, **changes: dict) -> dict:
-    tree = {**TREE, "data": {"path": str(preferences)}, "policy": {"model": str(model)}}
-    for block, values in changes.items():
-        tree[block] = {**tree.get(block, {}), **values}
-    return tree
-
-
-def alone(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:
-    run = Session(build_config(tree), store, say=([] if said is None else said).append)
-    return [run.run(stage) for stage in stages][-1]
-
-
-def launch(tree: dict, store: Path) -> subprocess.Popen[str]:
-    config = store.parent / f"{store.name}.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    return subprocess.Popen(
-        [*LAUNCH, "train", "-c", str(config), "--store", str(store), "--json"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+def tree_of(model: Path, preferences: Path, adapter: dict | None = None, **train: Any) -> dict:
+    return settings(
+        model,
+        preferences,
+        compute={"tokens_per_batch": 100},
+        # kto scores rows before the step, so ranks meet outside the backward pass too.
+        loss={"name": "kto"},
+        adapter=adapter or {},
+        train={"batch_size": 5, "eval_steps": 3, "save_steps": 1, **train},
     )
 
 
-def finish(process: subprocess.Popen[str]) -> dict:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out)
-
-
-def lines_of(result: dict) -> list[dict]:
-    return [
-        json.loads(line) for line in (Path(result["artifact"]) / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
 def assert_same_run(found: dict, expected: dict) -> None:
-    ours, theirs = lines_of(found), lines_of(expected)
+    ours, theirs = metrics_of(found["artifact"]), metrics_of(expected["artifact"])
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for line, wanted in zip(ours, theirs, strict=True):
         assert line.keys() == wanted.keys()
@@ -95,10 +47,10 @@ def assert_same_run(found: dict, expected: dict) -> None:
 def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_path):
     """Ranks have unequal numbers of packs in most steps: a step is five examples."""
     tree = tree_of(tiny_model, preferences)
-    expected = alone(tree, tmp_path / "one", "prepare", "cache-ref", "train")
-    alone(tree, tmp_path / "two", "prepare", "cache-ref")
-    sharded = tree_of(tiny_model, preferences, train={"parallel": "fsdp"})
-    found = finish(launch(sharded, tmp_path / "two"))
+    expected = run(tree, tmp_path / "one", "prepare", "cache-ref", "train")
+    run(tree, tmp_path / "two", "prepare", "cache-ref")
+    sharded = tree_of(tiny_model, preferences, parallel="fsdp")
+    found = finish(on_two_ranks(sharded, tmp_path / "two", "train"))
     assert found["audit_max_abs_diff"] == 0.0
     assert_same_run(found, expected)
 
@@ -108,11 +60,11 @@ def test_a_killed_rank_ends_all_and_one_rank_continues_with_two_ranks_shards(
 ):
     """Of an adapter, whose shards are few: the checkpoint holds them and their optimizer alone."""
     changes = {"num_epochs": 3, "parallel": "fsdp", "learning_rate": 1e-4}
-    tree = tree_of(tiny_model, preferences, adapter={"name": "lora", "r": 4}, train=changes)
-    expected = alone(tree, tmp_path / "one", "prepare", "cache-ref", "train")
+    tree = tree_of(tiny_model, preferences, {"name": "lora", "r": 4}, **changes)
+    expected = run(tree, tmp_path / "one", "prepare", "cache-ref", "train")
     store = tmp_path / "two"
-    alone(tree, store, "prepare", "cache-ref")
-    process = launch(tree, store)
+    run(tree, store, "prepare", "cache-ref")
+    process = on_two_ranks(tree, store, "train")
     killed = time.monotonic() + 240
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
@@ -128,7 +80,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues_with_two_ranks_shards(
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert not list((store / "policy").glob("[!.]*")), err
     said: list[str] = []
-    resumed = alone(tree, store, "train", said=said)
+    resumed = run(tree, store, "train", said=said)
     assert any("Continuing from step" in line for line in said), said
     assert_same_run(resumed, expected)
 

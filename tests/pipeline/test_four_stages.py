@@ -12,47 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from cache.artifacts import open_artifact
 from cache.errors import AlignError, CorruptError, StaleError
 from cache.ref_logps import RefLogps
-from pipeline.config import build_config
-from pipeline.run import Session
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def settings(model: Path, preferences: Path, **changes: dict) -> dict:
-    """A configuration of a small run; `changes` are blocks to merge in."""
-    tree = {
-        "data": {"path": str(preferences)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
-        "train": {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "eval_steps": 2},
-    }
-    for block, values in changes.items():
-        tree[block] = {**tree.get(block, {}), **values}
-    return tree
-
-
-def session(tree: dict, store: Path, said: list[str] | None = None) -> Session:
-    return Session(build_config(tree), store, say=(said if said is not None else []).append)
-
-
-def through_training(tree: dict, store: Path) -> dict:
-    """Run the first three stages and return train's result."""
-    run = session(tree, store)
-    run.run("prepare")
-    if run.config.loss.needs_reference:
-        run.run("cache-ref")
-    return run.run("train")
-
+from tests.pipeline.small_run import (
+    LN2,
+    ROOT,
+    finish,
+    metrics_of,
+    on_two_ranks,
+    session,
+    settings,
+    through_training,
+)
 
 # At step 0 policy and reference are the same, so every log-ratio is zero. Closed forms: -log s(0) = ln 2;
 # (0 - 1/(2 beta))^2 = 25 at beta 0.1; 1 - s(0) = 1/2; (1 - s(0)) + s(0) = 1; 1.5 ln 2 + ... as in the table.
-LN2 = 0.6931471805599453
 STEP0 = {
     "dpo": ({"name": "dpo"}, LN2),
     "cdpo": ({"name": "cdpo"}, LN2),
@@ -257,18 +235,13 @@ def test_a_dry_run_writes_nothing(tiny_model, preferences, tmp_path) -> None:
 
 
 def _digest(folder: Path) -> tuple[str, list[dict]]:
-    """sha256 of the weights, and the metrics without times."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("step_seconds", None)
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), lines
+    """sha256 of the weights, and the metrics."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), metrics_of(folder)
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path) -> None:
     """SIGKILL in the middle, twice; weights and metrics end as if nothing had happened."""
-    import yaml
-
     tree = settings(
         tiny_model,
         preferences,
@@ -314,36 +287,13 @@ def _kill_after(process: subprocess.Popen, store: Path, lines: int) -> int:
 
 @pytest.mark.slow
 def test_two_torchrun_ranks_train_like_one(tiny_model, preferences, tmp_path) -> None:
-    import yaml
-
     tree = settings(tiny_model, preferences, loss={"name": "kto"})
     alone = through_training(tree, tmp_path / "one")
-    config, store = tmp_path / "run.yaml", tmp_path / "two"
-    config.write_text(yaml.safe_dump(tree))
+    store = tmp_path / "two"
     session(tree, store).run("prepare")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "pipeline",
-    ]
-    for stage in ("cache-ref", "train"):
-        done = subprocess.run(
-            [*launch, stage, "-c", str(config), "--store", str(store), "--json"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    finish(on_two_ranks(tree, store, "cache-ref"))
+    result = finish(on_two_ranks(tree, store, "train"))
     for name, value in alone["final"].items():
         assert result["final"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-    one, two = (_digest(Path(found["artifact"]))[1] for found in (alone, result))
+    one, two = (metrics_of(found["artifact"]) for found in (alone, result))
     assert [line["loss"] for line in two[1:]] == pytest.approx([line["loss"] for line in one[1:]], abs=1e-5)

@@ -133,11 +133,16 @@ def test_the_terminal_shows_the_same_text(rows, capsys):
     assert f"<|end|>·{eos.ids[0]}" in capsys.readouterr().out
 
 
-def test_another_tokenizer_and_another_artifact_are_refused(rows, base_tokenizer, tmp_path):
+def test_another_tokenizer_and_another_artifact_are_refused(rows, chat_tokenizer, base_tokenizer, tmp_path):
     with pytest.raises(
         StaleError, match=r"is not the one .* was made with\. Name the right one with --tokenizer"
     ):
         Rows(rows.artifact, base_tokenizer)
     with pytest.raises(UsageError, match="No such artifact"):
         open_rows(tmp_path / "none")
-    assert open_rows(rows.artifact.path).fingerprint == rows.artifact.fingerprint
+    with pytest.raises(UsageError, match=r"is no artifact: it has no manifest\.json\. Give a folder"):
+        open_rows(rows.artifact.path.parent)  # never "delete it"
+    with pytest.raises(UsageError, match=r"No tokenizer in .*none: no such folder.*--tokenizer DIR"):
+        open_rows(rows.artifact.path, tmp_path / "none")
+    chat_tokenizer.save_pretrained(tmp_path / "moved")
+    assert open_rows(rows.artifact.path, tmp_path / "moved").example(3) == rows.example(3)

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import build_config
 from pipeline.plan import BATCHES, LENGTHS
 from pipeline.plan_report import show_plan
 from pipeline.run import Session
-
-from .test_four_stages import settings
+from tests.pipeline.small_run import session, settings
 
 
 @pytest.fixture
 def session_of(tiny_model, preferences, tmp_path):
     def make(**changes) -> Session:
-        run = Session(build_config(settings(tiny_model, preferences, **changes)), tmp_path, say=[].append)
+        run = session(settings(tiny_model, preferences, **changes), tmp_path)
         run.run("prepare")
         return run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UsageError
-from pipeline.config import build_config
 from pipeline.run import Session
 from tests.conftest import ANIMALS
+from tests.pipeline.small_run import session, settings
 
 NUM_RESPONSES = 4
 
@@ -30,16 +30,12 @@ def graded(tmp_path) -> Path:
     return path
 
 
-def session(model: Path, data: Path, store: Path, said: list[str] | None = None, **blocks: dict) -> Session:
-    tree = {
-        "data": {"path": str(data)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.5, **blocks.get("prepare", {})},
-        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
-        "loss": blocks.get("loss", {"name": "dpo"}),
-        "train": {"learning_rate": 1e-3, "batch_size": 4, **blocks.get("train", {})},
-    }
-    return Session(build_config(tree), store, say=(said if said is not None else []).append)
+def session_of(
+    model: Path, data: Path, store: Path, said: list[str] | None = None, **blocks: dict
+) -> Session:
+    prepare = {"heldout_fraction": 0.5, **blocks.pop("prepare", {})}
+    train = {"num_epochs": 1, **blocks.pop("train", {})}
+    return session(settings(model, data, prepare=prepare, train=train, **blocks), store, said)
 
 
 def weights(result: dict) -> str:
@@ -48,7 +44,7 @@ def weights(result: dict) -> str:
 
 def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) -> None:
     ranked = {"graded": "ranked"}
-    run = session(tiny_model, graded, tmp_path / "store", prepare=ranked)
+    run = session_of(tiny_model, graded, tmp_path / "store", prepare=ranked)
     prepared = run.run("prepare")
     assert prepared["rows_by_role"] == {"ranked": 12 * NUM_RESPONSES, "mismatched": 12 * 2}
     assert run.run("cache-ref")["forwards"] > 0
@@ -57,7 +53,7 @@ def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) 
         for strategy in ("best_worst", "adjacent", "all"):
             said: list[str] = []
             changes = {"prepare": ranked, "train": {"pairs": strategy}, "loss": {"name": loss}}
-            again = session(tiny_model, graded, tmp_path / "store", said, **changes)
+            again = session_of(tiny_model, graded, tmp_path / "store", said, **changes)
             assert again.run("cache-ref")["forwards"] == 0
             result = again.run("train")
             assert not result["reused"]
@@ -80,7 +76,9 @@ def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
 ) -> None:
     found = {}
     for choice in ("best_worst", "ranked"):
-        run = session(tiny_model, graded, tmp_path / "store", prepare={"graded": choice}, loss={"name": loss})
+        run = session_of(
+            tiny_model, graded, tmp_path / "store", prepare={"graded": choice}, loss={"name": loss}
+        )
         run.run("prepare")
         run.run("cache-ref")
         result = run.run("train")
@@ -115,7 +113,7 @@ def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
 def test_what_cannot_be_compared_by_other_strategies_says_what_to_type(
     loss, choice, message, tiny_model, graded, tmp_path
 ) -> None:
-    run = session(
+    run = session_of(
         tiny_model,
         graded,
         tmp_path / "store",

@@ -15,44 +15,28 @@ import torch
 from safetensors.torch import load_file
 
 from cache.errors import AlignError, CorruptError, StaleError, UsageError
-from pipeline.config import build_config
-from pipeline.run import Session
 from stages.batches import RowScorer
 from stages.checkpoints import checkpoint_steps, newest_checkpoint
-
-# 18 training examples in steps of 4, so an epoch's fifth step is a partial one; bco carries state from step to step.
-TRAIN = {
-    "learning_rate": 1e-3,
-    "batch_size": 4,
-    "num_epochs": 2,
-    "eval_steps": 3,
-    "save_steps": 1,
-    "keep_last": 1,
-}
-
-
-def tree_of(model: Path, preferences: Path, **train: Any) -> dict:
-    return {
-        "data": {"path": str(preferences)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 120},
-        "loss": {"name": "bco"},
-        "train": {**TRAIN, **train},
-    }
+from tests.pipeline.small_run import metrics_of, run, settings
 
 
 def train(tree: dict, store: Path, said: list[str] | None = None) -> dict:
-    return Session(build_config(tree), store, say=(said if said is not None else []).append).run("train")
+    return run(tree, store, "train", said=said)
 
 
 @pytest.fixture
 def prepared(tiny_model, preferences, tmp_path) -> tuple[dict, Path]:
     """A configuration, and a store with its rows and reference log-probs."""
-    tree, store = tree_of(tiny_model, preferences), tmp_path / "store"
-    for stage in ("prepare", "cache-ref"):
-        Session(build_config(tree), store, say=[].append).run(stage)
-    return tree, store
+    # 18 training examples in steps of 4, so an epoch's fifth step is a partial one; bco carries state from step to step.
+    tree = settings(
+        tiny_model,
+        preferences,
+        compute={"tokens_per_batch": 120},
+        loss={"name": "bco"},
+        train={"eval_steps": 3, "save_steps": 1, "keep_last": 1},
+    )
+    run(tree, tmp_path / "store", "prepare", "cache-ref")
+    return tree, tmp_path / "store"
 
 
 def fresh(store: Path) -> Path:
@@ -64,16 +48,13 @@ def fresh(store: Path) -> Path:
 def digest(policy: Path) -> dict[str, Any]:
     """All that has to be equal: weights, optimizer and loss state at the end, and the metrics without times."""
     (last,) = policy.glob("checkpoint-*")
-    lines = [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("step_seconds", None)
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)
     moments = [value for state in optimizer["state"].values() for value in state.values()]
     return {
         "weights": hashlib.sha256((policy / "model.safetensors").read_bytes()).hexdigest(),
         "optimizer": hashlib.sha256(b"".join(value.numpy().tobytes() for value in moments)).hexdigest(),
         "loss_state": json.loads((last / "state.json").read_text())["loss_state"],
-        "metrics": lines,
+        "metrics": metrics_of(policy),
     }
 
 
@@ -325,8 +306,7 @@ def test_another_configuration_is_refused_by_name_or_begins_anew(halfway) -> Non
     tree, store, working = halfway
     for name, changes in CHANGES.items():
         other = changed(tree, changes, resume=str(working))
-        for stage in ("prepare", "cache-ref"):
-            Session(build_config(other), store, say=[].append).run(stage)
+        run(other, store, "prepare", "cache-ref")
         with pytest.raises(StaleError, match=rf"{name}: .* -> .*resume_override=\[.*{name}"):
             train(other, store)
     said: list[str] = []
@@ -361,8 +341,7 @@ def test_named_changes_continue_and_the_result_says_from_where(halfway) -> None:
     assert manifest["identity"]["continues"]["step"] == 4
     steps = [json.loads(line)["step"] for line in (Path(result["artifact"]) / "metrics.jsonl").open()]
     assert steps == list(range(8))
-    again = Session(build_config(other), store, say=[].append).run("train")
-    assert again["reused"]
+    assert train(other, store)["reused"]
 
 
 def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfway) -> None:

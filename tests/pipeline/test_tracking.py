@@ -12,33 +12,16 @@ import yaml
 
 from cache.errors import StaleError, UsageError
 from pipeline.config import build_config
-from pipeline.run import Session
 from stages.loop import Run
 from stages.tracking import Tracker, read_metrics
+from tests.pipeline.small_run import LN2, ROOT, run, settings
 
-ROOT = Path(__file__).resolve().parents[2]
 CANARY = "canary0a1b2c3d4e5f60718293a4b5c6d7e8f901234"
 
 
-def tree_of(model: Path, preferences: Path, **blocks: dict) -> dict:
-    tree = {
-        "data": {"path": str(preferences)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.25, "mismatched": False},
-        "compute": {"dtype": "float32", "device": "cpu"},
-        "train": {"learning_rate": 1e-3, "batch_size": 4, "eval_steps": 2, "save_steps": 2, "max_steps": 4},
-    }
-    for block, values in blocks.items():
-        tree[block] = {**tree.get(block, {}), **values}
-    return tree
-
-
-def run(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:
-    result: dict = {}
-    for stage in stages:
-        config = build_config(tree)
-        result = Session(config, store, say=(said if said is not None else []).append).run(stage)
-    return result
+def tree_of(model: Path, preferences: Path, train: dict | None = None, **blocks: dict) -> dict:
+    steps = {"save_steps": 2, "max_steps": 4, **(train or {})}
+    return settings(model, preferences, prepare={"mismatched": False}, train=steps, **blocks)
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +170,7 @@ def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
     run(tree, store, "cache-ref")
     result = run(tree, store, "train")
     for name in ("half", "again"):
-        assert result["step0"][f"{name}/loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+        assert result["step0"][f"{name}/loss"] == pytest.approx(LN2, rel=1e-6)
         assert result["final"][f"{name}/rewards/margins"] > 0
     plain = run(tree_of(tiny_model, preferences), store, "train")
     assert not plain["reused"]
@@ -204,7 +187,7 @@ def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
     assert flat == pytest.approx(result["final"], rel=1e-6, abs=1e-6)
     start = run({**tree, "eval": {**sets, "model": str(tiny_model)}}, store, "eval")
     assert start["sets"]["half"]["rewards/accuracies"] == 0.5
-    assert start["sets"]["heldout"]["loss"] == pytest.approx(0.6931471805599453, rel=1e-6)
+    assert start["sets"]["heldout"]["loss"] == pytest.approx(LN2, rel=1e-6)
 
 
 def test_samples_while_training_change_no_number_and_survive_a_resume(

@@ -8,29 +8,16 @@ import pytest
 
 from cache.artifacts import open_artifact
 from cache.errors import UsageError
-from pipeline.config import build_config
-from pipeline.run import Session
 from stages.density import DensityRatios
 from stages.rows import RowSet
 from tests.conftest import ANIMALS
-
-LN2 = 0.6931471805599453
+from tests.pipeline.small_run import LN2, run, settings
 
 
 def through_training(model: Path, data: Path, store: Path, loss: dict) -> tuple[dict, dict]:
     """Results of prepare and of train."""
-    tree = {
-        "data": {"path": str(data)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.2},
-        "compute": {"dtype": "float32", "device": "cpu"},
-        "loss": loss,
-        "train": {"learning_rate": 1e-3, "batch_size": 8},
-    }
-    run = Session(build_config(tree), store, say=[].append)
-    prepared = run.run("prepare")
-    run.run("cache-ref")
-    return prepared, run.run("train")
+    tree = settings(model, data, loss=loss, train={"batch_size": 8, "num_epochs": 1})
+    return run(tree, store, "prepare"), run(tree, store, "cache-ref", "train")
 
 
 def test_udm_weights_unpaired_data(tiny_model, tmp_path) -> None:

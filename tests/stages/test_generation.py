@@ -10,18 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.errors import DataError, MachineError, UsageError
-from stages.generation import (
-    Completion,
-    EngineOptions,
-    Sampling,
-    generate,
-    generate_each,
-    open_model,
-    request_seed,
-)
+from stages.generation import Completion, generate, generate_each, open_model, request_seed
+from stages.requests import EngineOptions, Sampling
 from stages.transformers_engine import keep_likeliest
 from stages.vllm_process import failure_cause, kv_cache_bytes
-from tests.stages.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, rows, save_model
+from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, rows, save_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=12, seed=7, num_samples=1)
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, top_k=50, num_samples=2)

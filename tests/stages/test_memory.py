@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cache.errors import MachineError, UsageError
 from stages.activations import offloaded
@@ -17,6 +16,7 @@ from stages.memory import LayerwiseShapes, Shapes, pairs_pack
 from stages.models import ModelSource, load_model
 from stages.scoring import Scorer
 from stages.train_settings import AdapterSettings, TrainSettings
+from tests.tiny_llama import random_llama
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
@@ -27,15 +27,18 @@ ALL = AdapterSettings()
 def model(tmp_path_factory) -> ModelSource:
     """A Llama of six layers whose activations are far larger than rounding."""
     folder = tmp_path_factory.mktemp("memory")
-    config = LlamaConfig(
+    llama = random_llama(
+        0,
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=6,
         num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=512,
+        tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama.save_pretrained(folder)
     return ModelSource("memory", folder)
 
 

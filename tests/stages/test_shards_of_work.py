@@ -1,37 +1,19 @@
 """cache-ref by one process, by several ranks and by independent jobs: the same bytes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from cache.errors import UsageError
-from pipeline.config import build_config
-from pipeline.run import Session
 from stages import cache_ref as stage
 from stages.cache_ref import Worker, choose_worker
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tree_of(model: Path, preferences: Path) -> dict:
-    return {
-        "data": {"path": str(preferences)},
-        "policy": {"model": str(model)},
-        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
-    }
+from tests.pipeline.small_run import finish, on_two_ranks, session, settings
 
 
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
     """Names (sha256) of the shards that these jobs leave, and how many rows each scored."""
-    Session(build_config(tree), store, say=[].append).run("prepare")
-    results = [
-        Session(build_config(tree), store, say=[].append, shard=shard).run("cache-ref") for shard in shards
-    ]
+    session(tree, store).run("prepare")
+    results = [session(tree, store, shard=shard).run("cache-ref") for shard in shards]
     names = sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow"))
     return names, [result["rows_scored"] for result in results]
 
@@ -41,7 +23,7 @@ def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_pa
     monkeypatch.setattr(stage, "UNIT_EXAMPLES", 5)
     lines = preferences.read_text().splitlines()
     preferences.write_text("\n".join([*lines, *reversed(lines)]) + "\n")
-    tree = tree_of(tiny_model, preferences)
+    tree = settings(tiny_model, preferences)
     alone, (total,) = scored_by(tree, tmp_path / "one", None)
     assert len(alone) > 3
     split, scored = scored_by(tree, tmp_path / "three", "3/3", "1/3", "2/3")
@@ -53,22 +35,10 @@ def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_pa
 
 @pytest.mark.slow
 def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
-    tree = tree_of(tiny_model, preferences)
-    config, store = tmp_path / "run.yaml", tmp_path / "two"
-    config.write_text(yaml.safe_dump(tree))
+    tree, store = settings(tiny_model, preferences), tmp_path / "two"
     alone, _ = scored_by(tree, tmp_path / "one", None)
-    Session(build_config(tree), store, say=[].append).run("prepare")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "pipeline", "cache-ref", "-c", str(config), "--store", str(store)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    session(tree, store).run("prepare")
+    finish(on_two_ranks(tree, store, "cache-ref"))
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
 
 

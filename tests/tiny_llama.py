@@ -17,24 +17,38 @@ VOCAB_SIZE = 512
 EOS = 2
 
 
+def random_llama(seed: int, **changes: Any) -> LlamaForCausalLM:
+    """Two layers of head_dim 32, 256 positions; `changes` are keys of its configuration."""
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        # Wide enough that log-probs differ from token to token by whole nats.
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
+
+
 def save_model(folder: Path, seed: int, head_dim: int = 32) -> Path:
     """A random Llama with sharp logits, and a tokenizer whose id N reads as the word wN."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    model = random_llama(
+        seed,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=head_dim,
         max_position_embeddings=128,
         bos_token_id=1,
         eos_token_id=EOS,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config)
     # What a trained model may ship with, and what must not reach our sampling.
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=9.0, top_k=3, repetition_penalty=5.0

@@ -1,0 +1,86 @@
+"""What a generation engine is asked for: the models, the requests, and how to sample."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cache.errors import UsageError
+
+# vLLM raises any temperature in between to 0.01 and refuses more than 2.
+MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: temperature 0 is greedy, top_k 0 keeps every token, max_tokens is per completion."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+    num_samples: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what the engines would each read in their own way."""
+        allowed = {
+            "temperature": (
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+                "0 (greedy) or 0.01 to 2",
+            ),
+            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 (every token) or more"),
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "num_samples": (self.num_samples >= 1, "1 or more"),
+        }
+        for name, (is_allowed, expected) in allowed.items():
+            if not is_allowed:
+                raise UsageError(
+                    f"sample.{name} is {getattr(self, name)}; expected {expected}. Set it with --set sample.{name}=VALUE"
+                )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs.
+
+    max_model_length: prompt and completion together, in tokens; the model's own number of positions
+        is the limit where that is smaller.
+    kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
+    enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
+    gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    max_model_length: int
+    kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make: what an engine needs to know of it."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder with what sampling asks of it; `max_length` in tokens, `stop_token_ids` ends a completion.
+
+    `adapter` is a folder of peft's whose base model is in `path`.
+    """
+
+    path: Path
+    config: Any
+    tokenizer: Any
+    max_length: int
+    stop_token_ids: list[int]
+    adapter: Path | None = None

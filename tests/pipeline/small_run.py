@@ -1,0 +1,73 @@
+"""A run of seconds over the tiny model: its configuration, and its stages in this process or on two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from pipeline.config import build_config
+from pipeline.run import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+LN2 = 0.6931471805599453
+
+
+def settings(model: Path, data: Path, **changes: dict) -> dict:
+    """A configuration; `changes` are blocks to merge in."""
+    tree = {
+        "data": {"path": str(data)},
+        "policy": {"model": str(model)},
+        "prepare": {"max_length": 128, "heldout_fraction": 0.25},
+        "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
+        "train": {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "eval_steps": 2},
+    }
+    for block, values in changes.items():
+        tree[block] = {**tree.get(block, {}), **values}
+    return tree
+
+
+def session(tree: dict, store: Path, said: list[str] | None = None, shard: str | None = None) -> Session:
+    """What it says goes to `said`."""
+    return Session(build_config(tree), store, say=(said if said is not None else []).append, shard=shard)
+
+
+def run(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:
+    """The result of the last of these stages, each as a command of its own."""
+    return [session(tree, store, said).run(stage) for stage in stages][-1]
+
+
+def through_training(tree: dict, store: Path) -> dict:
+    """Run the first three stages and return train's result."""
+    first = ("prepare", "cache-ref") if build_config(tree).loss.needs_reference else ("prepare",)
+    return run(tree, store, *first, "train")
+
+
+def on_two_ranks(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
+    """A stage under torchrun with gloo."""
+    config = store.parent / f"{store.name}.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launch, "-m", "pipeline", stage, "-c", str(config), "--store", str(store), "--json"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict:
+    """What the ranks print in the end."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def metrics_of(policy: str | Path) -> list[dict]:
+    """The lines logged, without times, which no two runs share."""
+    lines = [json.loads(line) for line in (Path(policy) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "step_seconds"} for line in lines]
