@@ -1,8 +1,7 @@
 """Prepare every file of a folder of real data with nothing but its path, and say what became of every row.
 
 In:  --data FOLDER with pairs/, graded/, kto/, models/ and tokenizers/.
-Out: results/prepare_every_file.json and .md. A file that a malformed row stops is prepared again with
-`data.on_bad_row=skip`, which the table says.
+Out: results/prepare_every_file.json and .md; exit code 1 when a file is refused.
 """
 
 import argparse
@@ -24,9 +23,8 @@ from stages.data_settings import DataSettings, PrepareSettings
 from stages.prepare import prepare
 from stages.templates import Template
 
-NOTES = """Every file with its path and no other option (`max_length` 1024 tokens, the default). Where a malformed row
-stopped the stage, which is the default too, the file was prepared again with `--set data.on_bad_row=skip`, and `bad rows`
-says what they were. rows in = kept + dropped. One response a row (`scored_rows`, `prometheus`) is gathered into a list for
+REFUSED = "refused"
+NOTES = """Every file with its path and no other option (`max_length` 1024 tokens, the default). rows in = kept + dropped. One response a row (`scored_rows`, `prometheus`) is gathered into a list for
 each prompt, so rows in are lists there. `gpt2` and `stories260K` have no chat template: `auto` is their `plain`.
 
 What is dropped, and why:
@@ -34,12 +32,14 @@ What is dropped, and why:
 - hh: 5 pairs whose transcripts share no prompt (`prompts_differ`), 4 with an empty chosen reply (`empty_completion`).
 - oasst_rm_zh: 3 lists whose best and worst answer are the same text (`identical_completions`).
 - PandaLM: 105 rows without a majority among the three votes (`tie`), 52 of the rest with an empty response
-  (`empty_completion`), and 6 rows whose response is the JSON value true or false and not text (`bad_row`).
+  (`empty_completion`), and 6 rows whose response is the JSON value true or false (`not_text`).
 - odpo_tldr: 3 posts with one summary (`fewer_than_two_responses`), 2 whose summaries all have one score (`tie`).
 - odpo_imdb: 3 openings whose best or worst continuation is blank (`empty_completion`). Three of the 252
   openings have 20 or 30 continuations, in several places of the file: its 2,560 rows are 252 lists.
 - prometheus: 6 questions whose four answers have the same mean score (`tie`).
-- kto_en_demo: 1 row whose text spells a special token, `</s>` for stories260K and the end of text for olmo2_dolma2 (`bad_row`).
+- kto_en_demo: 1 row whose text spells `</s>`, which the tokenizer of stories260K cannot encode as text with certainty
+  (`spells_special_token`); for olmo2_dolma2 1 row that spells `<|user|>`, which its template writes with ordinary tokens, so that
+  nothing would tell them apart (`spells_turn_mark`). Elsewhere special tokens that a text spells are text.
 - torchtitan_test has no ids for spaces, line breaks and nearly all Chinese characters. The column `notes` counts the kept rows
   that lose some, which is all; of the Chinese ones, answers that differ become equal token ids (`identical_tokens`)."""
 
@@ -55,21 +55,18 @@ def tokenizers(folder: Path) -> list[tuple[str, Any]]:
 
 
 def prepared(path: Path, template: Template, folder: str) -> dict[str, Any]:
-    """What became of one file; refused where no choice of `data.on_bad_row` makes rows of it."""
+    """What became of one file with no option but its path."""
     settings, context = PrepareSettings(max_length=1024), Context(Store(Path(folder)), say=lambda _: None)
     try:
         artifact = prepare(DataSettings(path=str(path)), settings, template, context)
-    except DataError:
-        try:
-            artifact = prepare(DataSettings(path=str(path), on_bad_row="skip"), settings, template, context)
-        except DataError as error:
-            return {"format": f"refused: {str(error)[:160]}"}
+    except DataError as error:
+        return {"format": f"{REFUSED}: {str(error)[:160]}"}
     counts = artifact.counts
     rejected = artifact.path / "rejected.jsonl"
     why: Counter[str] = Counter()
     if rejected.exists():
         for line in rejected.read_text().splitlines():
-            why[json.loads(line)["problem"].split(", found")[0][:70]] += 1
+            why[json.loads(line)["problem"].split(", found")[0].split(", w")[0]] += 1
     return {
         "format": counts["format"],
         "rows_in": counts["rows_in"],
@@ -79,7 +76,7 @@ def prepared(path: Path, template: Template, folder: str) -> dict[str, Any]:
         "completions_cut": counts["completions_cut"],
         "tokens_cut": counts["tokens_cut"],
         "notes": ", ".join(f"{n} {note}" for note, n in counts["notes"].items()),
-        "bad rows": "; ".join(f"{n} {problem}" for problem, n in why.most_common()),
+        "listed in rejected.jsonl": "; ".join(f"{n} {problem}" for problem, n in why.most_common()),
     }
 
 
@@ -99,6 +96,7 @@ def main() -> None:
                 rows.append({"name": f"{path.parent.name}/{path.name}", "tokenizer": label, **result})
                 print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     write_results("prepare_every_file", rows, "Every file of real data, prepared", NOTES)
+    sys.exit(int(any(row["format"].startswith(REFUSED) for row in rows)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`align prepare` against TRL's own preparation of the same rows: seconds, ids, the tokenizer's share, memory.
 
 In: a folder with `pairs/hh_harmless_base_test.jsonl.gz` and `tokenizers/olmo2_dolma2`. Out:
-`benchmarks/results/prepare.json` and a table `.md` beside it; exit code 1 when an id differs. Run from the
+`benchmarks/results/prepare_vs_trl.json` and a table `.md` beside it; exit code 1 when an id differs. Run from the
 repository root:
 
     python benchmarks/prepare_vs_trl.py --data FOLDER
@@ -16,6 +16,7 @@ sides alternate, with the same number of processes.
 import argparse
 import gzip
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -41,6 +42,7 @@ def main() -> None:
     options.add_argument("--repetitions", type=int, default=5)
     options.add_argument("--copies", type=int, default=COPIES, help="of the data set's 2,303 usable pairs")
     options.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--cores", type=int, default=os.cpu_count(), help="that both sides may run on")
     options.add_argument("--one", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     python = VENV / "bin" / "python"
@@ -55,6 +57,7 @@ def main() -> None:
     if chosen.one:
         print(json.dumps(measure(json.loads(chosen.one))))
     else:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: chosen.cores]))
         sys.exit(compare(chosen.data.resolve(), chosen.repetitions, chosen.copies, chosen.processes))
 
 
@@ -73,36 +76,40 @@ def compare(data: Path, repetitions: int, copies: int, process_counts: list[int]
                     runs[side].append(one({**job, "side": side}))
                     print(side, processes, runs[side][-1], flush=True)
             small = one({**job, "side": "ours", "rows": str(quarter)})
-            ours = row_of(f"prepare_{processes}_process", runs, "ours", count)
+            name = f"prepare_{processes}_process_{len(os.sched_getaffinity(0))}_cores"
+            ours = row_of(name, runs, "ours", count, processes)
             table += [
                 {**ours, "peak_mib_of_a_quarter_of_the_rows": round(small["peak_mib"])},
-                row_of(f"prepare_{processes}_process_fastokens", runs, "fastokens", count),
+                row_of(f"{name}_fastokens", runs, "fastokens", count, processes),
             ]
-    write(table, count, repetitions)
+    write(table, count)
     return int(any(entry["different_rows"] for entry in table))
 
 
-def write(table: list[dict], count: int, repetitions: int) -> None:
+def write(table: list[dict], count: int) -> None:
     """Write the results; rows of an earlier run with other numbers of processes stay."""
     from benchmarks.record import RESULTS, write_results
 
-    earlier = RESULTS / "prepare.json"
+    earlier = RESULTS / "prepare_vs_trl.json"
     names = {entry["name"] for entry in table}
     if earlier.exists():
         table += [entry for entry in json.loads(earlier.read_text())["rows"] if entry["name"] not in names]
     write_results(
-        "prepare",
+        "prepare_vs_trl",
         sorted(table, key=lambda entry: entry["name"]),
         "align prepare against TRL's preparation",
         f"hh-rlhf harmless-base test, conversations with an explicit prompt, repeated to {count:,} pairs; OLMo 2's "
-        f"tokenizer with a chat template; TRL 1.16.0. Medians of {repetitions} alternating runs, seconds; `ratio` is TRL's "
-        "over ours. `tokenizer_share` is the share of our wall time in which the tokenizer is at work (one process), "
+        f"tokenizer with a chat template; TRL 1.16.0. Medians of alternating runs (`runs`), seconds; `ratio` is TRL's over "
+        "ours. Both sides have the same number of processes and may use the same cores, as many as the name says: with "
+        "one process and two cores ours works on rows while the tokenizer's own threads work on those before, and TRL's "
+        "calls the tokenizer row by row. `fastokens` is `prepare.tokenizer=fastokens`; the default is without it. "
+        "`tokenizer_share` is the share of our wall time in which the tokenizer is at work (one process), "
         "`different_rows` how many rows have other ids than TRL's, `peak_mib` the memory that the stage added to a "
         "process with its imports, or that of its largest worker.",
     )
 
 
-def row_of(name: str, runs: dict[str, list[dict]], own: str, count: int) -> dict:
+def row_of(name: str, runs: dict[str, list[dict]], own: str, count: int, processes: int) -> dict:
     ours, peer = (statistics.median(run["seconds"] for run in runs[side]) for side in (own, "trl"))
     hashes = [run["hashes"] for side in (own, "trl") for run in runs[side]]
     shares = [run["tokenizer_seconds"] / run["seconds"] for run in runs[own]]
@@ -114,10 +121,11 @@ def row_of(name: str, runs: dict[str, list[dict]], own: str, count: int) -> dict
         "dataset": "hh_harmless",
         "unit": "seconds",
         "ratio": round(peer / ours, 2),
+        "runs": len(runs[own]),
         "ours_range": spread(runs[own]),
         "peer_range": spread(runs["trl"]),
         "ours_rows_per_second": round(count / ours),
-        "tokenizer_share": round(statistics.median(shares), 3) if name.endswith("1_process") else None,
+        "tokenizer_share": round(statistics.median(shares), 3) if processes == 1 else None,
         "different_rows": 0 if len(set(hashes)) == 1 else count,
         "peak_mib": round(statistics.median(run["peak_mib"] for run in runs[own])),
     }

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.fingerprint import canonical_json
-from stages.reading import BadRow
+from stages.reading import BadRow, Flagged
 
 Message = dict[str, Any]
+NOT_TEXT = "not_text"
 ROLE_NAMES = {
     "developer": "system",
     "human": "user",
@@ -93,6 +94,9 @@ def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]
 def text(row: Mapping[str, Any], column: str) -> str:
     """A column that holds text, encodable as UTF-8."""
     value = row.get(column)
+    if isinstance(value, bool):
+        # What a converter makes of an answer "true" or "no"; prepare refuses a column of nothing else.
+        raise Flagged(NOT_TEXT, f"{column}: expected text, found {shown(value)}")
     if not isinstance(value, str):
         raise BadRow(f"{column}: expected text, found {shown(value)}")
     try:
@@ -130,7 +134,31 @@ def messages(row: Mapping[str, Any], column: str) -> list[Message]:
     value = row.get(column)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow(f"{column}: expected a non-empty list of messages, found {shown(value)}")
-    return [_message(message, f"{column}[{number}]") for number, message in enumerate(value)]
+    return _messages_as_they_are(value) or [
+        _message(message, f"{column}[{number}]") for number, message in enumerate(value)
+    ]
+
+
+def _messages_as_they_are(value: Sequence[Any]) -> list[Message] | None:
+    """Messages of nothing but a known role and text, as nearly all are; None where one is anything else."""
+    found: list[Message] = []
+    for message in value:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if role not in MESSAGE_ROLES or type(content) is not str or not _is_text(content):
+            return None
+        found.append({"role": role, "content": content})
+    return found
+
+
+def _is_text(value: str) -> bool:
+    """Whether text can be encoded as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _message(value: Any, where: str) -> Message:
@@ -158,7 +186,8 @@ def _message(value: Any, where: str) -> Message:
             canonical_json(kept)
         return {**kept, "role": role, **_weight(message, role)}
     except BadRow as problem:
-        raise BadRow(f"{where}.{problem}") from problem
+        problem.args = (f"{where}.{problem}",)
+        raise
     except (TypeError, ValueError) as error:
         raise BadRow(f"{where}: holds what is not JSON ({error})") from error
 

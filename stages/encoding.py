@@ -9,6 +9,7 @@ continuation, and counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 from stages.joins import Joins
 from stages.quick_tokenizer import QuickTokenizer
 from stages.reading import BadRow
+from stages.spelled import SpelledText, unsure
 from stages.turns import Rendered, Segment
 
 # Texts tried in front of a continuation, to tokenize it as a continuation and not as a beginning.
 ANCHORS = ("\n", ".", "a")
+NO_PROMPT = "the prompt has no tokens; the model needs at least one to predict from"
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,27 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """A text to tokenize; `opens` gives it what the tokenizer puts around a text of its own accord."""
 
     text: str
     opens: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The texts that stand for a batch: of each row the prompt, then of each completion its parts or the whole.
+
+    `apart` says which of the two, for each completion in turn.
+    """
+
+    batch: Sequence[Rendered]
+    texts: list[Text]
+    apart: list[bool]
+
+
+# The encodings of the texts that open, and of those that do not, in their order.
+Tokenized = dict[bool, Sequence[Any]]
 
 
 class Encoder:
@@ -52,25 +71,49 @@ class Encoder:
         self._backend = backend
         self._batches = QuickTokenizer(backend) if quick else backend
         self._joins = Joins(backend)
-        self._num_appended = _num_appended(backend)
+        self._num_prepended, self._num_appended = _num_around(backend)
 
     def encode(self, batch: Sequence[Rendered]) -> list[Encoded | BadRow]:
-        """Token ids of rendered preferences, tokenized together."""
-        texts: list[_Text] = []
+        """Token ids of rendered preferences, tokenized together: all three steps."""
+        plan = self.plan(batch)
+        return self.finish(plan, self.tokenize(plan.texts))
+
+    def plan(self, batch: Sequence[Rendered]) -> Plan:
+        """Which texts are tokenized, and whether they are wholes or parts."""
+        texts: list[Text] = []
         apart: list[bool] = []
         for item in batch:
-            texts.append(_Text(item.prompt, item.plain))
+            if item.breaker:
+                continue
+            texts.append(Text(item.prompt, item.plain))
             tail = self._joins.tail(item.prompt)
             for parts in item.completions:
                 is_apart = self._are_separate(tail, item.prompt, parts)
                 apart.append(is_apart)
                 if is_apart:
-                    texts += [_Text(part.text, False) for part in parts]
+                    texts += [Text(part.text, False) for part in parts]
                 else:
-                    texts.append(_Text(item.prompt + "".join(part.text for part in parts), item.plain))
-        ids, separate = iter(self._ids(texts)), iter(apart)
+                    texts.append(Text(item.prompt + "".join(part.text for part in parts), item.plain))
+        return Plan(batch, texts, apart)
+
+    def tokenize(self, texts: Sequence[Text]) -> Tokenized:
+        """The tokenizer's part: nearly all of it in Rust, outside Python's lock."""
+        found: Tokenized = {}
+        for opens in (True, False):
+            # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
+            own = [text.text for text in texts if text.opens == opens]
+            if own:
+                found[opens] = self._batches.encode_batch_fast(own, add_special_tokens=opens)
+        return found
+
+    def finish(self, plan: Plan, tokenized: Tokenized) -> list[Encoded | BadRow]:
+        """What the tokenizer found, put together; rows that spell special tokens are tokenized here."""
+        ids, separate = iter(self._ids(plan.texts, tokenized)), iter(plan.apart)
         results: list[Encoded | BadRow] = []
-        for item in batch:
+        for item in plan.batch:
+            if item.breaker:
+                results.append(self._spelled(item))
+                continue
             prompt_ids = next(ids)
             pieces = [
                 (is_apart := next(separate), [next(ids) for _ in range(len(parts) if is_apart else 1)])
@@ -82,10 +125,33 @@ class Encoder:
                 results.append(problem)
         return results
 
+    @cached_property
+    def _spelled_text(self) -> SpelledText:
+        return SpelledText(self._backend)
+
+    def _spelled(self, item: Rendered) -> Encoded | BadRow:
+        """Ids of a row whose text spells special tokens; each part apart, where that gives the ids of the whole."""
+        try:
+            prompt, completions = self._spelled_text.encode(item.prompt, item.breaker), []
+            for parts in item.completions:
+                ids = [self._spelled_text.encode(part.text, item.breaker) for part in parts]
+                text = item.prompt + "".join(part.text for part in parts)
+                whole = self._spelled_text.encode(text, item.breaker)
+                if not np.array_equal(whole, np.concatenate([prompt, *ids])):
+                    raise unsure()
+                completions.append(_joined(parts, ids))
+            before = self._backend.encode("a").ids[: self._num_prepended if item.plain else 0]
+            prompt = np.concatenate([np.array(before, np.int32), prompt])
+            if not len(prompt):
+                raise BadRow(NO_PROMPT)
+            return Encoded(prompt, completions, 0)
+        except BadRow as problem:
+            return problem
+
     def encode_texts(self, texts: list[str], plain: list[bool]) -> list[list[int]]:
         """Token ids of texts alone; `plain` ones get the beginning-of-sequence token of the tokenizer."""
-        pairs = zip(texts, plain, strict=True)
-        return [ids.tolist() for ids in self._ids([_Text(text, opens) for text, opens in pairs])]
+        asked = [Text(text, opens) for text, opens in zip(texts, plain, strict=True)]
+        return [ids.tolist() for ids in self._ids(asked, self.tokenize(asked))]
 
     def _are_separate(self, tail: str | None, prompt: str, parts: list[Segment]) -> bool:
         if tail is None or not prompt:
@@ -103,7 +169,7 @@ class Encoder:
         self, item: Rendered, prompt_ids: np.ndarray, pieces: list[tuple[bool, list[np.ndarray]]]
     ) -> Encoded:
         if not len(prompt_ids):
-            raise BadRow("the prompt has no tokens; the model needs at least one to predict from")
+            raise BadRow(NO_PROMPT)
         completions, rejoined = [], 0
         for parts, (is_apart, own) in zip(item.completions, pieces, strict=True):
             if is_apart:
@@ -130,17 +196,11 @@ class Encoder:
         last = np.array([end - 1 for _, end in encoding.offsets[len(encoding.ids) - num_tokens :]])
         return kept[np.searchsorted(ends, last, side="right")]
 
-    def _ids(self, texts: Sequence[_Text]) -> list[np.ndarray]:
+    def _ids(self, texts: Sequence[Text], tokenized: Tokenized) -> list[np.ndarray]:
         """Token ids of each text, int32: views of one array."""
         result: list[np.ndarray] = [np.zeros(0, np.int32)] * len(texts)
-        for opens in (True, False):
+        for opens, encodings in tokenized.items():
             index = [number for number, text in enumerate(texts) if text.opens == opens]
-            if not index:
-                continue
-            # A chat template writes its own beginning-of-sequence token; plain text gets the tokenizer's.
-            encodings = self._batches.encode_batch_fast(
-                [texts[number].text for number in index], add_special_tokens=opens
-            )
             lists = [encoding.ids for encoding in encodings]
             starts = list(accumulate(map(len, lists), initial=0))
             flat = np.fromiter(chain.from_iterable(lists), np.int32, starts[-1])
@@ -167,11 +227,11 @@ def _joined(parts: list[Segment], ids: list[np.ndarray]) -> tuple[np.ndarray, np
     return np.concatenate([np.zeros(0, np.int32), *ids]), mask
 
 
-def _num_appended(backend: Any) -> int:
-    """How many tokens, such as an end of sequence, a tokenizer appends to every text of its own accord."""
+def _num_around(backend: Any) -> tuple[int, int]:
+    """How many tokens a tokenizer puts before and behind every text of its own accord."""
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     starts = (
         start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare
     )
     start = next(starts, len(whole) - len(bare)) if bare else len(whole)
-    return len(whole) - start - len(bare)
+    return start, len(whole) - start - len(bare)

@@ -15,26 +15,28 @@ from cache.fingerprint import canonical_json
 from stages.columns import as_messages
 from stages.cycles import compared
 from stages.data_settings import PrepareSettings
-from stages.encoding import Encoded
+from stages.encoding import Encoded, Plan, Tokenized
 from stages.filters import Filters, texts_of
 from stages.formats import Preference, Tokens, Unusable
-from stages.reading import BadRow, SourceRow
+from stages.reading import BadRow, Flagged, SourceRow
 from stages.report import Made, Report
 from stages.rows import Example, Row
 from stages.templates import Template
 from stages.truncation import Fitted, fit
 from stages.turns import Rendered
 
+BAD_ROW = "bad_row"
 Convert = Callable[[Mapping[str, Any]], Preference]
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A malformed row: its place in the batch, its location and what is wrong with it."""
+    """A row that could not be used: its place in the batch, its location, what is wrong and the reason it is counted under."""
 
     place: int
     location: str
     problem: str
+    reason: str
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Converted:
     outcome: Outcome
     rows: list[tuple[int, SourceRow, Preference]] = field(default_factory=list)
     rendered: list[Rendered] = field(default_factory=list)
+    plan: Plan = field(default_factory=lambda: Plan([], [], []))
 
 
 @dataclass(frozen=True)
@@ -71,39 +74,42 @@ class ExampleMaker:
     def make(self, rows: Sequence[SourceRow]) -> Outcome:
         """All three steps."""
         converted = self.convert(rows)
-        return self.finish(converted, self.encode(converted))
+        return self.finish(converted, self.tokenize(converted))
 
     def convert(self, rows: Sequence[SourceRow]) -> Converted:
         """Source rows to rendered text."""
         batch = Converted(Outcome())
         report = batch.outcome.report
-        for place, row in enumerate(rows):
-            report.rows_in[row.source] += 1
-            if row.source in self.gathered and row.value is not None:
-                report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
-            try:
-                if row.value is None:
-                    raise BadRow(row.problem)
-                preference = self.converts[row.source](row.value)
-                if reason := self.filters.before_rendering(row.value, preference):
-                    raise Unusable(reason)
-                rendered = self.template.render(preference)
-                report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
-                batch.rendered.append(rendered)
-                batch.rows.append((place, row, preference))
-            except Unusable as reason:
-                report.drop(row.source, str(reason))
-            except BadRow as problem:
-                self._reject(batch.outcome, place, row, problem)
+        with self.template.watched():
+            for place, row in enumerate(rows):
+                report.rows_in[row.source] += 1
+                if row.source in self.gathered and row.value is not None:
+                    report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
+                try:
+                    if row.value is None:
+                        raise BadRow(row.problem)
+                    preference = self.converts[row.source](row.value)
+                    if reason := self.filters.before_rendering(row.value, preference):
+                        raise Unusable(reason)
+                    rendered = self.template.render(preference)
+                    report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
+                    batch.rendered.append(rendered)
+                    batch.rows.append((place, row, preference))
+                except Unusable as reason:
+                    report.drop(row.source, str(reason))
+                except BadRow as problem:
+                    self._reject(batch.outcome, place, row, problem)
+        batch.plan = self.template.plan(batch.rendered)
         return batch
 
-    def encode(self, batch: Converted) -> list[Encoded | BadRow]:
-        """Rendered text to ids; nearly all of the time is the tokenizer's, outside Python's lock."""
-        return self.template.encode(batch.rendered)
+    def tokenize(self, batch: Converted) -> Tokenized:
+        """Rendered text to ids: the tokenizer's work and nothing else, outside Python's lock."""
+        return self.template.tokenize(batch.plan)
 
-    def finish(self, batch: Converted, encoded: Sequence[Encoded | BadRow]) -> Outcome:
+    def finish(self, batch: Converted, tokenized: Tokenized) -> Outcome:
         """Ids to examples within the limits."""
         outcome = batch.outcome
+        encoded = self.template.finish(batch.rendered, batch.plan, tokenized)
         for (place, row, preference), ids in zip(batch.rows, encoded, strict=True):
             if isinstance(ids, BadRow):
                 self._reject(outcome, place, row, ids)
@@ -117,8 +123,9 @@ class ExampleMaker:
         return outcome
 
     def _reject(self, outcome: Outcome, place: int, row: SourceRow, problem: BadRow) -> None:
-        outcome.report.drop(row.source, "bad_row")
-        outcome.rejected.append(Rejected(place, row.location, str(problem)))
+        reason = problem.reason if isinstance(problem, Flagged) else BAD_ROW
+        outcome.report.drop(row.source, reason)
+        outcome.rejected.append(Rejected(place, row.location, str(problem), reason))
 
     def _fitted(self, preference: Preference, encoded: Encoded) -> Fitted | str:
         """The example cut to the limits, or the reason why it is not used."""
@@ -192,9 +199,7 @@ def _is_blank(completion: Any) -> bool:
         return not completion.ids
     if isinstance(completion, str):
         return not completion.strip()
-    said = (
-        str(turn["content"]) + str(turn.get("tool_calls", ""))
+    return not any(
+        turn["role"] == "assistant" and (turn["content"].strip() or turn.get("tool_calls"))
         for turn in completion
-        if turn["role"] == "assistant"
     )
-    return not any(text.strip() for text in said)

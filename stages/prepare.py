@@ -1,8 +1,7 @@
 """Stage 1 of 4: preference data -> tokenized, masked rows in Arrow shards.
 
 Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
-with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where malformed rows were
-skipped). Its identity is the sources' content, the tokenizer, the template and the limits; rows in
+with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used). Its identity is the sources' content, the tokenizer, the template and the limits; rows in
 = rows kept + rows dropped, by reason. Memory does not grow with the data: what is held is the batches at
 work and one shard of each split. Run it with `align prepare`.
 """
@@ -16,11 +15,12 @@ from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
+from stages.columns import NOT_TEXT
 from stages.context import Context
 from stages.cycles import SplitWriter
 from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
 from stages.duplicates import Duplicates
-from stages.examples import ExampleMaker, Rejected
+from stages.examples import BAD_ROW, ExampleMaker, Rejected
 from stages.filters import Filters
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
 from stages.reading import SourceRow, read_source, source_identity
@@ -30,7 +30,7 @@ from stages.side_by_side import outcomes
 from stages.sources import Source, mixture, sources_identity, sources_of
 from stages.templates import Template
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 BATCH_ROWS = 512
 NOTHING_FILTERED = FilterSettings()
 
@@ -114,6 +114,7 @@ def prepare(
                 writers[made.split].add(made.example)
         for writer in writers.values():
             writer.finish()
+        _refuse_columns_of_no_text(report, sources, draft)
         if not report.examples["train"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
             raise DataError(
@@ -141,16 +142,30 @@ def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
 
 
 def _list_rejected(rejected: list[Rejected], data: DataSettings, draft: Draft) -> None:
-    """Stop at the first malformed row, or add those of a batch to rejected.jsonl."""
+    """Stop at the first malformed row, or add the rows of a batch that could not be used to rejected.jsonl."""
     if not rejected:
         return
-    if data.on_bad_row == "error":
+    malformed = [row for row in rejected if row.reason == BAD_ROW]
+    if malformed and data.on_bad_row == "error":
         raise DataError(
-            f"{rejected[0].location}: {rejected[0].problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip."
+            f"{malformed[0].location}: {malformed[0].problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip."
         )
     with open(draft.path / "rejected.jsonl", "a", encoding="ascii") as handle:
         for row in rejected:
-            handle.write(json.dumps({"location": row.location, "problem": row.problem}) + "\n")
+            handle.write(json.dumps({"location": row.location, "problem": row.problem, "reason": row.reason}))
+            handle.write("\n")
+
+
+def _refuse_columns_of_no_text(report: Report, sources: list[Source], draft: Draft) -> None:
+    """Single rows without text are dropped; where they outnumber the rows kept, the column is another one."""
+    for source in sources:
+        dropped = report.dropped[source.name, NOT_TEXT]
+        if dropped > report.rows_kept[source.name]:
+            lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
+            first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
+            raise DataError(
+                f"{first['location']}: {first['problem']}, and so in {dropped:,} of {report.rows_in[source.name]:,} rows of {source.name}. Say in YAML which columns hold text (data.columns), or convert them."
+            )
 
 
 def _choose_format(data: DataSettings) -> type[Format]:
@@ -176,6 +191,10 @@ def _announce(
             context.say(
                 f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
             )
+    if len({format_.holds_ids for format_ in formats.values()}) > 1:
+        context.say(
+            "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
+        )
     for note in template.notes():
         context.say(note)
 

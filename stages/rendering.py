@@ -12,7 +12,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import cached_property
@@ -39,6 +39,8 @@ DATE = datetime(2024, 7, 26)
 LOOP_ATTRIBUTES = frozenset(
     {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
 )
+# Pieces of a rendering, each a few characters or a message, between two looks at the clock.
+PIECES_BETWEEN_LOOKS = 64
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -59,6 +61,7 @@ class ChatTemplate:
         """Compile `source`. Raises `DataError` when it is no template; `name` is what errors call it."""
         self.source, self.name, self.variables = source, name, dict(variables)
         self.time_limit_seconds = time_limit_seconds
+        self._is_watched, self._end = False, math.inf
         # Marks around `{% generation %}` blocks; random, so that no text of a row can be one.
         mark = secrets.token_hex(16)
         self._marks = (f"\0{mark}(", f"\0{mark})")
@@ -88,21 +91,23 @@ class ChatTemplate:
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
+        if not self._is_watched:
+            with self.watched():
+                return self.render(messages, open_turn, tools)
         context = self._template.new_context(
             {**self._always, "messages": messages, "tools": tools, "add_generation_prompt": open_turn},
             shared=True,
         )
         pieces, size = [], 0
-        end = time.monotonic() + self.time_limit_seconds
         try:
-            with _alarm(self.time_limit_seconds):
-                for piece in self._template.root_render_func(context):
-                    size += len(piece)
-                    if size > SIZE_LIMIT:
-                        raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
-                    if time.monotonic() > end:
-                        raise Excess(f"ran for more than {self.time_limit_seconds:g} seconds")
-                    pieces.append(piece)
+            self._end = time.monotonic() + self.time_limit_seconds
+            for piece in self._template.root_render_func(context):
+                size += len(piece)
+                if size > SIZE_LIMIT:
+                    raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
+                pieces.append(piece)
+                if not len(pieces) % PIECES_BETWEEN_LOOKS:
+                    self._look()
         except (Excess, MemoryError) as error:
             what = str(error) or "needed more memory than there is"
             raise DataError(
@@ -110,8 +115,33 @@ class ChatTemplate:
             ) from error
         except Exception as error:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
+        finally:
+            self._end = math.inf
         text = "".join(pieces)
         return self._spans(text) if self.marks_generation else (text, [])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Have one timer for all renderings inside, which stops any that takes too long.
+
+        To set an alarm for each would take longer than most renderings. Only the main thread of a POSIX process
+        has a timer; elsewhere a rendering is looked at while it writes.
+        """
+        if self._is_watched:
+            yield
+            return
+        self._is_watched = True
+        try:
+            with _timer(min(1.0, self.time_limit_seconds / 4), self._look):
+                yield
+        finally:
+            self._is_watched = False
+
+    def _look(self, *_: Any) -> None:
+        now = time.monotonic()
+        if now > self._end:
+            self._end = now + self.time_limit_seconds  # not again while this goes up
+            raise Excess(f"ran for more than {self.time_limit_seconds:g} seconds")
 
     def _spans(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
         pieces = self._split.split(marked)
@@ -126,17 +156,13 @@ class ChatTemplate:
 
 
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `Excess` in this thread after so long; only the main thread of a POSIX process has an alarm."""
+def _timer(seconds: float, look: Callable[..., None]) -> Iterator[None]:
+    """Call `look` in this thread every so many seconds, where it is the main thread of a POSIX process."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-
-    def stop(*_: Any) -> None:
-        raise Excess(f"ran for more than {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
@@ -160,7 +186,20 @@ class _Generation(Extension):
 
 
 class _Bounded(CodeGenerator):
-    """Concatenation (`~`) through the environment, which bounds it."""
+    """Concatenation (`~`) and sums through the environment, which bounds them."""
+
+    def visit_Add(self, node: nodes.Add, frame: Any) -> None:
+        # A sum of several texts is one call, not one for each sign.
+        parts: list[nodes.Expr] = []
+        left: nodes.Expr = node
+        while isinstance(left, nodes.Add):
+            parts.append(left.right)
+            left = left.left
+        self.write("environment.added(context, (")
+        for part in (left, *reversed(parts)):
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
         self.write("environment.concatenated((")
@@ -192,9 +231,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and type(left) is str and type(right) is str:
-            _bound(len(left) + len(right))
-            return left + right
         if operator == "+":
             _bound(_size(left) + _size(right))
         elif operator == "*":
@@ -205,6 +241,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(right, int | float) and right > 64:
             raise Excess(f"computed a power of {right}")
         return super().call_binop(context, operator, left, right)
+
+    def added(self, context: Any, parts: tuple[Any, ...]) -> Any:
+        if {*map(type, parts)} == {str}:
+            _bound(sum(map(len, parts)))
+            return "".join(parts)
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.call_binop(context, "+", total, part)
+        return total
 
     def concatenated(self, parts: tuple[Any, ...]) -> str:
         texts = [str(part) for part in parts]

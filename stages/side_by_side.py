@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
 from stages.examples import ExampleMaker, Outcome
+from stages.garbage import looked_for_seldom
 from stages.reading import SourceRow
 
 BATCHES_PER_WORKER = 2
@@ -21,9 +22,11 @@ def outcomes(
     batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker, num_workers: int
 ) -> Iterator[Outcome]:
     """The outcome of every batch, in the order of the batches, whatever the number of processes."""
-    return (
-        _in_this_process(batches, maker) if num_workers == 1 else _in_processes(batches, maker, num_workers)
-    )
+    with looked_for_seldom():  # forked processes have it from here
+        if num_workers == 1:
+            yield from _in_this_process(batches, maker)
+        else:
+            yield from _in_processes(batches, maker, num_workers)
 
 
 def _in_this_process(batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker) -> Iterator[Outcome]:
@@ -31,7 +34,7 @@ def _in_this_process(batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker
         waiting = None
         for rows in batches:
             converted = maker.convert(rows)
-            ids = tokenizing.submit(maker.encode, converted)
+            ids = tokenizing.submit(maker.tokenize, converted)
             if waiting is not None:
                 yield maker.finish(waiting[0], waiting[1].result())
             waiting = converted, ids

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +14,12 @@ import numpy as np
 
 from cache.errors import DataError
 from stages.columns import Message
-from stages.encoding import Encoded, Encoder
+from stages.encoding import NO_PROMPT, Encoded, Encoder, Plan, Tokenized
 from stages.formats.contract import Candidate, Preference, Tokens
 from stages.reading import BadRow
 from stages.turns import Rendered, Turns
 
-RENDER_VERSION = 3
+RENDER_VERSION = 4
 # A tokenizer that has ids for these has them for every character (they take bytes of two, three and four).
 RARE_CHARACTERS = "é東🦊"
 
@@ -70,14 +71,33 @@ class Template:
         """Text of a preference; raises `BadRow` when the template fails or rewrites the prompt."""
         return self._turns.render(preference)
 
+    def watched(self) -> AbstractContextManager[None]:
+        """Have one timer for all renderings inside (`ChatTemplate.watched`)."""
+        return self._turns.chat.watched()
+
     def prompt_text(self, prompt: str | list[Message], tools: list[Any] | None = None) -> tuple[str, bool]:
         """A prompt alone, ready to be continued, and whether it is plain text."""
         rendered = self.render(Preference(prompt, [], tools))
+        if rendered.breaker:
+            raise BadRow("the text spells a special token, with which a prompt could forge a turn")
         return rendered.prompt, rendered.plain
 
     def encode(self, batch: list[Rendered]) -> list[Encoded | BadRow]:
-        """Token ids of rendered preferences, tokenized together in Rust threads."""
-        encoded = iter(self._encoder.encode([item for item in batch if item.ready is None]))
+        """Token ids of rendered preferences, tokenized together in Rust threads: all three steps."""
+        plan = self.plan(batch)
+        return self.finish(batch, plan, self.tokenize(plan))
+
+    def plan(self, batch: list[Rendered]) -> Plan:
+        """Which texts are tokenized."""
+        return self._encoder.plan([item for item in batch if item.ready is None])
+
+    def tokenize(self, plan: Plan) -> Tokenized:
+        """The tokenizer's part, which can run beside Python in a thread."""
+        return self._encoder.tokenize(plan.texts)
+
+    def finish(self, batch: list[Rendered], plan: Plan, tokenized: Tokenized) -> list[Encoded | BadRow]:
+        """What the tokenizer found, put together."""
+        encoded = iter(self._encoder.finish(plan, tokenized))
         return [
             self._with_losses(item, next(encoded)) if item.ready is None else self._checked(item.ready)
             for item in batch
@@ -101,6 +121,7 @@ class Template:
         if self._knows_every_character or isinstance(encoded, BadRow):
             return encoded
         text = item.prompt + "".join(part.text for parts in item.completions for part in parts)
+        text = text.replace(item.breaker, "") if item.breaker else text
         return replace(encoded, loses_text=self._loses(text))
 
     def _loses(self, text: str) -> bool:
@@ -122,7 +143,7 @@ class Template:
         if largest >= len(self.tokenizer):
             return BadRow(f"token id {largest}: the tokenizer has {len(self.tokenizer):,} ids")
         if not sides[0].ids:
-            return BadRow("the prompt has no tokens; the model needs at least one to predict from")
+            return BadRow(NO_PROMPT)
         completions = [
             (
                 np.array(side.ids, dtype=np.int32),

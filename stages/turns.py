@@ -2,7 +2,8 @@
 
 With a chat template, the prompt must be a prefix of the whole conversation, and only the assistant's turns are
 kept. Where the template has `{% generation %}` blocks those say what is kept; elsewhere a turn is what it adds to
-the rendering of the conversation before it. A text that could be taken for a turn's mark is refused.
+the rendering of the conversation before it. A special token in a row's text stays text (`spelled.py`); a text
+that could be taken for a mark the template writes with ordinary tokens is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +12,9 @@ from typing import Any
 from stages.chat_templates import PLAIN_MARKS, choose_source, marks_of
 from stages.columns import Message
 from stages.formats.contract import Preference, Tokens
-from stages.reading import BadRow
+from stages.reading import BadRow, Flagged
 from stages.rendering import ChatTemplate
+from stages.spelled import broken
 
 # An assistant's own reasoning may be written into its content; these open no turn.
 REASONING_MARKS = ("<think>", "</think>")
@@ -34,6 +36,7 @@ class Rendered:
     """A preference as text: the prompt and the segments of each candidate.
 
     Or, where the row brought token ids, `ready` is the preference itself. `unused` are the reasoning fields that the template does not show.
+    `breaker` is the character inside the special tokens that the row itself spells (`spelled.py`).
     """
 
     prompt: str
@@ -41,6 +44,7 @@ class Rendered:
     plain: bool
     ready: Preference | None = None
     unused: tuple[str, ...] = ()
+    breaker: str = ""
 
 
 class Turns:
@@ -52,10 +56,11 @@ class Turns:
         self.tokenizer, self.append_eos, self.uses_chat = tokenizer, append_eos, not joins_plain
         variables = {**tokenizer.special_tokens_map, "leading_bos": _leading_bos(tokenizer)}
         self.chat = ChatTemplate(source, name, variables)
-        self._special = sorted(
-            {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-            | set(tokenizer.all_special_tokens)
-        )
+        self._special_tokens = {
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        } | set(tokenizer.all_special_tokens)
+        # Longest first, because one can be part of another.
+        self._special = sorted(self._special_tokens, key=lambda token: (-len(token), token))
         self._marks = sorted(marks_of(source) | set(self._special))
 
     def notes(self) -> list[str]:
@@ -78,13 +83,15 @@ class Turns:
         if isinstance(prompt, str):
             if self.uses_chat:
                 return self.render(_as_turns(preference, prompt))
-            self._refuse_forged_turns(preference, self._special)
+            preference, breaker = self._kept_as_text(preference, self._special)
             return Rendered(
-                prompt,
+                str(preference.prompt),
                 [self._closed([Segment(str(c.completion), True)]) for c in preference.candidates],
                 True,
+                breaker=breaker,
             )
-        self._refuse_forged_turns(preference, self._marks)
+        preference, breaker = self._kept_as_text(preference, self._marks)
+        prompt = _turns(preference.prompt)
         unused = self._unused(preference)
         head, _ = self._apply(prompt, True, preference.tools)
         segments = self._spans if self.chat.marks_generation else self._segments
@@ -92,7 +99,7 @@ class Turns:
             segments(prompt, head, _turns(candidate.completion), preference.tools)
             for candidate in preference.candidates
         ]
-        return Rendered(head, parts, False, unused=unused)
+        return Rendered(head, parts, False, unused=unused, breaker=breaker)
 
     def _segments(
         self, prompt: list[Message], head: str, turns: list[Message], tools: list[Any] | None
@@ -188,15 +195,43 @@ class Turns:
             key for key in OPTIONAL_KEYS if any(key in turn for turn in turns) and not self.chat.mentions(key)
         )
 
-    def _refuse_forged_turns(self, preference: Preference, marks: list[str]) -> None:
-        asked = [preference.prompt, preference.tools or []]
-        for spoken, value in ((False, asked), (True, [c.completion for c in preference.candidates])):
-            # Joined by what no mark holds, so that each is looked for once.
-            text = "\0".join(_strings(value))
-            for mark in marks:
-                if mark in text and not (spoken and mark in REASONING_MARKS):
-                    kind = "the special token" if mark in self._special else "the template's mark"
-                    raise BadRow(f"the text spells {kind} {mark.strip()}, with which data could forge a turn")
+    def _kept_as_text(self, preference: Preference, marks: list[str]) -> tuple[Preference, str]:
+        """The preference with the special tokens broken that its texts spell, and the character that breaks them.
+
+        Raises `Flagged` where they spell a mark that the template writes with ordinary tokens: nothing would
+        tell the two apart.
+        """
+        asked, spoken = self._spelled(preference, marks)
+        if not asked and not spoken:
+            return preference, ""
+        breaker = ""
+        if not self._special_tokens.isdisjoint(asked + spoken):
+            said = [mark for mark in self._special if mark not in REASONING_MARKS]
+            preference, breaker = broken(preference, _text(preference), self._special, said)
+            asked, spoken = self._spelled(preference, marks)
+        for mark in asked + spoken:
+            kind = "special token" if mark in self._special_tokens else "template's mark"
+            raise Flagged(
+                "spells_turn_mark",
+                f"the text spells the {kind} {mark.strip()}, with which data could forge a turn",
+            )
+        return preference, breaker
+
+    def _spelled(self, preference: Preference, marks: list[str]) -> tuple[list[str], list[str]]:
+        """The marks that the prompt with its tools spells, and those that the completions do."""
+        # Joined by what no mark holds, so that each is looked for once.
+        asked = "\0".join(_strings([preference.prompt, preference.tools or []]))
+        spoken = "\0".join(_strings([candidate.completion for candidate in preference.candidates]))
+        return (
+            [mark for mark in marks if mark in asked],
+            [mark for mark in marks if mark in spoken and mark not in REASONING_MARKS],
+        )
+
+
+def _text(preference: Preference) -> str:
+    """All text of a preference."""
+    sides = [candidate.completion for candidate in preference.candidates]
+    return "\0".join(_strings([preference.prompt, preference.tools or [], sides]))
 
 
 def _turns(value: Any) -> list[Message]:

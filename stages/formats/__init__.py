@@ -21,7 +21,8 @@ from stages.formats.frameworks import (
     Orca,
     Swift,
 )
-from stages.formats.gathered import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired, gather
+from stages.formats.gathered import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired
+from stages.formats.gathering import gather
 from stages.formats.judged import (
     SHP,
     Arena,

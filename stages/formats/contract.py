@@ -19,6 +19,7 @@ SCORE_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen_score", "rejected_score"),
 )
+KEYS_OF_SCORES = frozenset(column for columns in SCORE_COLUMNS for column in columns) | {"margin"}
 
 
 class Unusable(Exception):
@@ -70,6 +71,8 @@ class Format:
     ranked: ClassVar[bool] = False
     # Rows are single responses to be gathered by the value of this column first.
     gathered_by: ClassVar[str | None] = None
+    # Rows are token ids, so that their prompts cannot be compared with texts.
+    holds_ids: ClassVar[bool] = False
     # Rows are single scored responses; data.threshold says from which score on they are desirable.
     needs_threshold: ClassVar[bool] = False
 
@@ -144,6 +147,8 @@ def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
     A `margin` alone stands for a score of the chosen that is so much above the rejected's 0.
     """
+    if not KEYS_OF_SCORES & row.keys():
+        return None, None
     for columns in SCORE_COLUMNS:
         values = [row.get(column) for column in columns]
         if all(value is not None for value in values):

@@ -1,15 +1,13 @@
 """Layouts with one response a row, gathered by prompt into ranked lists; and rows that are tokens already."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
-from cache.fingerprint import canonical_json
 from stages.columns import completion_of, entries, finite_number, prompt_of, shown, text
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable, ranked, weight_of
-from stages.reading import BadRow, SourceRow
+from stages.reading import BadRow
 
 
 class ScoredRows(Format):
@@ -82,6 +80,7 @@ class TokenizedPair(Format):
     """TRL's tokenized rows: `prompt_ids`, `chosen_ids`, `rejected_ids` (or `*_input_ids`), used as they are."""
 
     name: ClassVar[str] = "tokenized"
+    holds_ids: ClassVar[bool] = True
     columns: ClassVar[str] = "prompt_ids, chosen_ids, rejected_ids (or *_input_ids; optional *_mask)"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
 
@@ -105,6 +104,7 @@ class TokenizedUnpaired(Format):
     """Tokenized rows of single completions: `prompt_ids`, `completion_ids`, `label`."""
 
     name: ClassVar[str] = "tokenized_unpaired"
+    holds_ids: ClassVar[bool] = True
     columns: ClassVar[str] = "prompt_ids, completion_ids (optional completion_mask), label (true or false)"
 
     @classmethod
@@ -121,30 +121,8 @@ class TokenizedUnpaired(Format):
         )
 
 
-def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
-    """The rows of each value of `column` as one row `{"rows": [...]}`, in the order of first appearance.
-
-    All rows are in memory meanwhile. A row that could not be read stays a row of its own, and so does one
-    without the column. The location is that of the first, and how many more.
-    """
-    groups: dict[bytes, list[SourceRow]] = {}
-    for number, row in enumerate(rows):
-        try:
-            key = canonical_json(row.value[column]) if row.value and column in row.value else b""
-        except (TypeError, ValueError):
-            key = b""
-        groups.setdefault(key or b"alone:%d" % number, []).append(row)
-    for members in groups.values():
-        first = members[0]
-        if first.value is None:
-            yield first
-            continue
-        location = first.location if len(members) == 1 else f"{first.location} and {len(members) - 1} more"
-        yield replace(first, location=location, value={"rows": [member.value for member in members]})
-
-
 def members_of(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The rows that `gather` put together; a row that was not gathered is alone."""
+    """The rows that `gather` (`gathering.py`) put together; a row that was not gathered is alone."""
     return row["rows"] if "rows" in row and isinstance(row["rows"], list) else [row]
 
 

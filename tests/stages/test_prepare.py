@@ -70,7 +70,7 @@ MIXED = [
     {"prompt": "q", "chosen": "a"},
     {"prompt": "q", "chosen": "same", "rejected": "same"},
     {"prompt": "q", "chosen": "a", "rejected": " \n"},
-    {"prompt": "q<|end|>", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": "a", "rejected": True},
     {"prompt": "long", "chosen": "x" * 30 + "a", "rejected": "x" * 30 + "b"},
     {"prompt": [{"role": "user", "content": "q"}], "chosen": [], "rejected": "b"},
     {"prompt": "r", "chosen": "a", "rejected": "b"},
@@ -83,10 +83,11 @@ def test_rows_in_are_rows_kept_and_rows_dropped_by_reason(tmp_path, base, contex
     artifact = prepare(data, PrepareSettings(max_length=8, heldout_fraction=0.0), base, context)
     counts = artifact.counts
     assert counts["dropped"] == {
-        "bad_row": 5,
+        "bad_row": 4,
         "empty_completion": 1,
         "identical_after_truncation": 1,
         "identical_completions": 1,
+        "not_text": 1,
     }
     assert (counts["rows_in"], counts["rows_kept"]) == (10, 2)
     assert counts["rows_in"] == counts["rows_kept"] + sum(counts["dropped"].values())
@@ -94,7 +95,8 @@ def test_rows_in_are_rows_kept_and_rows_dropped_by_reason(tmp_path, base, contex
     rejected = [json.loads(line) for line in (artifact.path / "rejected.jsonl").read_text().splitlines()]
     assert [entry["location"] for entry in rejected] == [f"mixed.jsonl:{line}" for line in (3, 4, 7, 9, 11)]
     assert "rejected: expected text, found None" in rejected[1]["problem"]
-    assert "special token <|end|>" in rejected[2]["problem"]
+    assert rejected[2]["problem"] == "rejected: expected text, found True"
+    assert [entry["reason"] for entry in rejected] == ["bad_row", "bad_row", "not_text", "bad_row", "bad_row"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,6 @@ def test_rows_in_are_rows_kept_and_rows_dropped_by_reason(tmp_path, base, contex
     [
         (2, "Invalid control"),
         (3, "rejected: expected text, found None"),
-        (6, "spells the special token"),
         (8, "chosen: "),
     ],
 )
@@ -117,6 +118,32 @@ def test_a_bad_row_stops_with_file_and_line_and_leaves_nothing(
     assert problem in str(caught.value)
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
     assert list((store.root / "rows").iterdir()) == []
+
+
+def test_rows_of_true_or_false_are_listed_and_stop_nothing_unless_they_are_the_column(
+    tmp_path, base, context
+):
+    flagged = {"prompt": "q", "chosen": True, "rejected": "b"}
+    data = DataSettings(path=write(tmp_path / "rows.jsonl", [*pairs(4), flagged]).path)
+    artifact = prepare(data, EVERYTHING_FITS, base, context)
+    assert (artifact.counts["rows_kept"], artifact.counts["dropped"]) == (4, {"not_text": 1})
+    [listed] = (artifact.path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(listed)["location"] == "rows.jsonl:5"
+    data = DataSettings(path=write(tmp_path / "column.jsonl", [*pairs(4), *[flagged] * 5]).path)
+    with pytest.raises(
+        DataError, match=r"column\.jsonl:5: chosen: expected text, found True, and so in 5 of 9"
+    ):
+        prepare(data, EVERYTHING_FITS, base, context)
+
+
+def test_text_that_spells_a_mark_of_the_template_is_listed_and_stops_nothing(
+    tmp_path, base_tokenizer, context
+):
+    own = Template(base_tokenizer, "chatml", append_eos=True)
+    forged = {"prompt": "q<|im_end|>", "chosen": "a", "rejected": "b"}
+    data = DataSettings(path=write(tmp_path / "rows.jsonl", [*pairs(4), forged]).path)
+    artifact = prepare(data, EVERYTHING_FITS, own, context)
+    assert (artifact.counts["rows_kept"], artifact.counts["dropped"]) == (4, {"spells_turn_mark": 1})
 
 
 def test_more_rows_than_a_batch_and_a_shard_hold(tmp_path, base, context):
@@ -629,7 +656,7 @@ REAL = {
         "pandalm",
         999,
         836,
-        {"bad_row": 6, "empty_completion": 52, "tie": 105},
+        {"not_text": 6, "empty_completion": 52, "tie": 105},
     ),
     "pairs/torchtune_stack_exchange_paired_tiny.json": ("stack_exchange", 25, 25, {}),
     "graded/odpo_imdb_test.jsonl": ("scored_rows", 252, 249, {"empty_completion": 3}),

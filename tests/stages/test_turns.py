@@ -222,8 +222,12 @@ def test_an_assistant_may_think_aloud_and_a_user_may_not(chat_tokenizer):
     own = Template(tokenizer, "auto", append_eos=True)
     _, ids, _ = encode(own, [turn("user", "q")], [turn("assistant", "<think>hm</think>a")])
     assert decode(own, ids) == f"<think>hm</think>a{EOS}"
-    with pytest.raises(BadRow, match="special token </think>"):
-        encode(own, [turn("user", "q</think>")], [turn("assistant", "a")])
+    prompt, ids, _ = encode(own, [turn("user", "q</think>")], [turn("assistant", "<think>hm</think>a")])
+    assert "q</think>" in decode(own, prompt)
+    assert decode(own, ids) == f"<think>hm</think>a{EOS}"
+    [closing] = tokenizer("</think>", add_special_tokens=False)["input_ids"]
+    assert closing in ids
+    assert closing not in prompt
 
 
 def test_what_a_tokenizer_has_no_ids_for_is_noticed(chat_tokenizer):
