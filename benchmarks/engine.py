@@ -58,16 +58,15 @@ CELLS = (
     Cell("cache_ref", "hh", 512, 32_000, "float32", ALL),
     Cell("kto", "hh", 512, 32_000, "float32", ("shipped", "compact")),
     Cell("dpo", "hh", 512, 100_352, "float32", ("compact",)),
-    Cell("dpo", "en_demo", 512, 32_000, "float32", ("compact",), batch=4),
-    Cell("dpo", "en_demo", 2048, 32_000, "bfloat16", ("compact",), batch=4),
+    Cell("dpo", "en_demo", 512, 32_000, "float32", ("compact", "tuned"), batch=4),
+    Cell("dpo", "en_demo", 2048, 32_000, "bfloat16", ("compact",), batch=2),
     Cell("cache_ref", "hh", 512, 32_000, "bfloat16", ("compact",)),
     Cell("dpo", "hh", 512, 100_352, "bfloat16", ("compact",)),
     Cell("dpo", "hh", 2048, 32_000, "float32", ("compact",)),
     Cell("dpo", "en_demo", 512, 32_000, "bfloat16", ("compact",), batch=4),
     Cell("cache_ref", "en_demo", 512, 32_000, "float32", ("compact", "tuned"), batch=4),
-    Cell("dpo", "en_demo", 512, 32_000, "float32", ("tuned",), batch=4),
-    Cell("dpo", "en_demo", 2048, 32_000, "float32", ("compact",), batch=4),
-    Cell("dpo", "en_demo", 2048, 100_352, "bfloat16", ("compact",), batch=4),
+    Cell("dpo", "en_demo", 2048, 32_000, "float32", ("compact",), batch=2),
+    Cell("dpo", "en_demo", 2048, 100_352, "bfloat16", ("compact",), batch=2),
 )
 
 
