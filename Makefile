@@ -43,6 +43,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) -e '.[bench]'
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
+	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 KINDS = (
     ("weights", "weights"),
     ("gradients", "gradients"),
@@ -26,11 +26,11 @@ def show_plan(plan: dict[str, Any]) -> None:
         "predicted": predicted["total"],
         "held when measured": plan.get("measured", {}).get("held_bytes"),
     }
-    over = [f"{_gib(value)} {how}" for how, value in needed.items() if value and value > available]
+    over = [f"{_size(value)} {how}" for how, value in needed.items() if value and value > available]
     if available and over:
         console.print(
             Text(
-                f"Out of memory is to be expected: {', '.join(over)}, {_gib(available)} available. "
+                f"Out of memory is to be expected: {', '.join(over)}, {_size(available)} available. "
                 f"What helps, in this order: train.gradient_checkpointing=true, a smaller compute.tokens_per_batch, "
                 f"train.optimizer=adamw_8bit, adapter.name=lora.",
                 style="bold red",
@@ -40,6 +40,11 @@ def show_plan(plan: dict[str, Any]) -> None:
     console.print()
     console.print(_kinds(plan))
     console.print()
+    if all(cell["bytes"] is None for cell in plan["table"]):
+        console.print(
+            f"  The model has too few positions for {plan['table'][0]['length']:,} tokens, so there is no table of batches."
+        )
+        return
     console.print(_cells(plan))
     console.print(
         "  Each cell: one forward and backward pass over so many pairs of that length, prompt and completion\n"
@@ -76,38 +81,40 @@ def _kinds(plan: dict[str, Any]) -> Table:
     table.add_column("predicted", justify="right")
     table.add_column("measured", justify="right")
     for key, label in KINDS:
-        table.add_row(label, _gib(predicted[key]), "")
-    table.add_row("all", _gib(predicted["total"]), _known(measured["peak_bytes"]) if measured else "")
+        table.add_row(label, _size(predicted[key]), "")
+    table.add_row("all", _size(predicted["total"]), _known(measured["peak_bytes"]) if measured else "")
     if measured:
         table.add_row("held, with what was freed", "", _known(measured["held_bytes"]))
-    table.add_row("available", _gib(plan["available_bytes"]) if plan["available_bytes"] else "unknown", "")
+    table.add_row("available", _size(plan["available_bytes"]) if plan["available_bytes"] else "unknown", "")
     return table
 
 
 def _cells(plan: dict[str, Any]) -> Table:
-    lengths = sorted({cell["length"] for cell in plan["table"]})
+    lengths = sorted({cell["length"] for cell in plan["table"] if cell["bytes"] is not None})
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("pairs", style="bold", justify="right")
     for length in lengths:
         table.add_column(f"{length:,} tokens", justify="right")
     for batch in sorted({cell["batch"] for cell in plan["table"]}):
-        cells = [cell["bytes"] for cell in plan["table"] if cell["batch"] == batch]
+        cells = [
+            cell["bytes"] for cell in plan["table"] if cell["batch"] == batch and cell["length"] in lengths
+        ]
         table.add_row(str(batch), *(_cell(value, plan["available_bytes"]) for value in cells))
     return table
 
 
-def _cell(value: int | None, available: int) -> Text:
-    if value is None:
-        return Text("-", style="dim")
+def _cell(value: int, available: int) -> Text:
     too_much = bool(available) and value > available
-    return Text(f"{_gib(value)}{' !' if too_much else ''}", style="red" if too_much else "")
+    return Text(f"{_size(value)}{' !' if too_much else ''}", style="red" if too_much else "")
 
 
 def _known(value: int | None) -> str:
-    return "unknown" if value is None else _gib(value)
+    return "unknown" if value is None else _size(value)
 
 
-def _gib(value: int) -> str:
+def _size(value: int) -> str:
+    if value < GIB / 10:
+        return f"{value / MIB:,.1f} MiB"
     return f"{value / GIB:,.2f} GiB" if value < 100 * GIB else f"{value / GIB:,.0f} GiB"
 
 
