@@ -99,6 +99,18 @@ def test_every_file_in_the_tree_exists():
     assert missing == []
 
 
+def test_every_module_is_in_the_tree():
+    tree = next(body for body in blocks(README, "") if body.startswith("cache/"))
+    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    modules = {
+        path.name
+        for floor in ("cache", "stages", "pipeline")
+        for path in (ROOT / floor).glob("*.py")
+        if not path.name.startswith("__")
+    }
+    assert modules <= named, modules - named
+
+
 def test_the_table_of_losses_is_the_list_in_the_code():
     rows = table(section("Losses"))
     assert [re.findall(r"\[(\w+)\]", row[0])[0] for row in rows] == list(LOSSES)
