@@ -48,10 +48,17 @@ def test_a_measured_plan_has_time_and_peak(session_of):
 
 def test_what_a_person_sees(session_of, capsys):
     plan = session_of().training_plan(measured=False)
-    plan["table"][0]["bytes"] = 3 << 30
+    show_plan(plan)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "too few positions for 512 tokens" in shown
+    assert " MiB" in shown
+    assert "0.00 GiB" not in shown
+    for cell in plan["table"]:
+        cell["bytes"] = 3 << 30 if cell["length"] == 512 else None
     plan["available_bytes"] = 2 << 30
     show_plan(plan)
     shown = capsys.readouterr().out
+    assert "1,024 tokens" not in shown
     assert "3.00 GiB !" in shown
     assert "Out of memory is to be expected" not in shown
     assert "not measured; add --measure" in shown
