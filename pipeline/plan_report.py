@@ -79,13 +79,14 @@ def _kinds(plan: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("memory", style="bold")
     table.add_column("predicted", justify="right")
-    table.add_column("measured", justify="right")
+    if measured:
+        table.add_column("measured", justify="right")
     for key, label in KINDS:
-        table.add_row(label, _size(predicted[key]), "")
-    table.add_row("all", _size(predicted["total"]), _known(measured["peak_bytes"]) if measured else "")
+        table.add_row(label, _size(predicted[key]))
+    table.add_row("all", _size(predicted["total"]), *([_known(measured["peak_bytes"])] if measured else []))
     if measured:
         table.add_row("held, with what was freed", "", _known(measured["held_bytes"]))
-    table.add_row("available", _size(plan["available_bytes"]) if plan["available_bytes"] else "unknown", "")
+    table.add_row("available", _size(plan["available_bytes"]) if plan["available_bytes"] else "unknown")
     return table
 
 

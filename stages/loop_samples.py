@@ -62,7 +62,8 @@ def sample_policy(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Records of the completions of this step, and their metrics. All ranks call and get the same.
 
-    `in_step` is for ranks that share one sharded model: each of its forward passes needs all of them.  Raises `DataError` naming a prompt of the pool that leaves no room for a completion.
+    `in_step` is for ranks that share one sharded model: each of its forward passes needs all of them. Raises
+    `DataError` naming a prompt of the pool that leaves no room for a completion.
     """
     sampling = pool.sampling
     places = choose(pool.strategy, len(pool.prompts), pool.number, occasion, sampling.seed)

@@ -1,8 +1,9 @@
 """Stage 1 of 4: preference data -> tokenized, masked rows in Arrow shards.
 
 Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
-with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used). Its identity is the sources' content, the tokenizer, the template and the limits; rows in
-= rows kept + rows dropped, by reason. Memory does not grow with the data: what is held is the batches at
+with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used).
+Its identity is the sources' content, the tokenizer, the template and the limits; rows in = rows kept + rows dropped, by
+reason. Memory does not grow with the data: what is held is the batches at
 work and one shard of each split. Run it with `align prepare`.
 """
 

@@ -209,7 +209,8 @@ class Turns:
             said = [mark for mark in self._special if mark not in REASONING_MARKS]
             preference, breaker = broken(preference, _text(preference), self._special, said)
             asked, spoken = self._spelled(preference, marks)
-        for mark in asked + spoken:
+        if forged := asked + spoken:
+            mark = forged[0]
             kind = "special token" if mark in self._special_tokens else "template's mark"
             raise Flagged(
                 "spells_turn_mark",

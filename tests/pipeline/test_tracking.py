@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,16 +27,19 @@ def tree_of(model: Path, preferences: Path, train: dict | None = None, **blocks:
     return settings(model, preferences, prepare={"mismatched": False}, train=steps, **blocks)
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends with an exception as it begins this step."""
+def train_until_step_4(tree: dict[str, Any], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in `store`; the run ends with an exception as it begins step 4."""
     take = Run._step
 
     def failing(self: Run, number: int):
-        if number == step:
+        if number == 4:
             raise RuntimeError("the machine went away")
         return take(self, number)
 
-    monkeypatch.setattr(Run, "_step", failing)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", failing)
+        with pytest.raises(RuntimeError, match="went away"):
+            run(tree, store, "train")
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(
@@ -44,10 +48,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tree = tree_of(tiny_model, preferences, track={"tensorboard": True})
     run(tree, tmp_path, "prepare", "cache-ref")
-    with monkeypatch.context() as patch:
-        interrupt_at(4, patch)
-        with pytest.raises(RuntimeError, match="went away"):
-            run(tree, tmp_path, "train")
+    train_until_step_4(tree, tmp_path, monkeypatch)
     result = run(tree, tmp_path, "train")
     (folder,) = (tmp_path / "tensorboard").iterdir()
     assert folder.name == Path(result["artifact"]).name
@@ -90,10 +91,7 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run(tiny_model, preferences, tmp
 
     tree = tree_of(tiny_model, preferences, track={"wandb": "offline"})
     run(tree, tmp_path, "prepare", "cache-ref")
-    with monkeypatch.context() as patch:
-        interrupt_at(4, patch)
-        with pytest.raises(RuntimeError, match="went away"):
-            run(tree, tmp_path, "train")
+    train_until_step_4(tree, tmp_path, monkeypatch)
     (stored,) = (tmp_path / "policy").glob(".tmp-*/wandb-id")
     name = stored.read_text()
     policy = Path(run(tree, tmp_path, "train")["artifact"])
@@ -261,10 +259,7 @@ def test_samples_while_training_change_no_number_and_survive_a_resume(
     tree = tree_of(tiny_model, preferences, train=sampling, sample={"max_tokens": 6, "num_prompts": 5})
     said: list[str] = []
     run(tree, tmp_path, "prepare", "cache-ref")
-    with monkeypatch.context() as patch:
-        interrupt_at(4, patch)
-        with pytest.raises(RuntimeError, match="went away"):
-            run(tree, tmp_path, "train")
+    train_until_step_4(tree, tmp_path, monkeypatch)
     (working,) = (tmp_path / "policy").glob(".tmp-*")
     with open(working / "samples.jsonl", "a") as file:
         file.write('{"step": 4, "id": "cut')

@@ -45,23 +45,25 @@ if keep_freed_memory():
 """
 
 
+def numbers_printed_by(program: str) -> list[int]:
+    """What a program measures of itself in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("this C library has no mallopt")
+    return [int(number) for number in done.stdout.split()]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
 def test_given_back_memory_is_no_longer_held() -> None:
     """MiB that four tensors of 48 MB, and of 64 MB that fit no freed block, leave behind."""
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
-    if not done.stdout:
-        pytest.skip("this C library has no mallopt")
-    kept, given_back = map(int, done.stdout.split())
+    kept, given_back = numbers_printed_by(HELD)
     assert kept > 150
     assert given_back < 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
 def test_a_repeated_step_faults_no_page_in_again() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    if not done.stdout:
-        pytest.skip("this C library has no mallopt")
-    plain, kept = map(int, done.stdout.split())
+    plain, kept = numbers_printed_by(PROGRAM)
     # Four tensors of 48 MB: 46,875 pages of 4 KiB, or about a hundred of 2 MiB.
     assert plain > 50
     assert kept < plain / 10
