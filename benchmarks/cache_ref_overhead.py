@@ -67,7 +67,8 @@ def measure(pairs: Path, model: Path, store: Path, dtype: str) -> dict[str, Any]
     """Seconds of the stage, by what they were spent on."""
     from pipeline.config import build_config
     from pipeline.run import Session
-    from stages import cache_ref, scoring
+    from stages.cache_ref import stage as cache_ref
+    from stages.engine import scorer as scoring
 
     blocks = {
         "data": {"path": str(pairs)},

@@ -113,13 +113,13 @@ class Ours:
     """The engine, the step and the store of this project."""
 
     def __init__(self, work: Work, world: World) -> None:
-        from stages.allocator import keep_freed_memory
-        from stages.batches import RowScorer
-        from stages.compute import Compute
+        from stages.engine.scorer import Scorer
         from stages.losses import parse_loss
-        from stages.models import ModelSource, load_model
-        from stages.parallel import World as Ranks
-        from stages.scoring import Scorer
+        from stages.models.loading import ModelSource, load_model
+        from stages.runtime.compute import Compute
+        from stages.runtime.distributed import World as Ranks
+        from stages.runtime.malloc import keep_freed_memory
+        from stages.train.step.row_scorer import RowScorer
 
         keep_freed_memory()
         self.work, self.world = work, world
@@ -136,7 +136,7 @@ class Ours:
         return self._cache(examples) if self.work.task == "cache_ref" else self._step(examples)
 
     def _step(self, examples: list[int]) -> float:
-        from stages.steps import accumulate_step
+        from stages.train.step.step import accumulate_step
 
         metrics, _ = accumulate_step(self.rows, self.loss, examples, {"delta": 0.0})
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -147,7 +147,7 @@ class Ours:
     def _cache(self, examples: list[int]) -> float:
         """Score the examples and write them to a store, as `align cache-ref` does; the sum of log-probs."""
         from cache.ref_logps import RefLogps
-        from stages.cache_ref import _score_unit
+        from stages.cache_ref.stage import _score_unit
 
         groups = [self.world.rows.example_rows(example, mismatched=False) for example in examples]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

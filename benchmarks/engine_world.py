@@ -74,7 +74,7 @@ def build_world(
     """Prepare a dataset for a model of `vocabulary` ids; nothing is made twice."""
     from pipeline.config import build_config
     from pipeline.run import Session
-    from stages.rows import RowSet
+    from stages.data.rows import RowSet
 
     model_folder = make_model(data, vocabulary)
     settings = {"max_length": max_length, "heldout_fraction": 0.0, "mismatched": mismatched}

@@ -24,16 +24,21 @@ from torch import Tensor
 from benchmarks import varlen
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.record import write_results
-from stages import attention, flex
-from stages.compute import Compute
-from stages.packs import build_pack, fed_length
-from stages.planning import pack
-from stages.rows import Example, Row, RowSet, to_table
-from stages.scoring import Scorer
+from stages.data.rows import Example, Row, RowSet, to_table
+from stages.engine import flex_attention, segment_attention
+from stages.engine.packing import pack
+from stages.engine.packs import build_pack, fed_length
+from stages.engine.scorer import Scorer
+from stages.runtime.compute import Compute
 
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
 LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (500, 0.6), 2048)}
-WAYS = {"flex": flex.NAME, "varlen": varlen.NAME, "segments": attention.NAME, "padded": None}
+WAYS = {
+    "flex": flex_attention.NAME,
+    "varlen": varlen.NAME,
+    "segments": segment_attention.NAME,
+    "padded": None,
+}
 PAIRS, ROUNDS, BUDGET = 64, 5, 16_384
 
 
@@ -76,7 +81,7 @@ def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: in
             if backend is None:
                 step = partial(padded_step, model, rows, device)
             else:
-                scorer = Scorer(model, compute, print, backends=[attention.NAME])
+                scorer = Scorer(model, compute, print, backends=[segment_attention.NAME])
                 scorer.backend = backend
                 model.set_attn_implementation(backend)
                 check(scorer, rows)
@@ -90,8 +95,8 @@ def check(scorer: Scorer, rows: RowSet) -> None:
     """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
     backend, found = scorer.backend, scorer(batch)
-    scorer.backend = attention.NAME
-    scorer.model.set_attn_implementation(attention.NAME)
+    scorer.backend = segment_attention.NAME
+    scorer.model.set_attn_implementation(segment_attention.NAME)
     difference = float((found - scorer(batch)).abs().max())
     scorer.backend = backend
     scorer.model.set_attn_implementation(backend)

@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.record import write_results
-from stages.compute import Compute
-from stages.memory import LayerwiseShapes, pairs_pack
-from stages.models import ModelSource
-from stages.optimizers import make_optimizer
-from stages.scoring import Scorer
-from stages.train_settings import AdapterSettings, TrainSettings
+from stages.engine.scorer import Scorer
+from stages.models.loading import ModelSource
+from stages.plan.memory import LayerwiseShapes, pairs_pack
+from stages.runtime.compute import Compute
+from stages.settings.train import AdapterSettings, TrainSettings
+from stages.train.optimizers import make_optimizer
 
 BATCHES, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096)
 TIMED_STEPS = 5

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, write_results
-from stages.allocator import keep_freed_memory
-from stages.cache_ref import _score_unit
-from stages.compute import Compute
-from stages.packs import fed_length
-from stages.planning import pack
-from stages.rows import Example, Row, RowSet, to_table
-from stages.scoring import Scorer
+from stages.cache_ref.stage import _score_unit
+from stages.data.rows import Example, Row, RowSet, to_table
+from stages.engine.packing import pack
+from stages.engine.packs import fed_length
+from stages.engine.scorer import Scorer
+from stages.runtime.compute import Compute
+from stages.runtime.malloc import keep_freed_memory
 
 PAIRS = (100, 300, 1_000, 3_000, 10_000)
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

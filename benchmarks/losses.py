@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.record import RESULTS, write_results
-from stages.parallel import World
-from tests.stages.test_steps import BLOCKS, BUDGETS, make_reference, make_rows, step_of
+from stages.runtime.distributed import World
+from tests.stages.train.step.test_step import BLOCKS, BUDGETS, make_reference, make_rows, step_of
 
 
 def main() -> None:

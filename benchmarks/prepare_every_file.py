@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import write_results
 from cache.artifacts import Store
 from cache.errors import DataError
-from stages.context import Context
-from stages.data_settings import DataSettings, PrepareSettings
-from stages.prepare import prepare
-from stages.templates import Template
+from stages.prepare.stage import prepare
+from stages.runtime.context import Context
+from stages.settings.data import DataSettings, PrepareSettings
+from stages.tokenization.template import Template
 
 REFUSED = "refused"
 NOTES = """Every file with its path and no other option (`max_length` 1024 tokens, the default). rows in = kept + dropped. One response a row (`scored_rows`, `prometheus`) is gathered into a list for

@@ -179,11 +179,11 @@ def measure(job: dict) -> dict:
 
 def ours(tokenizer, rows: Path, processes: int, quick: bool) -> dict:
     from cache.artifacts import Store
-    from stages.context import Context
-    from stages.data_settings import DataSettings, PrepareSettings
-    from stages.prepare import prepare
-    from stages.rows import RowSet
-    from stages.templates import Template
+    from stages.data.rows import RowSet
+    from stages.prepare.stage import prepare
+    from stages.runtime.context import Context
+    from stages.settings.data import DataSettings, PrepareSettings
+    from stages.tokenization.template import Template
 
     template = Template(tokenizer, "chat", append_eos=True, quick=quick)
     backend = Timed(template._encoder._batches)

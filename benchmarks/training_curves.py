@@ -26,11 +26,11 @@ from benchmarks.record import RESULTS, write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
-from stages import loop
-from stages import train as training
-from stages.audit import audit
-from stages.tracking import read_metrics
-from stages.trainable import Trainable, load_trainable
+from stages.train import loop
+from stages.train import stage as training
+from stages.train.audit import audit
+from stages.train.monitoring.metrics_log import read_metrics
+from stages.train.policy import Trainable, load_trainable
 
 EPOCHS, EVAL_STEPS = 6, 3
 SAME_RUN = ("splits", "ranks")  # figures whose arms are one run, up to rounding

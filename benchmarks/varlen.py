@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from stages.attention import no_mask
-from stages.packs import Segment
+from stages.engine.packs import Segment
+from stages.engine.segment_attention import no_mask
 
 NAME = "align_varlen"
 

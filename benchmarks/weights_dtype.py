@@ -21,15 +21,15 @@ from benchmarks.record import write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
-from stages.batches import RowScorer
-from stages.compute import Compute
+from stages.data.rows import RowSet
+from stages.engine.packing import epoch_order, num_steps
+from stages.engine.scorer import Scorer
 from stages.losses import parse_loss
-from stages.models import load_model, resolve_model
-from stages.parallel import World
-from stages.planning import epoch_order, num_steps
-from stages.rows import RowSet
-from stages.scoring import Scorer
-from stages.steps import accumulate_step, evaluate
+from stages.models.loading import load_model, resolve_model
+from stages.runtime.compute import Compute
+from stages.runtime.distributed import World
+from stages.train.step.row_scorer import RowScorer
+from stages.train.step.step import accumulate_step, evaluate
 
 LOSSES = ("simpo", "orpo", "dpo")
 LEARNING_RATE, BATCH, EPOCHS, WARMUP = 1e-5, 32, 3, 4

@@ -15,10 +15,10 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
 
 from cache.errors import UsageError
-from stages.data_settings import DataSettings, EvalSettings, FilterSettings, PrepareSettings
 from stages.losses import LOSSES, parse_loss
 from stages.losses.contract import Loss
-from stages.settings import (
+from stages.settings.data import DataSettings, EvalSettings, FilterSettings, PrepareSettings
+from stages.settings.fields import (
     ComputeSettings,
     ModelSettings,
     ReferenceSettings,
@@ -26,7 +26,7 @@ from stages.settings import (
     Settings,
     TrackSettings,
 )
-from stages.train_settings import AdapterSettings, TrainSettings
+from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

@@ -5,12 +5,12 @@ from typing import Any
 
 from cache.errors import StaleError
 from pipeline.inputs import Inputs
-from stages.cache_ref import count_missing
-from stages.job import find_policy
+from stages.cache_ref.stage import count_missing
 from stages.merge import find_merged
-from stages.needs import check_needs
-from stages.prepare import find_rows
-from stages.sample import find_completions
+from stages.prepare.stage import find_rows
+from stages.sample.stage import find_completions
+from stages.train.data_requirements import check_needs
+from stages.train.job import find_policy
 
 Result = dict[str, Any]
 

@@ -11,18 +11,18 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
-from stages.cache_ref import check_same_model, open_reference
-from stages.compute import Compute, resolve_compute
-from stages.context import Context
-from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
-from stages.job import Job, find_policy
-from stages.loop_samples import PromptPool
-from stages.models import ModelSource, load_tokenizer, reference_identity, resolve_model
-from stages.prepare import NOTHING_FILTERED, find_rows
-from stages.resume import open_origin
-from stages.sample import SampleJob
-from stages.sources import sources_of
-from stages.templates import Template
+from stages.cache_ref.stage import check_same_model, open_reference
+from stages.data.mixing import sources_of
+from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.prepare.stage import NOTHING_FILTERED, find_rows
+from stages.runtime.compute import Compute, resolve_compute
+from stages.runtime.context import Context
+from stages.sample.stage import SampleJob
+from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
+from stages.tokenization.template import Template
+from stages.train.job import Job, find_policy
+from stages.train.resume import open_origin
+from stages.train.samples import PromptPool
 
 QUICKSTART = "quickstart"
 

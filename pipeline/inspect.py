@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from cache.artifacts import MANIFEST, Artifact, open_artifact
 from cache.errors import StaleError, UsageError
-from stages.models import ModelSource, load_tokenizer
-from stages.rows import SPLITS
+from stages.data.rows import SPLITS
+from stages.models.loading import ModelSource, load_tokenizer
 
 STEPS = (1, 2, 5)
 MAX_BINS = 12

@@ -10,19 +10,19 @@ import torch
 
 from cache.artifacts import Artifact
 from pipeline.config import RunConfig
-from stages.allocator import give_back_freed_memory
-from stages.compute import Compute
-from stages.feasible import check_feasible
-from stages.job import Job
-from stages.measure import Measured, measure
-from stages.memory import LayerwiseShapes, Shapes, available_bytes, pairs_pack
-from stages.models import ModelSource, architecture
-from stages.optimizers import make_optimizer
-from stages.packs import Pack, build_pack, fed_length
-from stages.parallel import World
-from stages.planning import epoch_order, pack
-from stages.rows import RowSet
-from stages.trainable import load_trainable
+from stages.data.rows import RowSet
+from stages.engine.packing import epoch_order, pack
+from stages.engine.packs import Pack, build_pack, fed_length
+from stages.models.loading import ModelSource, architecture
+from stages.plan.measure import Measured, measure
+from stages.plan.memory import LayerwiseShapes, Shapes, available_bytes, pairs_pack
+from stages.runtime.compute import Compute
+from stages.runtime.distributed import World
+from stages.runtime.malloc import give_back_freed_memory
+from stages.train.job import Job
+from stages.train.optimizers import make_optimizer
+from stages.train.policy import load_trainable
+from stages.train.preflight import check_feasible
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (512, 1024, 2048, 4096)

@@ -11,7 +11,7 @@ from rich.text import Text
 from pipeline.inspect import Overview, Shown
 from pipeline.inspect_terminal import show_example, show_legend, show_overview
 from pipeline.quickstart import is_preferred
-from stages.outputs import read_jsonl
+from stages.generation.completion_files import read_jsonl
 
 SHOWN_METRICS = (
     ("loss", "loss"),

@@ -13,16 +13,16 @@ from pipeline.config import RunConfig
 from pipeline.dry_run import plan_stages
 from pipeline.inputs import Inputs
 from pipeline.plan import plan_training
-from stages.cache_ref import cache_ref
-from stages.context import Context
-from stages.data_settings import DataSettings, FilterSettings, PrepareSettings
+from stages.cache_ref.stage import cache_ref
 from stages.evaluate import evaluate_model, saved_state
-from stages.job import find_policy
 from stages.merge import find_merged, merge
-from stages.policy import remove_leftovers
-from stages.prepare import NOTHING_FILTERED, find_rows, prepare
-from stages.sample import find_completions, sample
-from stages.train import train
+from stages.prepare.stage import NOTHING_FILTERED, find_rows, prepare
+from stages.runtime.context import Context
+from stages.sample.stage import find_completions, sample
+from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
+from stages.train.job import find_policy
+from stages.train.publish import remove_leftovers
+from stages.train.stage import train
 
 STAGES = ("prepare", "cache-ref", "train", "sample")
 Result = dict[str, Any]

@@ -9,17 +9,17 @@ from pathlib import Path
 from cache.artifacts import MANIFEST
 from cache.errors import DataError
 from cache.files import read_json
-from stages.adapters import base_of, is_adapter, load_any
-from stages.batches import RowScorer
-from stages.checkpoints import STATE
-from stages.context import Context, progress
-from stages.density import DensityRatios
-from stages.job import Job
+from stages.data.rows import RowSet
 from stages.losses.contract import Loss
-from stages.models import ModelSource, check_length
-from stages.parallel import World
-from stages.rows import RowSet
-from stages.steps import evaluate
+from stages.models.adapters import base_of, is_adapter, load_any
+from stages.models.loading import ModelSource, check_length
+from stages.runtime.context import Context, progress
+from stages.runtime.distributed import World
+from stages.train.checkpoints import STATE
+from stages.train.job import Job
+from stages.train.step.density_ratio import DensityRatios
+from stages.train.step.row_scorer import RowScorer
+from stages.train.step.step import evaluate
 
 HELDOUT = "heldout"
 
@@ -48,7 +48,7 @@ def evaluate_model(
     `state` is what a loss that keeps any goes on from, as `saved_state` finds it. Raises `DataError` when there is
     nothing to evaluate on.
     """
-    from stages.scoring import Scorer  # brings transformers' modelling code
+    from stages.engine.scorer import Scorer  # brings transformers' modelling code
 
     sets = {HELDOUT: RowSet.of(job.rows, "heldout")}
     sets |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}

@@ -11,12 +11,12 @@ import torch
 
 from cache.artifacts import Artifact
 from cache.errors import CorruptError, UsageError
-from stages.adapters import is_adapter, load_adapter
-from stages.compute import Compute
-from stages.context import Context
-from stages.models import ModelSource, load_model, load_tokenizer
-from stages.packs import build_pack
-from stages.rows import RowSet
+from stages.data.rows import RowSet
+from stages.engine.packs import build_pack
+from stages.models.adapters import is_adapter, load_adapter
+from stages.models.loading import ModelSource, load_model, load_tokenizer
+from stages.runtime.compute import Compute
+from stages.runtime.context import Context
 
 STAGE_VERSION = 1
 NUM_EXAMPLES = 8
@@ -35,7 +35,7 @@ def merge(
     policy: Artifact, base: ModelSource, rows: Artifact, compute: Compute, context: Context
 ) -> Artifact:
     """Merge an adapter, check and publish; raises `CorruptError` where the log-probs change."""
-    from stages.scoring import Scorer
+    from stages.engine.scorer import Scorer
 
     policy.check_files()
     exact = Compute(compute.device, torch.float32, compute.tokens_per_batch)

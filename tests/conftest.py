@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from cache.artifacts import Store
-from stages.context import Context
+from stages.runtime.context import Context
 
 # The same examples in every run, and no failure because a machine was busy.
 settings.register_profile(

@@ -96,13 +96,13 @@ def test_the_ground_floor_knows_no_language_model():
 @pytest.mark.parametrize(
     ("file", "line", "wrong"),
     [
-        ("cache/a.py", "import stages.rows", "imports stages.rows"),
+        ("cache/a.py", "import stages.data.rows", "imports stages.data.rows"),
         ("cache/a.py", "from pipeline import cli", "imports pipeline"),
-        ("cache/a.py", "def f():\n    from stages.rows import Row", "imports stages.rows"),
+        ("cache/a.py", "def f():\n    from stages.data.rows import Row", "imports stages.data.rows"),
         ("stages/losses/a.py", "from pipeline.config import RunConfig", "imports pipeline.config"),
         ("stages/a.py", "from ..pipeline import run", "imports ..pipeline"),
         ("stages/a.py", "import cache.files\nimport stagesque\nfrom pipelines import x", None),
-        ("pipeline/a.py", "import cache.files, stages.rows", None),
+        ("pipeline/a.py", "import cache.files, stages.data.rows", None),
     ],
 )
 def test_a_violation_is_found(tmp_path, file, line, wrong):

@@ -15,10 +15,10 @@ import typer.main
 from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
 from pipeline.cli import EXAMPLES, app
 from pipeline.config import RunConfig, load_config
-from stages.data_settings import PrepareSettings
 from stages.formats import FORMATS
 from stages.losses import LOSSES
-from stages.truncation import fit
+from stages.prepare.truncation import fit
+from stages.settings.data import PrepareSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -87,28 +87,16 @@ def test_every_relative_link_leads_somewhere(path):
     assert [target for target in targets if target and not (path.parent / target).exists()] == []
 
 
-def test_every_file_in_the_tree_exists():
+def test_the_tree_names_every_folder_of_code_and_no_other():
     tree = next(body for body in blocks(README, "") if body.startswith("cache/"))
-    folder, missing = "", []
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        path = ROOT / folder / name if line.startswith(" ") else ROOT / name
-        if not path.exists():
-            missing.append(str(path.relative_to(ROOT)))
-    assert missing == []
-
-
-def test_every_module_is_in_the_tree():
-    tree = next(body for body in blocks(README, "") if body.startswith("cache/"))
-    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
-    modules = {
-        path.name
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    folders = {
+        str(path.parent.relative_to(ROOT))
         for floor in ("cache", "stages", "pipeline")
-        for path in (ROOT / floor).glob("*.py")
-        if not path.name.startswith("__")
+        for path in (ROOT / floor).rglob("__init__.py")
     }
-    assert modules <= named, modules - named
+    inner = {"stages", "stages/train/step", "stages/train/monitoring"}
+    assert named == folders - inner
 
 
 def test_the_table_of_losses_is_the_list_in_the_code():

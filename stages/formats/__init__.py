@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.errors import DataError
+from stages.data.readers import SourceRow
+from stages.formats.column_map import renamed
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable
+from stages.formats.datasets import (
+    SHP,
+    Arena,
+    HelpSteer,
+    Nectar,
+    OnPolicyScores,
+    PandaLM,
+    SafeRLHFBetter,
+    SafeRLHFSafer,
+    StackExchange,
+)
 from stages.formats.frameworks import (
     AxolotlChat,
     AxolotlKTO,
@@ -21,19 +34,7 @@ from stages.formats.frameworks import (
     Orca,
     Swift,
 )
-from stages.formats.gathered import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired
-from stages.formats.gathering import gather
-from stages.formats.judged import (
-    SHP,
-    Arena,
-    HelpSteer,
-    Nectar,
-    OnPolicyScores,
-    PandaLM,
-    SafeRLHFBetter,
-    SafeRLHFSafer,
-    StackExchange,
-)
+from stages.formats.group_by_prompt import gather
 from stages.formats.llama_factory import (
     AlpacaRanking,
     RankedAnswers,
@@ -42,10 +43,9 @@ from stages.formats.llama_factory import (
     TaggedMessages,
     V1Messages,
 )
-from stages.formats.mapped import renamed
-from stages.formats.policies import conversion
+from stages.formats.one_response_per_row import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired
+from stages.formats.ties_and_rankings import conversion
 from stages.formats.trl import Explicit, Graded, Implicit, Posts, Transcript, UltraFeedback, Unpaired
-from stages.reading import SourceRow
 
 FORMATS: tuple[type[Format], ...] = (
     # pairs

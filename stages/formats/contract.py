@@ -3,15 +3,15 @@
 A format is chosen once for a whole source, from its columns and confirmed on its rows. Conversion raises
 `BadRow` for a row that is malformed (stop or skip, as `data.on_bad_row` says) and `Unusable` for a
 well-formed row that carries no preference (always dropped, counted by reason). Who is better comes from the
-row alone; what to do with ties, ranked lists and thresholds is decided in one place, `policies.py`.
+row alone; what to do with ties, ranked lists and thresholds is decided in one place, `ties_and_rankings.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stages.columns import Message, as_messages, finite_number, optional_text, shown, tools_of
-from stages.reading import BadRow
+from stages.data.columns import Message, as_messages, finite_number, optional_text, shown, tools_of
+from stages.data.readers import BadRow
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.columns import (
+from stages.data.columns import (
     completion_of,
     entries,
     finite_number,
@@ -16,10 +16,10 @@ from stages.columns import (
     text_or_messages,
     truth,
 )
+from stages.data.readers import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import unanswered
 from stages.formats.trl import is_text, labelled, last_answer
-from stages.reading import BadRow
 
 
 class OpenAI(Format):

@@ -7,7 +7,7 @@ and `history` holds earlier [question, answer] turns, as there.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.columns import (
+from stages.data.columns import (
     Message,
     completion_of,
     entries,
@@ -17,9 +17,9 @@ from stages.columns import (
     shown,
     text,
 )
+from stages.data.readers import BadRow
 from stages.formats.contract import Format, Preference, pair, ranked
 from stages.formats.trl import is_text, labelled, last_answer, shared_prompt
-from stages.reading import BadRow
 
 
 def instruction_of(row: Mapping[str, Any]) -> list[Message]:

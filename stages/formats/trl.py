@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.columns import (
+from stages.data.columns import (
     Message,
     check_completion,
     completion_of,
@@ -22,8 +22,8 @@ from stages.columns import (
     text_or_messages,
     truth,
 )
+from stages.data.readers import BadRow
 from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked, without_weight
-from stages.reading import BadRow
 
 
 class Explicit(Format):

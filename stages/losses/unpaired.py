@@ -99,7 +99,7 @@ class BCO(Loss):
     `udm` multiplies the losses of undesirable rows by `p / (1 - p)` within [0.5, 10], p the probability that
     an answer to the prompt is desirable: underlying distribution matching (paper, section 4), for data whose
     good and bad answers belong to different prompts. TRL's p reads a model's embedding of the prompt, ours
-    its tokens (stages/density.py). On pairs all weights are the same, so `udm` is an error there.
+    its tokens (stages/train/step/density_ratio.py). On pairs all weights are the same, so `udm` is an error there.
 
     When: as kto, with no mismatched rows to score. The metric `delta` is the shift.
     Values: beta 0.1 (paper 0.01-0.1), learning rate as kto's (paper 5e-7 for 7-9B), batch 128 (paper,

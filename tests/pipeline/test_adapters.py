@@ -143,7 +143,7 @@ def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, prefer
     for stage in ("prepare", "cache-ref"):
         session(tree, store).run(stage)
     code = (
-        "import os, signal, sys; import stages.loop as loop; save = loop.save_checkpoint\n"
+        "import os, signal, sys; import stages.train.loop as loop; save = loop.save_checkpoint\n"
         "def then_die(root, step, *rest):\n"
         "    save(root, step, *rest)\n"
         "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"

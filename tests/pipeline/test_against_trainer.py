@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.run import Session
-from stages.planning import epoch_order
-from stages.rows import RowSet
-from stages.schedules import make_schedule
+from stages.data.rows import RowSet
+from stages.engine.packing import epoch_order
+from stages.train.schedules import make_schedule
 from tests.pipeline.small_run import session, settings
 
 STEPS, BATCH, RATE = 20, 4, 2e-4

@@ -10,9 +10,9 @@ from cache.errors import StaleError, UsageError
 from pipeline.inspect import Rows, open_rows
 from pipeline.inspect_page import page
 from pipeline.report import show_rows
-from stages.data_settings import DataSettings, PrepareSettings
-from stages.prepare import prepare
-from stages.templates import Template
+from stages.prepare.stage import prepare
+from stages.settings.data import DataSettings, PrepareSettings
+from stages.tokenization.template import Template
 
 TALK = [
     {"role": "assistant", "content": "first 東🦊"},

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from cache.errors import AlignError, CorruptError, StaleError, UsageError
-from stages.batches import RowScorer
-from stages.checkpoints import checkpoint_steps, newest_checkpoint
+from stages.train.checkpoints import checkpoint_steps, newest_checkpoint
+from stages.train.step.row_scorer import RowScorer
 from tests.pipeline.small_run import metrics_of, run, settings
 
 
@@ -163,7 +163,7 @@ def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(pre
 
 def interrupted(tree: dict, store: Path, after_steps: int, signum: int, times: int = 1) -> int:
     """Train in a child that signals itself while it takes a step; its exit code."""
-    from stages.loop import Run
+    from stages.train.loop import Run
 
     take = Run._step
 
@@ -212,7 +212,7 @@ def halfway(prepared) -> tuple[dict, Path, Path]:
     tree, store = prepared
 
     def killed() -> None:
-        from stages.loop import Run
+        from stages.train.loop import Run
 
         take = Run._step
         Run._step = lambda self, step: os.kill(os.getpid(), 9) if step == 5 else take(self, step)  # type: ignore

@@ -15,8 +15,8 @@ import yaml
 
 from cache.errors import StaleError, UsageError
 from pipeline.config import build_config
-from stages.loop import Run
-from stages.tracking import Tracker, read_metrics
+from stages.train.loop import Run
+from stages.train.monitoring.metrics_log import Tracker, read_metrics
 from tests.pipeline.small_run import LN2, ROOT, run, settings
 
 CANARY = "canary0a1b2c3d4e5f60718293a4b5c6d7e8f901234"
@@ -281,7 +281,7 @@ def test_a_step_that_is_not_finite_is_skipped_when_asked(
     tiny_model, preferences, tmp_path, monkeypatch
 ) -> None:
     """The second step's gradient is made infinite: it is counted, named, and leaves weights and state alone."""
-    from stages.trainable import Trainable
+    from stages.train.policy import Trainable
 
     clip, calls = Trainable.clip_gradients, 0
 

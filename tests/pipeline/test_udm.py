@@ -8,8 +8,8 @@ import pytest
 
 from cache.artifacts import open_artifact
 from cache.errors import UsageError
-from stages.density import DensityRatios
-from stages.rows import RowSet
+from stages.data.rows import RowSet
+from stages.train.step.density_ratio import DensityRatios
 from tests.conftest import ANIMALS
 from tests.pipeline.small_run import LN2, run, settings
 

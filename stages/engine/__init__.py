@@ -1,0 +1,1 @@
+"""The scoring engine that cache-ref and train share: packs, attention, log-probs."""

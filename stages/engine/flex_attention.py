@@ -1,0 +1,106 @@
+"""Attention of a pack on a GPU: `flex_attention` with a block mask, compiled once for a fixed pack length.
+
+Same visibility as `stages/engine/segment_attention.py`: within an example the prompt sees itself causally, each
+completion the prompt and itself. The mask is a function of three small index tensors, so nothing of
+size positions x positions exists, and blocks of 128 positions in which nothing is visible are skipped.
+On a CPU it runs uncompiled and without a backward pass, which is enough to test the mask.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from stages.engine.packs import Segment
+from stages.engine.segment_attention import no_mask
+
+NAME = "align_flex"
+BLOCK = 128
+
+
+class BlockMasks:
+    """The block masks of one pack, one for each attention window its model has; made on first use."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        """Index the positions of a pack: which example, which completion (0: the prompt), which position."""
+        examples, branches, positions = [], [], []
+        for number, segment in enumerate(segments):
+            lengths = [segment.prompt_length, *segment.completion_lengths]
+            examples.append(np.full(sum(lengths), number))
+            branches.append(np.repeat(np.arange(len(lengths)), lengths))
+            positions.append(np.arange(segment.prompt_length))
+            positions += [segment.prompt_length + np.arange(length) for length in lengths[1:]]
+        self._index = [
+            torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
+            for parts in (examples, branches, positions)
+        ]
+        self._made: dict[int | None, BlockMask] = {}
+
+    def of(self, window: int | None) -> BlockMask:
+        """The mask of layers whose tokens see the last `window` positions, or all before them."""
+        if window not in self._made:
+            self._made[window] = self._make(window)
+        return self._made[window]
+
+    def _make(self, window: int | None) -> BlockMask:
+        examples, branches, positions = self._index
+        length, device = len(examples), examples.device
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same_line = (branches[key] == 0) | (branches[key] == branches[query])
+            seen = (examples[query] == examples[key]) & same_line & (key <= query)
+            return seen if window is None else seen & (positions[query] - positions[key] < window)
+
+        on_gpu = device.type == "cuda"
+        return create_block_mask(visible, None, None, length, length, device, BLOCK, _compile=on_gpu)
+
+
+def flex_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    block_masks: BlockMasks | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
+    assert block_masks is not None, "the model does not hand its keyword arguments down to its attention"
+    result = _flex(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcapped(softcap),
+        block_mask=block_masks.of(sliding_window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _flex(device: str) -> Any:
+    """Compiled for fixed shapes, of which there is one where every pack is filled up to the token budget."""
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+
+
+@cache
+def _softcapped(softcap: float) -> Any:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.tanh(score / softcap) * softcap
+
+    return score_mod
+
+
+AttentionInterface.register(NAME, flex_forward)
+AttentionMaskInterface.register(NAME, no_mask)

@@ -1,0 +1,195 @@
+"""Layouts in which a judge compared two responses, or marked single ones with scores.
+
+Which encoding means "the first is better" is part of each schema and never guessed. Chatbot Arena, SHP,
+PKU-SafeRLHF and HelpSteer are built to their published schema and were not tried on a file of theirs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from stages.data.columns import entries, finite_number, messages, one_of, prompt_of, text
+from stages.data.readers import BadRow
+from stages.formats.contract import Format, Preference, assembled, pair, ranked
+from stages.formats.llama_factory import instruction_of
+from stages.formats.trl import listed, split_shared, transcript
+
+
+class Arena(Format):
+    """Chatbot Arena and MT-bench human votes: two conversations and `winner`. From the documented schema.
+
+    `winner` is model_a, model_b, tie or 'tie (bothbad)'; lmsys/chatbot_arena_conversations.
+    """
+
+    name: ClassVar[str] = "arena"
+    columns: ClassVar[str] = "conversation_a, conversation_b, winner (model_a, model_b, tie)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"conversation_a", "conversation_b", "winner"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        winner = one_of(row, "winner", ["model_a", "model_b", "tie", "tie (bothbad)"])
+        first, second = (messages(row, f"conversation_{side}") for side in "ab")
+        prompt, first, second = split_shared(first, second)
+        sides = (second, first) if winner == "model_b" else (first, second)
+        return pair(row, prompt, *sides, tied=winner.startswith("tie"))
+
+
+class SHP(Format):
+    """Stanford Human Preferences: a post `history`, two comments, `labels` 1 where A is better.
+
+    From the documented schema (stanfordnlp/SHP). `score_A` and `score_B`, votes, become scores.
+    """
+
+    name: ClassVar[str] = "shp"
+    columns: ClassVar[str] = "history, human_ref_A, human_ref_B, labels (1 = A)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"history", "human_ref_A", "human_ref_B", "labels"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        better, worse = ("A", "B") if one_of(row, "labels", [0, 1]) == 1 else ("B", "A")
+        scores = (None, None)
+        if row.get("score_A") is not None and row.get("score_B") is not None:
+            scores = tuple(finite_number(row[f"score_{side}"], f"score_{side}") for side in (better, worse))
+        sides = [text(row, f"human_ref_{side}") for side in (better, worse)]
+        return pair(row, _user(text(row, "history")), *sides, scores=scores)  # type: ignore[arg-type]
+
+
+class SafeRLHFBetter(Format):
+    """PKU-SafeRLHF by helpfulness: `better_response_id` is 0 or 1. From the documented schema."""
+
+    name: ClassVar[str] = "safe_rlhf_better"
+    columns: ClassVar[str] = "prompt, response_0, response_1, better_response_id (the more helpful)"
+    column: ClassVar[str] = "better_response_id"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"prompt", "response_0", "response_1", cls.column} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        better = one_of(row, cls.column, [0, 1])
+        sides = [text(row, f"response_{side}") for side in (better, 1 - better)]
+        return pair(row, _user(text(row, "prompt")), *sides)
+
+
+class SafeRLHFSafer(SafeRLHFBetter):
+    """PKU-SafeRLHF by harmlessness: `safer_response_id` is 0 or 1. From the documented schema."""
+
+    name: ClassVar[str] = "safe_rlhf_safer"
+    columns: ClassVar[str] = "prompt, response_0, response_1, safer_response_id (the safer)"
+    column: ClassVar[str] = "safer_response_id"
+
+
+class HelpSteer(Format):
+    """HelpSteer: single responses with `helpfulness` 0-4; good from data.threshold on. From the documented schema."""
+
+    name: ClassVar[str] = "helpsteer"
+    columns: ClassVar[str] = (
+        "prompt, response, helpfulness; data.threshold says from which score on it is good"
+    )
+    needs_threshold: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"prompt", "response", "helpfulness"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        score = finite_number(row.get("helpfulness"), "helpfulness")
+        return assembled(row, _user(text(row, "prompt")), [(text(row, "response"), "scored", score)])
+
+
+class PandaLM(Format):
+    """PandaLM's test set: two responses and three votes (1, 2, or 0 for a tie); the majority decides.
+
+    A score is the number of votes for that response. No majority is a tie.
+    """
+
+    name: ClassVar[str] = "pandalm"
+    columns: ClassVar[str] = "instruction, input, response1, response2, annotator1-3 (votes 0, 1, 2)"
+    voters: ClassVar[tuple[str, ...]] = ("annotator1", "annotator2", "annotator3")
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"instruction", "response1", "response2", *cls.voters} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        votes = [one_of(row, voter, [0, 1, 2]) for voter in cls.voters]
+        for_first, for_second = votes.count(1), votes.count(2)
+        tied = max(for_first, for_second) * 2 <= len(votes)
+        sides = [(text(row, "response1"), for_first), (text(row, "response2"), for_second)]
+        if for_second > for_first:
+            sides.reverse()
+        scores = float(sides[0][1]), float(sides[1][1])
+        return pair(row, instruction_of(row), sides[0][0], sides[1][0], scores=scores, tied=tied)
+
+
+class StackExchange(Format):
+    """stack-exchange-paired: a `question`, and `response_j` with more votes than `response_k`."""
+
+    name: ClassVar[str] = "stack_exchange"
+    columns: ClassVar[str] = "question, response_j (the better), response_k"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"question", "response_j", "response_k"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        return pair(row, _user(text(row, "question")), text(row, "response_j"), text(row, "response_k"))
+
+
+class Nectar(Format):
+    """Nectar: an hh-style `prompt` and `answers`, each with a `rank` (1 is best). From the documented schema."""
+
+    name: ClassVar[str] = "nectar"
+    columns: ClassVar[str] = "prompt (\\n\\nHuman: transcript), answers (answer, rank; 1 is best)"
+    ranked: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"prompt", "answers"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        turns = transcript("\n\n" + text(row, "prompt").lstrip(), "prompt")
+        if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+            turns = turns[:-1]
+        if turns[-1]["role"] == "assistant":
+            raise BadRow("prompt: ends with an assistant turn, so there is nothing to answer")
+        answers = entries(row, "answers")
+        if not all(isinstance(answer, Mapping) for answer in answers):
+            raise BadRow("answers: expected objects with answer and rank")
+        scores = [-finite_number(answer.get("rank"), "answers.rank") for answer in answers]
+        return ranked(row, turns, [text(answer, "answer") for answer in answers], scores)
+
+
+class OnPolicyScores(Format):
+    """princeton-nlp's and Snorkel's UltraFeedback: all responses to a prompt with a reward model's scores.
+
+    From the documented schema. `chosen` and `rejected` there are the best and the worst of the same list.
+    """
+
+    name: ClassVar[str] = "on_policy_scores"
+    columns: ClassVar[str] = "prompt, all_generated_responses, all_rm_scores (lists of equal length)"
+    ranked: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return {"prompt", "all_generated_responses", "all_rm_scores"} <= row.keys()
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        prompt = prompt_of(row)
+        asked = _user(prompt) if isinstance(prompt, str) else prompt
+        return listed(row, asked, "all_generated_responses", "all_rm_scores")
+
+
+def _user(said: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": said}]

@@ -1,0 +1,55 @@
+"""Rows that share a prompt, wherever they stand in the source, as one row; on disk meanwhile, not in memory."""
+
+import pickle
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import groupby
+from operator import itemgetter
+
+from cache.fingerprint import canonical_json
+from stages.data.readers import SourceRow
+
+
+def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
+    """The rows of each value of `column` as one row `{"rows": [...]}`, in the order of first appearance.
+
+    They wait in a temporary database, a file that SQLite removes; in memory are the rows of one value. A
+    row that could not be read stays a row of its own, and so does one without the column. The location is that
+    of the first, and how many more.
+    """
+    # No name: a file of its own in the temporary folder, gone with the connection.
+    with closing(sqlite3.connect("", isolation_level=None)) as store:
+        store.execute("PRAGMA journal_mode=OFF")
+        store.execute("CREATE TABLE firsts (key BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
+        store.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, first INTEGER, row BLOB)")
+        for number, row in enumerate(rows):
+            key = _key(row, column)
+            first = number
+            if key is not None:
+                store.execute("INSERT OR IGNORE INTO firsts VALUES (?, ?)", (key, number))
+                [first] = store.execute("SELECT first FROM firsts WHERE key = ?", (key,)).fetchone()
+            store.execute("INSERT INTO rows VALUES (?, ?, ?)", (number, first, pickle.dumps(row)))
+        store.execute("CREATE INDEX by_first ON rows (first, number)")
+        found = store.execute("SELECT first, row FROM rows INDEXED BY by_first ORDER BY first, number")
+        for _, members in groupby(found, key=itemgetter(0)):
+            yield _together([pickle.loads(row) for _, row in members])
+
+
+def _key(row: SourceRow, column: str) -> bytes | None:
+    if not row.value or column not in row.value:
+        return None
+    try:
+        return blake2b(canonical_json(row.value[column]), digest_size=20).digest()
+    except (TypeError, ValueError):
+        return None
+
+
+def _together(members: list[SourceRow]) -> SourceRow:
+    first = members[0]
+    if first.value is None:
+        return first
+    location = first.location if len(members) == 1 else f"{first.location} and {len(members) - 1} more"
+    return replace(first, location=location, value={"rows": [member.value for member in members]})

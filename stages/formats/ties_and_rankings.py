@@ -1,0 +1,81 @@
+"""What becomes of ties, ranked lists and scored responses: the settings' choice, the same for every format.
+
+- A tie is dropped and counted, or with `data.ties=half` enters both ways, each with half the weight, which
+  for a pairwise loss is the pull towards equal likelihood that a label of one half means.
+- A ranked list is its best against its worst, or with `prepare.graded=ranked` all of it.
+- A single scored response is desirable from `data.threshold` on.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from cache.errors import UsageError
+from stages.data.pairs import best_and_worst
+from stages.formats.contract import Candidate, Format, Preference, Unusable
+from stages.settings.data import DataSettings, PrepareSettings
+
+
+def conversion(
+    format_: type[Format], data: DataSettings, settings: PrepareSettings
+) -> Callable[[Mapping[str, Any]], Preference]:
+    """How a source row becomes a preference. Raises `UsageError` where settings and format do not go together."""
+    if settings.graded == "ranked" and not format_.ranked:
+        raise UsageError(
+            f"prepare.graded=ranked is for graded or ranked responses, and {data.path} has format {format_.name} ({format_.columns}). Leave it out."
+        )
+    if format_.needs_threshold and data.threshold is None:
+        raise UsageError(
+            f"{data.path} has format {format_.name}: single responses with scores. Say from which score on one is desirable with --set data.threshold=SCORE, or compare the responses of one prompt with a column map to prompt, response and score."
+        )
+    if data.threshold is not None and not format_.needs_threshold:
+        raise UsageError(
+            f"data.threshold is for single scored responses, and {data.path} has format {format_.name}. Leave it out."
+        )
+
+    def convert(row: Mapping[str, Any]) -> Preference:
+        preference = format_.convert(row)
+        if format_.needs_threshold and data.threshold is not None:
+            return _labelled(preference, data.threshold)
+        if preference.tied and (data.ties == "drop" or settings.graded == "ranked"):
+            raise Unusable("tie")
+        if format_.ranked:
+            best, worst = _ends(preference)
+            if best.completion == worst.completion:
+                raise Unusable("identical_completions")
+            if settings.graded == "ranked":
+                return preference
+            ends = [replace(best, role="chosen"), replace(worst, role="rejected")]
+            preference = replace(preference, candidates=ends)
+        return _both_ways(preference) if preference.tied else preference
+
+    return convert
+
+
+def _ends(preference: Preference) -> tuple[Candidate, Candidate]:
+    """The best and the worst of a ranked list; of equals the first and the last."""
+    candidates = preference.candidates
+    if preference.tied:
+        return candidates[0], candidates[-1]
+    best, worst = best_and_worst([candidate.score or 0.0 for candidate in candidates])
+    return candidates[best], candidates[worst]
+
+
+def _both_ways(preference: Preference) -> Preference:
+    """A tie as two pairs of one example, each candidate once chosen and once rejected."""
+    first, second = (replace(candidate, weight=candidate.weight / 2) for candidate in preference.candidates)
+    candidates = [
+        replace(first, role="chosen"),
+        replace(second, role="rejected"),
+        replace(second, role="chosen"),
+        replace(first, role="rejected"),
+    ]
+    return replace(preference, candidates=candidates)
+
+
+def _labelled(preference: Preference, threshold: float) -> Preference:
+    candidates = [
+        replace(candidate, role="desirable" if (candidate.score or 0.0) >= threshold else "undesirable")
+        for candidate in preference.candidates
+    ]
+    return replace(preference, candidates=candidates)

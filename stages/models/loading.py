@@ -1,0 +1,159 @@
+"""Loading models and tokenizers, and saying exactly which ones they are."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import DataError, MachineError, UsageError
+from cache.fingerprint import weights_fingerprint
+from stages.runtime.compute import SCORER_VERSION, Compute
+
+# Keys of config.json that do not change a forward pass.
+PROVENANCE_KEYS = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "architectures",
+    "_attn_implementation",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine, the name the user gave it, and the revision where that is a hub's."""
+
+    name: str
+    folder: Path
+    is_on_hub: bool = False
+    revision: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, for folder names."""
+        return self.name.rstrip("/").split("/")[-1]
+
+
+def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
+    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists.
+
+    `or_adapter` takes a folder with an adapter too.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+            if or_adapter:
+                return ModelSource(name, path)
+            raise UsageError(
+                f"{path} holds an adapter, not a model. Make it one with `align merge`, with the configuration that "
+                f"trained it, and give the folder that this names."
+            )
+        if not (path / "config.json").is_file():
+            raise DataError(
+                f"{path} is no model folder: it has no config.json. Give a folder saved with save_pretrained."
+            )
+        return ModelSource(name, path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(
+            f"No such model folder: {name}. Give a folder or a hub name with --set policy.model=NAME."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return ModelSource(name, folder, is_on_hub=True, revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise MachineError(
+            f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
+            f"Check the name, the network and `hf auth login`, or give a folder in place of the name."
+        ) from error
+
+
+def architecture(folder: Path) -> dict[str, Any]:
+    """The part of config.json that changes a forward pass."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in PROVENANCE_KEYS and not key.endswith("_token_id")
+    }
+
+
+def reference_identity(source: ModelSource, compute: Compute) -> dict[str, Any]:
+    """What a reference log-prob depends on besides the row's ids. Reads and hashes all weights."""
+    return {
+        "weights": weights_fingerprint(source.folder),
+        "architecture": architecture(source.folder),
+        "dtype": compute.arithmetic,
+        "scorer_version": SCORER_VERSION,
+    }
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's fast tokenizer; raises `DataError` when the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{source.folder} has no usable tokenizer ({str(error).splitlines()[0]}). Save one there with save_pretrained."
+        ) from error
+
+
+def load_model(source: ModelSource, compute: Compute) -> Any:
+    """The causal LM with float32 weights on the device; autocast, not the weights, makes it bfloat16.
+
+    With `compute.load_in_4bit` the linear layers but the last are frozen in 4 bits.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    if compute.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute.dtype,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            quantization_config=quantization,
+            device_map={"": compute.device},
+        )
+        for module in model.modules():
+            # On a CPU bitsandbytes 0.50 repacks weights once a layer sees an input without gradient. That
+            # kernel computes in bfloat16, and what an adapter behind it gets for a gradient is wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - Module declares its attributes as tensors
+        return model
+
+    logging.disable_progress_bar()  # a bar of our own says what is going on
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except (ValueError, ImportError):
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    except OSError as error:
+        raise DataError(f"{source.folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    torch.nn.Module.to(model, compute.device)
+    return model
+
+
+def check_length(folder: Path, longest: int) -> None:
+    """Raise `UsageError` when rows are longer than the model's positions."""
+    limit = architecture(folder).get("max_position_embeddings")
+    if isinstance(limit, int) and longest > limit:
+        raise UsageError(
+            f"The longest row has {longest} tokens but {folder.name} has {limit} positions. "
+            f"Prepare again with --set prepare.max_length={limit}."
+        )

@@ -1,0 +1,1 @@
+"""`align plan`: what a training run will take, before it is started."""

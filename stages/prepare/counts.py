@@ -1,0 +1,160 @@
+"""What became of the source rows and their tokens: counted while preparing, printed and stored after it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stages.data.rows import SPLITS, Example
+
+
+@dataclass(frozen=True)
+class Made:
+    """An example of a usable row; whether it is kept depends on the rows before it.
+
+    `text` is what duplicates are told by, where they are looked for.
+    """
+
+    split: str
+    source: str
+    example: Example
+    rejoined: int
+    loses_text: bool
+    text: str
+
+
+@dataclass
+class Cuts:
+    """How many prompts or completions were cut, and how many of them by how many tokens."""
+
+    by_tokens: Counter[int] = field(default_factory=Counter)
+
+    def add(self, tokens: int) -> None:
+        """Count one that lost `tokens` tokens; 0 is none."""
+        if tokens:
+            self.by_tokens[tokens] += 1
+
+    def summary(self) -> dict[str, int]:
+        """How many were cut, the tokens they lost in all, and the median and the largest cut."""
+        if not self.by_tokens:
+            return {"cut": 0, "tokens": 0, "median": 0, "max": 0}
+        sizes = np.array(sorted(self.by_tokens))
+        ranks = np.cumsum([self.by_tokens[int(size)] for size in sizes])
+        middle = int(np.searchsorted(ranks, (ranks[-1] + 1) // 2))
+        return {
+            "cut": int(ranks[-1]),
+            "tokens": sum(size * count for size, count in self.by_tokens.items()),
+            "median": int(sizes[middle]),
+            "max": int(sizes[-1]),
+        }
+
+
+@dataclass
+class Report:
+    """Counts of one batch of source rows, or of all of them together."""
+
+    rows_in: Counter[str] = field(default_factory=Counter)
+    rows_kept: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    prompts: Cuts = field(default_factory=Cuts)
+    completions: Cuts = field(default_factory=Cuts)
+    rejoined_at_prompt: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
+    scored_rows: int = 0
+    weighted_rows: int = 0
+    tokens: int = 0
+
+    def drop(self, source: str, reason: str) -> None:
+        """Count a row that is not used."""
+        self.dropped[source, reason] += 1
+
+    def keep(self, made: Made) -> None:
+        """Count a row that is used, and what was cut off it."""
+        self.rows_kept[made.source] += 1
+        self.prompts.add(made.example.prompt_cut)
+        for row in made.example.rows:
+            self.completions.add(row.cut)
+        self.rejoined_at_prompt += made.rejoined
+        self.notes["characters_lost_by_the_tokenizer"] += made.loses_text
+
+    def write(self, split: str, examples: list[Example]) -> None:
+        """Count examples that go into a shard."""
+        self.examples[split] += len(examples)
+        for example in examples:
+            self.rows.update(row.role for row in example.rows)
+            self.weighted_rows += sum(row.weight != 1 for row in example.rows)
+            self.scored_rows += sum(row.score is not None for row in example.rows)
+            self.tokens += len(example.prompt_ids) + sum(len(row.ids) for row in example.rows)
+
+    def add(self, other: "Report") -> None:
+        """Take over the counts of a batch."""
+        self.rows_in += other.rows_in
+        self.rows_kept += other.rows_kept
+        self.dropped += other.dropped
+        self.prompts.by_tokens += other.prompts.by_tokens
+        self.completions.by_tokens += other.completions.by_tokens
+        self.rejoined_at_prompt += other.rejoined_at_prompt
+        self.notes += other.notes
+
+    def reasons(self, source: str | None = None) -> dict[str, int]:
+        """Dropped rows by reason, of one source or of all."""
+        found: Counter[str] = Counter()
+        for (name, reason), count in self.dropped.items():
+            if source in (None, name):
+                found[reason] += count
+        return dict(sorted(found.items()))
+
+    def counts(self, formats: dict[str, str]) -> dict[str, Any]:
+        """The report as plain numbers, with rows in = kept + dropped checked for every source."""
+        for source in formats:
+            assert self.rows_in[source] == self.rows_kept[source] + sum(self.reasons(source).values()), (
+                f"a row of {source} was neither kept nor counted as dropped"
+            )
+        kept = self.rows_kept.total()
+        assert kept == self.examples.total(), "a row that was kept is in no shard"
+        prompts, completions = self.prompts.summary(), self.completions.summary()
+        return {
+            "format": ", ".join(dict.fromkeys(formats.values())),
+            "rows_in": self.rows_in.total(),
+            "rows_kept": kept,
+            "dropped": self.reasons(),
+            "sources": {
+                source: {
+                    "format": name,
+                    "rows_in": self.rows_in[source],
+                    "rows_kept": self.rows_kept[source],
+                    "dropped": self.reasons(source),
+                }
+                for source, name in formats.items()
+            },
+            "examples": {split: self.examples[split] for split in SPLITS},
+            "rows_by_role": dict(sorted(self.rows.items())),
+            "prompts_cut": prompts["cut"],
+            "completions_cut": completions["cut"],
+            "tokens_cut": prompts["tokens"] + completions["tokens"],
+            "cuts": {"prompts": prompts, "completions": completions},
+            "rejoined_at_prompt": self.rejoined_at_prompt,
+            "notes": {note: count for note, count in sorted(self.notes.items()) if count},
+            "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
+            "scored_rows": self.scored_rows,
+            "weighted_rows": self.weighted_rows,
+            "tokens": self.tokens,
+        }
+
+
+def kto_weights(desirable: int, undesirable: int) -> dict[str, list[float]] | None:
+    """Suggested KTO weights for unbalanced feedback: the range of one weight, the other staying 1.
+
+    They bring desirable_weight n_D / (undesirable_weight n_U) into [1, 4/3] (KTO, 2402.01306, section 4.2).
+    None where the counts are in it already, or one of them is 0.
+    """
+    if not desirable or not undesirable or 1 <= desirable / undesirable <= 4 / 3:
+        return None
+    if desirable < undesirable:
+        ratio = undesirable / desirable
+        return {"desirable_weight": [round(ratio, 2), round(ratio * 4 / 3, 2)]}
+    ratio = desirable / undesirable
+    return {"undesirable_weight": [round(ratio * 3 / 4, 2), round(ratio, 2)]}

@@ -1,0 +1,57 @@
+"""Rows that repeat an earlier row: the same prompt and completions, or nearly the same.
+
+The first of them stays. Exact: equal content, which an example's id stands for. Near: at least so large a part
+of all their five-word sequences shared, estimated by MinHash and found by locality-sensitive hashing
+(datasketch). Either remembers something of every row kept, so unlike all else here memory grows with the data:
+about 100 bytes a row for exact, about 2 KB for near.
+"""
+
+from typing import Any
+
+from cache.errors import MachineError
+from stages.prepare.filters import words_of
+from stages.settings.data import FilterSettings
+
+WORDS_OF_A_SEQUENCE = 5
+NUM_PERMUTATIONS = 128
+
+
+class Duplicates:
+    """Remembers the rows that were kept."""
+
+    def __init__(self, settings: FilterSettings) -> None:
+        """Raises `MachineError` where near duplicates are wanted and datasketch is not installed."""
+        self._kind = settings.duplicates
+        self._seen: set[str] = set()
+        if self._kind == "near":
+            try:
+                from datasketch import MinHash, MinHashLSH
+            except ImportError as error:
+                raise MachineError(
+                    "filter.duplicates=near needs the package datasketch: pip install -e '.[dedup]'. Or use --set filter.duplicates=exact."
+                ) from error
+            self._min_hash = MinHash
+            self._near = MinHashLSH(threshold=settings.near_duplicate_similarity, num_perm=NUM_PERMUTATIONS)
+            self._similarity = settings.near_duplicate_similarity
+            self._hashes: dict[Any, Any] = {}
+
+    def reason(self, example_id: str, text: str) -> str | None:
+        """Why the next row is dropped; None when it is kept, and remembered."""
+        if self._kind == "keep":
+            return None
+        if example_id in self._seen:
+            return "duplicate"
+        if self._kind == "near":
+            words = words_of(text)
+            hashed = self._min_hash(num_perm=NUM_PERMUTATIONS, seed=1)
+            last = max(1, len(words) - WORDS_OF_A_SEQUENCE + 1)
+            hashed.update_batch(
+                [" ".join(words[start : start + WORDS_OF_A_SEQUENCE]).encode() for start in range(last)]
+            )
+            found = self._near.query(hashed)
+            if any(hashed.jaccard(self._hashes[key]) >= self._similarity for key in found):
+                return "near_duplicate"
+            self._near.insert(example_id, hashed)
+            self._hashes[example_id] = hashed
+        self._seen.add(example_id)
+        return None

@@ -1,0 +1,206 @@
+"""Stage 1 of 4: preference data -> tokenized, masked rows in Arrow shards.
+
+Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
+with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used).
+Its identity is the sources' content, the tokenizer, the template and the limits; rows in = rows kept + rows dropped, by
+reason. Memory does not grow with the data: what is held is the batches at
+work and one shard of each split. Run it with `align prepare`.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cache.artifacts import Artifact, Draft
+from cache.errors import DataError
+from stages.data.columns import NOT_TEXT
+from stages.data.mixing import Source, mixture, sources_identity, sources_of
+from stages.data.readers import SourceRow, read_source, source_identity
+from stages.data.rows import SPLITS
+from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.prepare.counts import Report
+from stages.prepare.duplicates import Duplicates
+from stages.prepare.examples import BAD_ROW, ExampleMaker, Rejected
+from stages.prepare.filters import Filters
+from stages.prepare.shard_writer import SplitWriter
+from stages.prepare.workers import outcomes
+from stages.runtime.context import Context
+from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
+from stages.tokenization.template import Template
+
+STAGE_VERSION = 5
+BATCH_ROWS = 512
+NOTHING_FILTERED = FilterSettings()
+
+
+def rows_identity(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> dict[str, Any]:
+    """Everything that changes the rows, and nothing else."""
+    return {
+        "stage_version": STAGE_VERSION,
+        "source": sources_identity(data),
+        "data": data.model_dump(
+            include={"format", "columns", "ties", "threshold", "max_samples", "on_bad_row"}
+            | ({"seed"} if data.sources else set())
+        ),
+        "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
+        "filter": {
+            **filter_.model_dump(exclude_defaults=True, exclude={"decontaminate"}),
+            "decontaminate": [source_identity(DataSettings(path=path)) for path in filter_.decontaminate],
+        },
+        "template": template.identity(),
+    }
+
+
+def artifact_name(data: DataSettings) -> str:
+    """A readable name for the artifact folder, from the source's name."""
+    paths = [source.data.path for source in sources_of(data)]
+    stem = "-".join(Path(path).name.split(".")[0] for path in paths)
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem)[:40] or "rows"
+
+
+def find_rows(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact | None:
+    """The finished rows artifact of this configuration, if there is one."""
+    return context.store.find("rows", artifact_name(data), rows_identity(data, settings, template, filter_))
+
+
+def prepare(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact:
+    """Make the rows artifact. Raises `DataError` when the data cannot be used, naming file and row."""
+    identity = rows_identity(data, settings, template, filter_)
+    draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
+    try:
+        sources = sources_of(data)
+        formats = {source.name: _choose_format(source.data) for source in sources}
+        converts = {
+            source.name: conversion(formats[source.name], source.data, settings) for source in sources
+        }
+        _announce(formats, sources, template, context)
+        report = Report()
+        streams = {
+            source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
+        }
+        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by is not None)
+        maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
+        duplicates = Duplicates(filter_)
+        rows = mixture(sources, streams, data)
+        writers = {split: SplitWriter(draft, split, settings, report) for split in SPLITS}
+        for outcome in outcomes(_batches(rows), maker, settings.num_workers):
+            report.add(outcome.report)
+            _list_rejected(outcome.rejected, data, draft)
+            for made in outcome.made:
+                reason = duplicates.reason(made.example.example_id, made.text)
+                if reason is not None:
+                    report.drop(made.source, reason)
+                    continue
+                report.keep(made)
+                writers[made.split].add(made.example)
+        for writer in writers.values():
+            writer.finish()
+        _refuse_columns_of_no_text(report, sources, draft)
+        if not report.examples["train"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
+            raise DataError(
+                f"{' + '.join(formats)}: no usable training row among {report.rows_in.total()} ({reasons or 'the source is empty'})."
+            )
+        counts = {
+            **report.counts({name: format_.name for name, format_ in formats.items()}),
+            "turn_end_ids": template.turn_end_ids(),
+        }
+        return context.store.publish(
+            draft,
+            counts,
+            {},
+            context.config_text,
+            data_paths=[source.data.path for source in sources_of(data)],
+            tokenizer=str(template.tokenizer.name_or_path),
+        )
+    finally:
+        draft.discard()
+
+
+def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch
+
+
+def _list_rejected(rejected: list[Rejected], data: DataSettings, draft: Draft) -> None:
+    """Stop at the first malformed row, or add the rows of a batch that could not be used to rejected.jsonl."""
+    if not rejected:
+        return
+    malformed = [row for row in rejected if row.reason == BAD_ROW]
+    if malformed and data.on_bad_row == "error":
+        raise DataError(
+            f"{malformed[0].location}: {malformed[0].problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip."
+        )
+    with open(draft.path / "rejected.jsonl", "a", encoding="ascii") as handle:
+        for row in rejected:
+            handle.write(json.dumps({"location": row.location, "problem": row.problem, "reason": row.reason}))
+            handle.write("\n")
+
+
+def _refuse_columns_of_no_text(report: Report, sources: list[Source], draft: Draft) -> None:
+    """Single rows without text are dropped; where they outnumber the rows kept, the column is another one."""
+    for source in sources:
+        dropped = report.dropped[source.name, NOT_TEXT]
+        if dropped > report.rows_kept[source.name]:
+            lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
+            first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
+            raise DataError(
+                f"{first['location']}: {first['problem']}, and so in {dropped:,} of {report.rows_in[source.name]:,} rows of {source.name}. Say in YAML which columns hold text (data.columns), or convert them."
+            )
+
+
+def _choose_format(data: DataSettings) -> type[Format]:
+    head = list(islice(renamed(read_source(data), data.columns), DETECTION_ROWS))
+    if not head:
+        raise DataError(
+            f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
+        )
+    if all(row.value is None for row in head):
+        raise DataError(
+            f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read."
+        )
+    return detect_format(data.format, head)
+
+
+def _announce(
+    formats: dict[str, type[Format]], sources: list[Source], template: Template, context: Context
+) -> None:
+    for source in sources:
+        format_ = formats[source.name]
+        if source.data.format == "auto":
+            where = f"{source.name}: " if len(sources) > 1 else ""
+            context.say(
+                f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
+            )
+    if len({format_.holds_ids for format_ in formats.values()}) > 1:
+        context.say(
+            "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
+        )
+    for note in template.notes():
+        context.say(note)
+
+
+def _stream(data: DataSettings, gathered_by: str | None) -> Iterator[SourceRow]:
+    """The rows of a source under the names of its format, or lists made of those that share a prompt."""
+    rows = renamed(read_source(data), data.columns)
+    return rows if gathered_by is None else gather(rows, gathered_by)

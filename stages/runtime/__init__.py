@@ -1,0 +1,1 @@
+"""What a stage runs on: store and progress, device and arithmetic, ranks, memory."""

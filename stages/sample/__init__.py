@@ -1,0 +1,1 @@
+"""Stage 4, `align sample`: a policy and prompts to completions. Begin at `stage.py`."""

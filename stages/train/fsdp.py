@@ -1,0 +1,163 @@
+"""FSDP2: a policy whose weights, gradients and optimizer state are spread over the ranks.
+
+In: a `Job` and several ranks.  Out: the model and its `Scorer`, sharded block by block (`fully_shard`).
+
+Shards and reductions are float32; blocks compute in bfloat16 where compute.dtype is bfloat16. Embedding,
+last norm and output layer are one shard group of the scorer itself, so they are whole while the scorer
+runs, which reads the output layer's weight outside that layer's forward. Only the first rank reads the
+model, on the CPU; every other one receives its own shards. Gradients are sums over ranks, as the loop
+expects, and each forward pass of one rank needs one of every other: `RowScorer.company` sees to that.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from cache.errors import UsageError
+from stages.models.adapters import attach_adapter
+from stages.models.loading import load_model
+from stages.runtime.compute import Compute
+from stages.runtime.distributed import World
+from stages.train.job import Job
+
+if TYPE_CHECKING:
+    from stages.engine.scorer import Scorer
+
+
+def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[Any, Any | None, "Scorer"]:
+    """Model, peft wrapper (or None) and scorer, with this rank's shards of the starting weights.
+
+    Raises `UsageError` for a model that cannot be scored in packs.
+    """
+    from stages.engine.scorer import Scorer
+    from stages.engine.segment_attention import NAME as SEGMENTS
+
+    whole, packed = None, [False]
+    if world.is_main:
+        on_cpu = Compute(torch.device("cpu"), torch.float32, job.compute.tokens_per_batch)
+        whole, _ = _with_adapter(job, load_model(job.source, on_cpu))
+        packed = [Scorer(whole, on_cpu, say).packed]
+    dist.broadcast_object_list(packed, src=0)
+    if not packed[0]:
+        raise UsageError(
+            f"{job.source.name} is scored one completion at a time, which ranks cannot do in step with each "
+            f"other. Use --set train.parallel=ddp."
+        )
+    model, adapted = _with_adapter(job, _on_meta(job))
+    scorer = Scorer(model, job.compute, say, job.settings.gradient_checkpointing, checked=SEGMENTS)
+    _shard(scorer, job.compute)
+    scorer.to_empty(device=job.compute.device)
+    _receive(scorer, whole, model)
+    return model, adapted, scorer
+
+
+def full_state(scorer: "Scorer", trained_only: bool) -> dict[str, Any]:
+    """The whole tensors by the model's names, on the first rank's CPU; empty on the others. All ranks call."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return {
+        name.removeprefix("model."): value
+        for name, value in get_model_state_dict(scorer, options=options).items()
+    }
+
+
+def save_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
+    """Write this rank's part of weights and optimizer under `folder` (torch's distributed checkpoint)."""
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    save(_sharded_state(scorer, optimizer, trained_only), checkpoint_id=folder)
+
+
+def are_shards(folder: Path) -> bool:
+    """Whether a checkpoint was written by `save_shards`."""
+    return (folder / ".metadata").is_file()
+
+
+def load_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
+    """Put weights and optimizer back from `folder`, whatever number of ranks wrote it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = _sharded_state(scorer, optimizer, trained_only)
+    load(state, checkpoint_id=folder)
+    set_state_dict(
+        scorer,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=not trained_only),
+    )
+
+
+def _sharded_state(scorer: "Scorer", optimizer: torch.optim.Optimizer, trained_only: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model, optimizer_state = get_state_dict(
+        scorer, optimizer, options=StateDictOptions(ignore_frozen_params=trained_only)
+    )
+    return {"model": model, "optimizer": optimizer_state}
+
+
+def _with_adapter(job: Job, model: Any) -> tuple[Any, Any | None]:
+    if job.adapter.name == "none":
+        return model, None
+    return model, attach_adapter(model, job.adapter, job.settings.seed, job.source)
+
+
+def _on_meta(job: Job) -> Any:
+    """The model without memory: shapes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(job.source.folder), attn_implementation="sdpa", dtype=torch.float32
+        )
+
+
+def _shard(scorer: "Scorer", compute: Compute) -> None:
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    # Inputs are not cast: the residual stream stays float32 under autocast, as it does without sharding.
+    blocks = MixedPrecisionPolicy(
+        param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in _blocks(scorer.model):
+        fully_shard(block, mp_policy=blocks)
+    fully_shard(scorer, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    register_fsdp_forward_method(scorer, "sampling")
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def _blocks(model: Any) -> list[torch.nn.Module]:
+    """The transformer's layers: the list of as many modules as the configuration has layers."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
+    return list(next((found for found in lists if len(found) == number), []))
+
+
+def _receive(scorer: "Scorer", whole: Any | None, model: Any) -> None:
+    """Fill the shards, and every buffer, with what the first rank has read."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    state = {} if whole is None else {f"model.{name}": value for name, value in whole.state_dict().items()}
+    set_model_state_dict(
+        scorer, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    model.tie_weights()
+    buffers = {} if whole is None else dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)

@@ -1,0 +1,73 @@
+"""Where metrics go: `metrics.jsonl`, always, and the dashboards that are asked for.
+
+The file is the truth: a line for each logged step, in order, none twice. A run that continues from a checkpoint
+begins with that checkpoint's copy; dashboards are told the step of each point, so that replayed steps
+fall on the points they repeat.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.train.monitoring.dashboards import Dashboard
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+class Tracker:
+    """Appends one line a logged step to `metrics.jsonl` and sends it on; on other ranks than the first, nothing."""
+
+    def __init__(self, folder: Path | None, dashboards: Sequence[Dashboard] = ()) -> None:
+        """Write into `folder`; None is for the ranks that do not write."""
+        self._folder, self._dashboards = folder, dashboards
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Begin the files as a checkpoint holds them, or empty."""
+        if self._folder is None:
+            return
+        for name in (METRICS, SAMPLES):
+            (self._folder / name).unlink(missing_ok=True)
+            if checkpoint is not None and (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, self._folder / name)
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Record metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
+        if self._folder is not None:
+            _append(self._folder / METRICS, [line])
+        metrics = {
+            name if name.startswith(("eval/", "samples/")) else f"train/{name}": value
+            for name, value in line.items()
+            if name != "step" and value is not None
+        }
+        for dashboard in self._dashboards:
+            dashboard.log(line["step"], metrics)
+
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Record sampled completions: flat records with a `step`, all of one step."""
+        if self._folder is not None:
+            _append(self._folder / SAMPLES, records)
+        for dashboard in self._dashboards:
+            dashboard.log_table(records[0]["step"], "samples", records)
+
+    def close(self) -> None:
+        """Finish the dashboards' runs."""
+        for dashboard in self._dashboards:
+            dashboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; a last one that was cut short is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(map(_json_line, lines)))
+
+
+def _json_line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"

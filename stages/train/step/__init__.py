@@ -1,0 +1,1 @@
+"""One optimizer step: log-probs, loss, gradient and metrics, however the step is split."""

@@ -1,0 +1,79 @@
+"""Metrics, computed once for every loss from log-probs, rewards and the rows' labels.
+
+Sums and counts are kept on the device and reduced once, so a metric of a step does not depend on how
+the step was split. Names are those TRL's users have on their dashboards. A tie counts one half in
+`rewards/accuracies`: at step 0 policy and reference agree, and the accuracy is 0.5, not 0. Metrics of
+the chosen and the rejected side are means over pairs, so a row of a ranked list counts once for each
+pair it is in; over rows where the data is unpaired.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.losses.contract import Batch, LossOutput
+from stages.runtime.distributed import World
+
+
+class Totals:
+    """Running sums and counts by metric name."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add per-unit values (any shape) of one metric."""
+        values = values.detach().double()
+        self._sums[name] = self._sums[name] + values.sum() if name in self._sums else values.sum()
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def add_batch(self, batch: Batch, output: LossOutput) -> None:
+        """Add everything that is measured of a batch."""
+        self.add("loss", output.losses)
+        paired = len(batch.chosen) > 0
+        chosen = batch.chosen if paired else batch.desirable
+        rejected = batch.rejected if paired else ~batch.desirable
+        for label, rows in (("chosen", chosen), ("rejected", rejected)):
+            self.add(f"rewards/{label}", output.rewards[rows])
+            self.add(f"logps/{label}", batch.rows.logps[rows])
+            if batch.rows.ref_logps is not None:
+                self.add(f"logratios/{label}", batch.rows.logratios[rows])
+        if paired:
+            self.add("rewards/accuracies", wins(output.rewards[batch.chosen], output.rewards[batch.rejected]))
+        for name, values in output.metrics.items():
+            self.add(name, values)
+
+    def means(self, world: World, device: torch.device) -> dict[str, float]:
+        """Means over everything added on all ranks; a metric nothing was added to is left out."""
+        names = self._names(world)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        pairs = [
+            torch.stack([self._sums.get(name, zero), torch.full_like(zero, self._counts.get(name, 0))])
+            for name in names
+        ]
+        sums = world.sum_(torch.stack(pairs)).tolist()
+        means = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+        if "rewards/chosen" in means and "rewards/rejected" in means:
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means
+
+    def _names(self, world: World) -> list[str]:
+        """The names known on any rank, in one order; a rank without micro-batches has none of its own."""
+        own = sorted(self._sums)
+        if world.size == 1:
+            return own
+        gathered: list[list[str]] = [[] for _ in range(world.size)]
+        torch.distributed.all_gather_object(gathered, own)
+        return sorted({name for names in gathered for name in names})
+
+
+def wins(preferred: Tensor, other: Tensor) -> Tensor:
+    """1 where `preferred` is larger, 0.5 where both are equal, else 0; float32."""
+    return (preferred > other).float() + 0.5 * (preferred == other).float()
+
+
+def ranking_accuracy(batch: Batch, output: LossOutput) -> Tensor:
+    """`wins` of every desirable row over every undesirable one, for unpaired data."""
+    good, bad = output.rewards[batch.desirable], output.rewards[~batch.desirable]
+    return wins(good[:, None], bad[None, :])

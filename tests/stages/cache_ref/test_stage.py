@@ -1,0 +1,54 @@
+"""cache-ref by one process, by several ranks and by independent jobs: the same bytes."""
+
+from pathlib import Path
+
+import pytest
+
+from cache.errors import UsageError
+from stages.cache_ref import stage
+from stages.cache_ref.stage import Worker, choose_worker
+from tests.pipeline.small_run import finish, on_two_ranks, session, settings
+
+
+def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
+    """Names (sha256) of the shards that these jobs leave, and how many rows each scored."""
+    session(tree, store).run("prepare")
+    results = [session(tree, store, shard=shard).run("cache-ref") for shard in shards]
+    names = sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow"))
+    return names, [result["rows_scored"] for result in results]
+
+
+def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_path, monkeypatch):
+    """Some rows are in several units: the preferences are given twice, with the second half reversed."""
+    monkeypatch.setattr(stage, "UNIT_EXAMPLES", 5)
+    lines = preferences.read_text().splitlines()
+    preferences.write_text("\n".join([*lines, *reversed(lines)]) + "\n")
+    tree = settings(tiny_model, preferences)
+    alone, (total,) = scored_by(tree, tmp_path / "one", None)
+    assert len(alone) > 3
+    split, scored = scored_by(tree, tmp_path / "three", "3/3", "1/3", "2/3")
+    assert split == alone
+    assert sum(scored) == total
+    assert min(scored) > 0
+    assert scored_by(tree, tmp_path / "three", "2/3", None)[1] == [0, 0]
+
+
+@pytest.mark.slow
+def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
+    tree, store = settings(tiny_model, preferences), tmp_path / "two"
+    alone, _ = scored_by(tree, tmp_path / "one", None)
+    session(tree, store).run("prepare")
+    finish(on_two_ranks(tree, store, "cache-ref"))
+    assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
+
+
+def test_a_shard_is_named_from_1_to_n(monkeypatch):
+    assert choose_worker("2/8") == Worker(1, 8)
+    for wrong in ("0/8", "9/8", "8", "a/b", "-1/3", ""):
+        with pytest.raises(UsageError, match=r"expected i/N"):
+            choose_worker(wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert choose_worker(None) == Worker(1, 2)
+    with pytest.raises(UsageError, match="under torchrun"):
+        choose_worker("1/2")

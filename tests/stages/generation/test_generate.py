@@ -1,0 +1,217 @@
+"""Stage 4's engines: what does not need vLLM, on models made here."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cache.errors import DataError, MachineError, UsageError
+from stages.generation.generate import Completion, generate, generate_each, open_model, request_seed
+from stages.generation.requests import EngineOptions, Sampling
+from stages.generation.transformers_engine import keep_likeliest
+from stages.generation.vllm_process import failure_cause, kv_cache_bytes
+from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, rows, save_model
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=12, seed=7, num_samples=1)
+SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, top_k=50, num_samples=2)
+OPTIONS = EngineOptions(dtype="float32", max_model_length=96)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def sample(engine, model: Path, prompts, row_ids, sampling: Sampling, options=OPTIONS) -> list[Completion]:
+    return generate(engine, model, prompts, row_ids, sampling, options, say=print)[1]
+
+
+def by_row(completions: list[Completion], row_ids: list[str]) -> dict[tuple[str, int], tuple]:
+    return {(row_ids[c.prompt_index], c.sample_index): (c.seed, c.token_ids, c.text) for c in completions}
+
+
+def test_seed_depends_on_run_row_and_sample_only():
+    seeds = {request_seed(run, row, index) for run in (0, 1) for row in ("a", "b", "a0") for index in (0, 1)}
+    assert len(seeds) == 12
+    assert all(0 <= seed < 2**53 for seed in seeds)
+    assert request_seed(0, "a", 0) == 3354106440731298  # written into files: must never change
+
+
+def test_greedy_equals_generate_one_by_one(tiny: Path):
+    prompts, row_ids = rows(20)
+    completions = sample("transformers", tiny, prompts, row_ids, GREEDY)
+    assert [c.token_ids for c in completions] == [greedy_alone(tiny, prompt, [EOS], 12) for prompt in prompts]
+    assert [(c.prompt_index, c.sample_index) for c in completions] == [(index, 0) for index in range(20)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_completion_does_not_depend_on_the_batch(tiny: Path, dtype):
+    """Flat probabilities and many tokens, so that in bfloat16 the shape of a batch alone would change some."""
+    options = replace(OPTIONS, dtype=dtype)
+    flat = replace(SAMPLED, temperature=2.0, top_p=1.0, top_k=0, max_tokens=32)
+    prompts, row_ids = rows(24)
+    whole = by_row(sample("transformers", tiny, prompts, row_ids, flat, options), row_ids)
+    part = list(range(23, 0, -2))
+    few_prompts, few_ids = [prompts[index] for index in part], [row_ids[index] for index in part]
+    few = by_row(
+        sample("transformers", tiny, few_prompts, few_ids, replace(flat, num_samples=1), options), few_ids
+    )
+    assert few == {key: whole[key] for key in few}
+    assert len({tuple(tokens) for _, tokens, _ in whole.values()}) == 48
+
+
+def test_another_run_seed_gives_other_completions(tiny: Path):
+    prompts, row_ids = rows(3)
+    one = sample("transformers", tiny, prompts, row_ids, SAMPLED)
+    two = sample("transformers", tiny, prompts, row_ids, replace(SAMPLED, seed=8))
+    assert all(a.token_ids != b.token_ids for a, b in zip(one, two, strict=True))
+
+
+def test_sampled_frequencies_follow_the_probabilities(tiny: Path):
+    """Of 800 first tokens at temperature 2 and top_k 4, each share is within 4 standard errors (0.07)."""
+    prompt = [5, 9, 30]
+    network = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    logits = network(torch.tensor([prompt])).logits[0, -1].detach()
+    top = logits.topk(4)
+    expected = dict(zip(top.indices.tolist(), (top.values / 2).softmax(-1).tolist(), strict=True))
+    sampling = replace(GREEDY, temperature=2.0, top_k=4, max_tokens=1, num_samples=800)
+    drawn = [c.token_ids[0] for c in sample("transformers", tiny, [prompt], ["a"], sampling)]
+    assert set(drawn) <= set(expected)
+    for token, share in expected.items():
+        assert drawn.count(token) / 800 == pytest.approx(share, abs=0.07)
+
+
+def test_keep_likeliest():
+    """Probabilities 0.4, 0.3, 0.2, 0.1: 0.4 + 0.3 reaches 0.65; of the two likeliest, 4/7 already reaches 0.5."""
+    logits = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
+
+    def kept(top_k: int, top_p: float) -> list[bool]:
+        return keep_likeliest(logits, top_k, top_p).isfinite()[0].tolist()
+
+    assert kept(0, 1.0) == kept(9, 1.0) == [True] * 4
+    assert kept(2, 1.0) == kept(0, 0.65) == [False, True, False, True]
+    assert kept(2, 0.5) == kept(0, 0.01) == [False, True, False, False]
+
+
+def test_stop_ids_end_a_completion(tiny: Path):
+    prompts, row_ids = rows(6)
+    free = sample("transformers", tiny, prompts, row_ids, GREEDY)
+    assert [c.finish_reason for c in free] == ["length"] * 6
+    assert all(len(c.token_ids) == 12 for c in free)
+    stop = free[0].token_ids[5]
+    stopped = sample("transformers", tiny, prompts, row_ids, replace(GREEDY, stop_token_ids=(stop,)))
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[0].token_ids == free[0].token_ids[: free[0].token_ids.index(stop) + 1]
+    assert stopped[0].text == "".join(f" w{token}" for token in stopped[0].token_ids[:-1])
+
+
+def test_every_declared_end_token_stops(tiny: Path, tmp_path: Path):
+    save_model(tmp_path, seed=0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 17]}))
+    assert open_model(tmp_path, replace(GREEDY, stop_token_ids=(40,)), OPTIONS).stop_token_ids == [
+        EOS,
+        17,
+        40,
+    ]
+
+
+def test_context_limits_the_completion(tiny: Path):
+    completion = sample("transformers", tiny, [[5] * 90], ["a"], GREEDY)[0]
+    assert (len(completion.token_ids), completion.finish_reason) == (6, "length")
+    roomy = replace(OPTIONS, max_model_length=4096)
+    assert open_model(tiny, GREEDY, roomy).max_length == 128
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "Row bad has an empty prompt"),
+        ([5] * 96, "Row bad: the prompt has 96 tokens; at most 95"),
+        ([5, VOCAB_SIZE], "Row bad: token id 512 is not in the vocabulary"),
+        ([5, -1], "Row bad: token id -1 is not in the vocabulary"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_bad_prompt_is_named_before_anything_starts(tiny: Path, engine, prompt, message):
+    with pytest.raises(DataError, match=message):
+        sample(engine, tiny, [[5], prompt], ["good", "bad"], GREEDY)
+
+
+def test_no_prompt_and_no_model_are_errors(tiny: Path, tmp_path: Path):
+    with pytest.raises(DataError, match="no prompt to sample"):
+        sample("transformers", tiny, [], [], GREEDY)
+    with pytest.raises(DataError, match=r"Cannot open the model in .*Expected a Hugging Face folder"):
+        sample("transformers", tmp_path / "nothing", [[5]], ["a"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.001), ("temperature", 2.5), ("top_p", 0.0), ("top_k", -1), ("num_samples", 0)],
+)
+def test_sampling_out_of_range(name, value):
+    with pytest.raises(UsageError, match=rf"sample\.{name} is {value}; expected"):
+        replace(GREEDY, **{name: value})
+
+
+def test_without_vllm(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name, *rest)
+    )
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(
+        MachineError, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
+    ):
+        sample("vllm", tiny, [[5]], ["a"], GREEDY)
+    said: list[str] = []
+    used, completions = generate("auto", tiny, [[5]], ["a"], GREEDY, OPTIONS, said.append)
+    assert (used, len(completions), len(said)) == ("transformers", 1, 1)
+    assert "pip install" in said[0]
+
+
+def test_several_models_are_sampled_on_the_same_prompts(tiny: Path, other: Path):
+    prompts, row_ids = rows(3)
+    used, both = generate_each("transformers", [tiny, other], prompts, row_ids, SAMPLED, OPTIONS, print)
+    assert used == "transformers"
+    assert both == [sample("transformers", model, prompts, row_ids, SAMPLED) for model in (tiny, other)]
+    assert both[0] != both[1]
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("Traceback ...\n  raise\n[rank0]: RuntimeError: no such head\n", "RuntimeError: no such head"),
+        (
+            "ValueError: small KV\nRuntimeError: Engine core initialization failed. See above",
+            "ValueError: small KV",
+        ),
+        (
+            "m.ValidationError: 1 error for X\n  Value error, len is 9 [type=x]\n    For more, see URL",
+            "m.ValidationError: 1 error for X | Value error, len is 9 [type=x]",
+        ),
+        ("    load()\nMemoryError\n", "MemoryError"),
+        ("one\n\ntwo\nthree\nKilled\n", "two | three | Killed"),
+        ("", "it wrote nothing"),
+    ],
+)
+def test_cause_of_a_failed_worker(log, cause):
+    assert failure_cause(log) == cause
+
+
+def test_kv_cache_has_room_for_two_full_sequences(tiny: Path):
+    """Llama 7B in float32: 2 * 32 layers * 32 heads * 128 * 4 bytes = 1 MiB a token, two sequences of 1024 tokens."""
+    model = open_model(tiny, GREEDY, OPTIONS)
+    assert kv_cache_bytes(model, OPTIONS) == 512 << 20
+    large = replace(model, config=LlamaConfig(), max_length=1024)
+    assert kv_cache_bytes(large, OPTIONS) == 2 << 30
+    assert kv_cache_bytes(large, replace(OPTIONS, dtype="bfloat16")) == 1 << 30
+    assert kv_cache_bytes(large, replace(OPTIONS, kv_cache_bytes=5)) == 5

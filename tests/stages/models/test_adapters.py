@@ -1,0 +1,237 @@
+"""Adapters: exact at the start, the same through packs as through the model, saved so that others read them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cache.errors import DataError, UsageError
+from stages.data.rows import Example, Row, RowSet, to_table
+from stages.engine.packs import build_pack
+from stages.engine.scorer import Scorer
+from stages.models.adapters import (
+    attach_adapter,
+    base_of,
+    check_adapter,
+    halve_frozen_weights,
+    is_adapter,
+    load_adapter,
+    model_identity,
+    save_adapter,
+)
+from stages.models.loading import ModelSource, load_model
+from stages.runtime.compute import Compute
+from stages.settings.train import AdapterSettings
+
+peft = pytest.importorskip("peft")
+
+FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
+BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
+KINDS = ["lora", "dora"]
+
+
+def rows_of(vocabulary: int) -> RowSet:
+    """Three examples with two or three completions each."""
+    random = np.random.default_rng(3)
+
+    def draw(length: int) -> np.ndarray:
+        return random.integers(3, vocabulary, length).astype(np.int32)
+
+    examples = [
+        Example(
+            str(number),
+            "made",
+            draw(prompt),
+            [Row("ranked", draw(length), np.ones(length, bool)) for length in lengths],
+        )
+        for number, (prompt, lengths) in enumerate([(7, (5, 9)), (3, (4, 1, 6)), (11, (8, 2))])
+    ]
+    return RowSet([to_table(examples, [0, 0, 0])])
+
+
+def score(model, compute=FLOAT32) -> torch.Tensor:
+    rows = rows_of(model.config.vocab_size)
+    scorer = Scorer(model, compute, print)
+    assert scorer.packed
+    return scorer(build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)]))
+
+
+def by_the_model(adapted) -> torch.Tensor:
+    """Token log-probs of the same rows, one sequence at a time, through peft's wrapper and its own forward."""
+    rows = rows_of(adapted.config.vocab_size)
+    found = []
+    for row in range(len(rows)):
+        ids = torch.from_numpy(np.concatenate([rows.prompt(row), rows.completion(row)]).astype(np.int64))
+        logits = adapted(input_ids=ids[None]).logits[0].double()
+        logps = torch.log_softmax(logits[:-1], -1).gather(1, ids[1:, None])[:, 0]
+        found.append(logps[-len(rows.completion(row)) :])
+    return torch.cat(found)
+
+
+def stir(adapted) -> None:
+    """Give an adapter weights as after training: B and the magnitudes away from where they start."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.05 if "magnitude" in name else 0.2
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def adapted_model(folder: Path, name: str, stirred: bool = True, **changes):
+    source = ModelSource(str(folder), folder)
+    model = load_model(source, FLOAT32)
+    adapted = attach_adapter(model, AdapterSettings(name=name, r=4, **changes), 0, source)
+    if stirred:
+        stir(adapted)
+    return model, adapted
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_fresh_adapter_changes_no_log_prob(tiny_model, name, compute):
+    bare = load_model(ModelSource(str(tiny_model), tiny_model), FLOAT32)
+    with torch.no_grad():
+        expected = score(bare, compute)
+        model, _ = adapted_model(tiny_model, name, stirred=False)
+        assert torch.equal(score(model, compute), expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_packed_log_probs_of_an_adapted_model_are_its_own(tiny_model, name):
+    model, adapted = adapted_model(tiny_model, name)
+    with torch.no_grad():
+        packed = score(model)
+        model.set_attn_implementation("sdpa")
+        own = by_the_model(adapted)
+        bare = score(load_model(ModelSource(str(tiny_model), tiny_model), FLOAT32))
+    assert (packed - bare).abs().max() > 0.1
+    assert (packed - own).abs().max() < 2e-5
+
+
+def test_only_the_adapter_has_gradients(tiny_model):
+    model, _ = adapted_model(tiny_model, "lora")
+    score(model).sum().backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient
+    assert all("lora_" in name for name in with_gradient)
+
+
+def test_frozen_weights_in_bfloat16_give_the_same_numbers_and_gradients(tiny_model):
+    """As float32 masters under autocast, to the bit, at half the memory."""
+    found = []
+    for halved in (False, True):
+        model, _ = adapted_model(tiny_model, "lora")
+        rows = rows_of(320)
+        scorer = Scorer(model, BFLOAT16, print)
+        if halved:
+            halve_frozen_weights(model)
+            assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+            assert model.lm_head.weight.dtype == torch.float32  # tied to the embedding
+        logps = scorer(
+            build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
+        )
+        logps.sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((logps.detach(), gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_the_seed_draws_the_adapter(tiny_model):
+    def first(seed: int) -> torch.Tensor:
+        source = ModelSource(str(tiny_model), tiny_model)
+        adapted = attach_adapter(load_model(source, FLOAT32), AdapterSettings(name="lora"), seed, source)
+        return next(parameter for parameter in adapted.parameters() if parameter.requires_grad)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_saved_adapter_is_one_for_peft_and_for_transformers(tiny_model, name, tmp_path):
+    _, adapted = adapted_model(tiny_model, name, use_rslora=True)
+    save_adapter(adapted, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    with torch.no_grad():
+        expected = by_the_model(adapted)
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        again = load_adapter(base, tmp_path)
+        assert torch.equal(by_the_model(again), expected)
+        merged = again.merge_and_unload()
+        assert (by_the_model(merged) - expected).abs().max() < 2e-4
+        if name == "dora":  # transformers 5.19 looks for the magnitudes under another name
+            return
+        by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        assert torch.equal(by_the_model(by_transformers), expected)
+
+
+def test_an_adapter_folder_says_what_it_is_and_where_its_base_is(tiny_model, tmp_path):
+    _, adapted = adapted_model(tiny_model, "lora")
+    save_adapter(adapted, tmp_path)
+    assert is_adapter(tmp_path)
+    assert not is_adapter(tiny_model)
+    assert base_of(tmp_path).folder == tiny_model
+    before = model_identity(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
+    assert model_identity(tmp_path) != before
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/nowhere/base"})
+    )
+    with pytest.raises(DataError, match=r"trained on /nowhere/base, which is not there"):
+        base_of(tmp_path)
+
+
+def test_modules_that_are_not_there_are_named_before_anything_is_loaded(tiny_model):
+    source = ModelSource(str(tiny_model), tiny_model)
+    with pytest.raises(UsageError, match=r"c_attn.*down_proj, gate_proj"):
+        check_adapter(AdapterSettings(name="lora", target_modules=("c_attn",)), source)
+    check_adapter(AdapterSettings(name="lora", target_modules=("q_proj", "v_proj")), source)
+
+
+def test_padded_heads_stay_a_valid_model(shared_data):
+    """stories260K has heads padded with zeros; an adapter on q, k and v fills them, and packs still agree."""
+    model, adapted = adapted_model(
+        shared_data / "models/stories260K-hf-hd32", "lora", target_modules=("q_proj", "k_proj", "v_proj")
+    )
+    with torch.no_grad():
+        packed = score(model)
+        model.set_attn_implementation("sdpa")
+        assert (packed - by_the_model(adapted)).abs().max() < 1e-4
+
+
+def test_all_linear_leaves_the_output_layer_alone(tiny_model, tmp_path):
+    _, adapted = adapted_model(tiny_model, "lora")
+    save_adapter(adapted, tmp_path)
+    names = {name.split(".")[-3] for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_an_adapter_over_4_bit_weights_has_the_gradient_over_the_same_weights_written_out(tiny_model):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    source = ModelSource(str(tiny_model), tiny_model)
+    quantized = load_model(source, Compute(torch.device("cpu"), torch.float32, 4096, load_in_4bit=True))
+    written_out = load_model(source, FLOAT32)
+    layers = dict(quantized.named_modules())
+    for name, module in written_out.named_modules():
+        if isinstance(layers[name], bitsandbytes.nn.Linear4bit):
+            weight = layers[name].weight
+            module.weight.data = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    found = []
+    for model in (quantized, written_out):
+        stir(attach_adapter(model, AdapterSettings(name="lora", r=4), 0, source))
+        logps = score(model)
+        logps.sum().backward()
+        found.append((logps.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    (logps, gradients), (expected_logps, expected) = found
+    assert (logps - expected_logps).abs().max() < 1e-4
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()

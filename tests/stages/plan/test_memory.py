@@ -1,0 +1,156 @@
+"""Predicted memory against what is allocated, offload against none, and settings that are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cache.errors import MachineError, UsageError
+from stages.engine.activation_offload import offloaded
+from stages.engine.scorer import Scorer
+from stages.models.loading import ModelSource, load_model
+from stages.plan.memory import LayerwiseShapes, Shapes, pairs_pack
+from stages.runtime.compute import Compute
+from stages.settings.train import AdapterSettings, TrainSettings
+from stages.train.preflight import check_feasible
+from tests.tiny_llama import random_llama
+
+FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
+BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
+ALL = AdapterSettings()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelSource:
+    """A Llama of six layers whose activations are far larger than rounding."""
+    folder = tmp_path_factory.mktemp("memory")
+    llama = random_llama(
+        0,
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    llama.save_pretrained(folder)
+    return ModelSource("memory", folder)
+
+
+def allocated_at_most(scorer: Scorer, pack) -> int:
+    """The most bytes that a second forward and backward pass had allocated, by torch's own profiler."""
+    scorer(pack).sum().backward()
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        scorer.weights_cast_once(),
+    ):
+        scorer(pack).sum().backward()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
+@pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_predicted_activations_are_what_torch_allocates(model, compute, checkpointing):
+    settings = TrainSettings(gradient_checkpointing=checkpointing)
+    pack = pairs_pack(3, 200, 512)
+    predicted = Shapes(model, settings, ALL, compute).predict(pack)
+    scorer = Scorer(load_model(model, compute), compute, print, checkpointing)
+    assert predicted.weights == sum(parameter.nbytes for parameter in scorer.parameters())
+    assert predicted.activations == pytest.approx(allocated_at_most(scorer, pack), rel=0.05)
+
+
+def test_two_layers_tell_of_six(model):
+    whole = Shapes(model, TrainSettings(), ALL, FLOAT32)
+    layerwise = LayerwiseShapes(model, TrainSettings(), ALL, FLOAT32)
+    for cell in ((1, 64), (4, 256)):
+        expected, found = (shapes.predict(pairs_pack(*cell, 512)) for shapes in (whole, layerwise))
+        assert found.num_parameters == expected.num_parameters
+        assert found.total == pytest.approx(expected.total, rel=0.02)
+
+
+def test_what_saves_memory_is_predicted_to(model):
+    pack = pairs_pack(4, 256, 512)
+
+    def predicted(compute=FLOAT32, adapter=ALL, **changes):
+        return Shapes(model, TrainSettings(**changes), adapter, compute).predict(pack)
+
+    full = predicted()
+    assert predicted(gradient_checkpointing=True).activations < 0.5 * full.activations
+    assert predicted(optimizer="adamw_8bit").optimizer == full.optimizer // 4
+    lora = predicted(adapter=AdapterSettings(name="lora", r=4))
+    assert lora.gradients < 0.1 * full.gradients
+    assert lora.num_trained + full.num_parameters == lora.num_parameters
+    halved = predicted(BFLOAT16, AdapterSettings(name="lora", r=4))
+    assert halved.weights < 0.65 * lora.weights
+    quantized = predicted(replace(FLOAT32, load_in_4bit=True), AdapterSettings(name="lora", r=4))
+    assert quantized.weights < 0.4 * lora.weights
+
+
+def test_offloaded_activations_give_the_same_gradients(model):
+    """What is saved leaves its memory and comes back the same, weights stay where they are."""
+    found = []
+    for offload in (False, True):
+        scorer = Scorer(load_model(model, FLOAT32), FLOAT32, print)
+        scorer.offload = offload
+        scorer(pairs_pack(3, 200, 512)).sum().backward()
+        found.append([parameter.grad for parameter in scorer.parameters()])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    weight = torch.nn.Parameter(torch.ones(300, 300))
+    saved = []
+    with offloaded(True):
+        given = torch.ones(300, 300, requires_grad=True) * 2
+        result = (given @ weight).sum()
+        saved = [
+            result.grad_fn.next_functions[0][0]._saved_self,
+            result.grad_fn.next_functions[0][0]._saved_mat2,
+        ]
+    assert saved[0].data_ptr() != given.data_ptr()
+    assert saved[1].data_ptr() == weight.data_ptr()
+
+
+def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **changes):
+    return SimpleNamespace(
+        settings=TrainSettings(**changes),
+        compute=replace(FLOAT32, load_in_4bit=four_bit),
+        adapter=AdapterSettings(name=adapter),
+        source=model,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"four_bit": True}, UsageError, "adapter.name=lora"),
+        ({"four_bit": True, "adapter": "lora", "parallel": "fsdp"}, UsageError, "train.parallel=ddp"),
+        ({"optimizer": "adamw_8bit", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
+        ({"optimizer": "adafactor", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
+        ({"optimizer": "paged_adamw_8bit"}, MachineError, "Use adamw_8bit"),
+        ({"activation_offload": True}, MachineError, "compute.device is cpu"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_with_what_to_change(model, changes, error, match):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(error, match=match):
+        check_feasible(job(model, **changes))
+
+
+def test_a_missing_extra_is_one_line(model, monkeypatch):
+    found = Path  # anything that is not None
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in ("peft", "bitsandbytes") else found
+    )
+    with pytest.raises(MachineError, match=r"pip install -e '\.\[peft\]'"):
+        check_feasible(job(model, adapter="lora"))
+    with pytest.raises(MachineError, match=r"pip install -e '\.\[bitsandbytes\]'"):
+        check_feasible(job(model, optimizer="adamw_8bit"))

@@ -1,0 +1,60 @@
+"""Prompts of a file: text, messages and MT-bench's turns, through the template that trained the policy."""
+
+import json
+
+import pytest
+
+from cache.errors import DataError
+from stages.sample.stage import file_prompts
+from stages.tokenization.template import Template
+
+USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+
+
+@pytest.fixture(scope="module")
+def chat(chat_tokenizer):
+    return Template(chat_tokenizer, "auto", append_eos=True)
+
+
+def prompts(tmp_path, template, *rows):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [template.tokenizer.decode(prompt.ids) for prompt in file_prompts(str(path), template)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2?"},
+        {"prompt": [USER], "completion": "4"},
+        {"instruction": "2+2?", "output": "4"},
+        {"question": "2+2?"},
+        {"messages": [USER]},
+        {"messages": [{"from": "human", "value": "2+2?"}, ASSISTANT]},
+        {"question_id": 81, "category": "math", "turns": ["2+2?", "And 3+3?"]},
+    ],
+)
+def test_every_layout_of_a_prompt_is_the_same_prompt(tmp_path, chat, row):
+    assert prompts(tmp_path, chat, row) == ["<|user|>2+2?<|end|>\n<|assistant|>"]
+
+
+def test_system_and_tools_count(tmp_path, chat):
+    [text] = prompts(tmp_path, chat, {"prompt": "2+2?", "system": "Be brief."})
+    assert text.startswith("<|system|>Be brief.<|end|>\n<|user|>2+2?")
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: tools: .* does not show them"):
+        prompts(tmp_path, chat, {"prompt": "2+2?", "tools": [{"name": "add"}]})
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": [USER, ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
+)
+def test_what_cannot_be_asked_is_named(tmp_path, chat, row):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2: "):
+        prompts(tmp_path, chat, {"prompt": "fine"}, row)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("mt_bench_question", 80), ("vicuna_bench_question", 80), ("ifeval_input_data", 541)]
+)
+def test_real_benchmarks(shared_data, chat, name, number):
+    assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat)) == number

@@ -1,0 +1,214 @@
+"""A step's gradient and metrics do not depend on how the step is split, for every loss there is."""
+
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from cache.ref_logps import RefLogps
+from stages.data.rows import Example, Row, RowSet, to_table
+from stages.engine.packing import pack
+from stages.engine.packs import build_pack
+from stages.engine.scorer import Scorer
+from stages.losses import LOSSES, parse_loss
+from stages.runtime.compute import Compute
+from stages.runtime.distributed import World, join_world
+from stages.train.step.row_scorer import RowScorer
+from stages.train.step.step import accumulate_step, evaluate
+from tests.tiny_llama import random_llama
+
+NUM_EXAMPLES = 16
+# One pack of everything, about two packs, and a pack for each example.
+BUDGETS = {"1x16": 4096, "2x8": 200, "16x1": 1}
+EXTRA = {
+    "mixture": {
+        "parts": [{"weight": 0.7, "loss": {"name": "dpo"}}, {"weight": 0.5, "loss": {"name": "sft"}}]
+    },
+    "orpo_sequence": {"name": "orpo", "nll_span": "sequence"},
+    "aot_and_orpo_sequence": {
+        "name": "mixture",
+        "parts": [{"loss": {"name": "aot"}}, {"loss": {"name": "orpo", "nll_span": "sequence"}}],
+    },
+    "bco_udm": {"name": "bco", "udm": True},
+    "ld_dpo": {"name": "dpo", "ld_alpha": 0.4, "sft_weight": 0.2},
+    "bco_and_kto": {
+        "name": "mixture",
+        "parts": [{"weight": 1.0, "loss": {"name": "bco"}}, {"weight": 0.5, "loss": {"name": "kto"}}],
+    },
+}
+BLOCKS = {
+    **{name: {"name": name, **EXTRA.get(name, {})} for name in LOSSES},
+    **{k: v for k, v in EXTRA.items() if "name" in v},
+}
+
+
+def make_rows() -> RowSet:
+    """Sixteen pairs of uneven lengths with partly masked completions, scores, and mismatched rows."""
+    random = np.random.default_rng(5)
+
+    def draw(length: int) -> np.ndarray:
+        return random.integers(3, 90, length).astype(np.int32)
+
+    examples = []
+    for number in range(NUM_EXAMPLES):
+        rows = []
+        for role, score in (("chosen", 2.0 + number), ("rejected", 1.0)):
+            ids = draw(int(random.integers(2, 14)))
+            mask = random.random(len(ids)) < 0.8
+            mask[-1] = True
+            rows.append(Row(role, ids, mask, score))
+        examples.append(Example(str(number), f"made:{number}", draw(int(random.integers(2, 20))), rows))
+    matched = [list(example.rows) for example in examples]
+    for number, example in enumerate(examples):
+        donor = number - number % 4 + (number + 1) % 4
+        example.rows += [Row("mismatched", row.ids, row.mask) for row in matched[donor]]
+    return RowSet([to_table(examples, [number // 4 for number in range(NUM_EXAMPLES)])])
+
+
+def make_model(seed: int) -> torch.nn.Module:
+    return random_llama(
+        seed,
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+    )
+
+
+def make_reference(rows: RowSet, folder) -> RefLogps:
+    """Log-probs of another random model, so that log-ratios are far from zero."""
+    reference = RefLogps(folder, {"made": "for the test"})
+    scorer = Scorer(make_model(1), Compute(torch.device("cpu"), torch.float32, 4096), print)
+    batch = build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
+    with torch.no_grad():
+        values = scorer(batch).numpy()
+    pieces = np.split(values, np.cumsum(rows.completion_lengths[batch.rows])[:-1])
+    found = {rows.keys[row]: piece for row, piece in zip(batch.rows, pieces, strict=True)}
+    reference.add(list(found), list(found.values()))
+    return reference
+
+
+def step_of(block: dict, rows: RowSet, reference: RefLogps, budget: int, world: World, passes: int = 1):
+    """Gradient, metrics and next state of a step (after `passes` earlier ones, for losses with state)."""
+    loss = parse_loss(block)
+    model = make_model(0)
+    scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
+    ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if loss.needs_density_ratios else None
+    row_scorer = RowScorer(
+        scorer, rows, reference if loss.needs_reference else None, loss, world, density_ratios=ratios
+    )
+    state: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    for _ in range(passes):
+        model.zero_grad()
+        metrics, state = accumulate_step(row_scorer, loss, range(NUM_EXAMPLES), state)
+    world.sum_gradients(model.parameters())
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return gradient.double(), metrics, state, scorer.forwards
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    rows = make_rows()
+    return rows, make_reference(rows, tmp_path_factory.mktemp("reference"))
+
+
+def assert_same(found, wanted) -> None:
+    gradient, metrics, state, _ = found
+    expected_gradient, expected_metrics, expected_state, _ = wanted
+    assert (gradient - expected_gradient).norm() <= 1e-6 * expected_gradient.norm()
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert state == pytest.approx(expected_state, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
+    rows, reference = made
+    block = BLOCKS[name]
+    whole = step_of(block, rows, reference, BUDGETS["1x16"], World(), passes=2)
+    assert whole[0].norm() > 0
+    assert all(np.isfinite(list(whole[1].values())))
+    for budget in (BUDGETS["2x8"], BUDGETS["16x1"]):
+        split = step_of(block, rows, reference, budget, World(), passes=2)
+        assert split[3] > whole[3]
+        assert_same(split, whole)
+
+
+def test_the_budgets_mean_what_they_are_called() -> None:
+    rows = make_rows()
+    lengths = [
+        int(rows.prompt_lengths[a] + (rows.completion_lengths[a : a + 2] - 1).sum()) for a in rows.starts
+    ]
+    assert [len(pack(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 16]
+
+
+def test_evaluation_is_a_step_without_a_gradient(made) -> None:
+    """Held-out metrics of a set of examples are those of a step on the same examples."""
+    rows, reference = made
+    for name in ("dpo", "kto", "simpo", "aot"):
+        loss = parse_loss({"name": name})
+        scorer = Scorer(make_model(0), Compute(torch.device("cpu"), torch.float32, 200), print)
+        row_scorer = RowScorer(scorer, rows, reference if loss.needs_reference else None, loss, World())
+        evaluated = evaluate(row_scorer, loss, range(NUM_EXAMPLES), {})
+        stepped, _ = accumulate_step(row_scorer, loss, range(NUM_EXAMPLES), {})
+        assert evaluated.keys() - stepped.keys() == {"accuracies/1-64", "length_bias"}
+        assert {key: evaluated[key] for key in stepped} == pytest.approx(stepped, rel=1e-5, abs=1e-6)
+
+
+def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
+    """The protection is needed: aot's ranks within micro-batches give another gradient."""
+    rows, reference = made
+    loss = parse_loss({"name": "aot"})
+    model = make_model(0)
+    scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, 4096), print)
+    row_scorer = RowScorer(scorer, rows, reference, loss, World())
+    for half in (range(8), range(8, 16)):
+        accumulate_step(row_scorer, loss, half, {})
+    naive = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double() / 2
+    exact = step_of({"name": "aot"}, rows, reference, 4096, World())[0]
+    assert (naive - exact).norm() > 1e-3 * exact.norm()
+
+
+def _rank(rank: int, port: int, folder: str, results) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = join_world(torch.device("cpu"))
+    rows = make_rows()
+    reference = RefLogps(folder, {"made": "for the test"})
+    for name, block in BLOCKS.items():
+        found = step_of(block, rows, reference, 120, world, passes=2)
+        if rank == 0:
+            results[name] = found
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_change_nothing(made) -> None:
+    """Real gloo ranks, each with its own share of the packs, against one process."""
+    rows, reference = made
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        ranks = [
+            context.Process(target=_rank, args=(rank, port, reference.folder, results)) for rank in (0, 1)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=240)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        found = dict(results)
+    for name, block in BLOCKS.items():
+        assert_same(found[name], step_of(block, rows, reference, BUDGETS["1x16"], World(), passes=2))
