@@ -13,7 +13,8 @@ import pytest
 import typer.main
 
 from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
-from pipeline.cli import EXAMPLES, app
+from pipeline.cli import app
+from pipeline.commands import COMMANDS
 from pipeline.config import RunConfig, load_config
 from stages.formats import FORMATS
 from stages.losses import LOSSES
@@ -51,7 +52,7 @@ def table(text: str) -> list[list[str]]:
 
 def commands() -> list[str]:
     """Every command line in the documents and in the help texts, with loop variables filled in."""
-    found = [line for examples in EXAMPLES.values() for line in examples]
+    found = [line for command in COMMANDS.values() for line in command.examples]
     for path in DOCUMENTS:
         found += [match.rstrip() for match in COMMAND.findall(read(path))]
     return sorted({line.replace("$loss", "kto").replace("$beta", "0.1") for line in found})
@@ -78,7 +79,7 @@ def test_a_documented_command_parses_and_its_configuration_loads(project, line):
 
 def test_the_documents_hold_commands_of_every_stage():
     lines = "\n".join(commands())
-    assert [name for name in EXAMPLES if f"align {name} -c mine.yaml" not in lines] == []
+    assert [name for name in COMMANDS if f"align {name} -c mine.yaml" not in lines] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -186,12 +187,12 @@ def test_the_command_line_says_what_it_would_do_and_writes_nothing(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", EXAMPLES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(project, stage):
     done = run(stage, "--help", cwd=project)
     assert done.returncode == 0
     assert "Examples" in done.stdout
-    assert EXAMPLES[stage][0] in done.stdout
+    assert COMMANDS[stage].examples[0] in done.stdout
 
 
 @pytest.mark.slow
