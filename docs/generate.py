@@ -26,6 +26,7 @@ from pipeline.config import load_config  # noqa: E402
 from stages.formats import FORMATS  # noqa: E402
 from stages.losses import LOSSES  # noqa: E402
 from stages.losses.contract import Loss  # noqa: E402
+from stages.losses.mixture import Mixture  # noqa: E402
 
 REFERENCE = ROOT / "configs" / "reference.yaml"
 BLOCK = re.compile(r"(<!-- ([\w-]+): written by docs/generate.py -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
@@ -95,16 +96,21 @@ def _first_sentence(documented: Any) -> str:
 
 
 def _reference(cls: type[Loss]) -> str:
-    if not isinstance(cls.needs_reference, bool):
+    if cls is Mixture:
         return "if a part does"
-    return "yes" if cls.needs_reference else "no"
+    return "yes" if cls().needs_reference else "no"
 
 
 def _data(cls: type[Loss]) -> str:
-    data = "unpaired or pairs" if cls.unit == "row" else "pairs"
-    if cls.needs_scores is True:
-        data += " with scores"
-    return data + (", mismatched rows" if cls.needs_mismatched is True else "")
+    if cls is Mixture:
+        return "pairs"
+    loss = cls()
+    data = "unpaired or pairs" if loss.unit == "row" else "pairs"
+    return (
+        data
+        + (" with scores" if loss.needs_scores else "")
+        + (", mismatched rows" if loss.needs_mismatched else "")
+    )
 
 
 def _paper(cls: type[Loss]) -> str:
