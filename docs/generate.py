@@ -73,7 +73,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def losses() -> str:
-    """Every loss with what it needs; the words are the first sentence of its docstring."""
+    """Every loss with what it needs; the words are the summary line of its docstring."""
     return table(
         ["loss", "idea", "reference", "data", "paper"],
         [
@@ -88,10 +88,10 @@ def _source(cls: type) -> str:
 
 
 def _idea(cls: type[Loss]) -> str:
-    return _first_sentence(cls).rstrip(".")
+    return _summary(cls).rstrip(".")
 
 
-def _first_sentence(documented: Any) -> str:
+def _summary(documented: Any) -> str:
     return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
 
 
@@ -148,7 +148,7 @@ def commands() -> str:
     """Every command, with the first line of its help."""
     return table(
         ["command", ""],
-        [[f"`align {name}`", _first_sentence(found.callback)] for name, found in _commands().items()],
+        [[f"`align {name}`", _summary(found.callback)] for name, found in _commands().items()],
     )
 
 
@@ -183,7 +183,7 @@ def exit_codes() -> str:
         kind for kind in vars(cache.errors).values() if inspect.isclass(kind) and issubclass(kind, AlignError)
     ]
     codes = {
-        kind.exit_code: re.sub(r" \(exit code \d\)|\.$", "", _first_sentence(kind))
+        kind.exit_code: re.sub(r" \(exit code \d\)|\.$", "", _summary(kind))
         for kind in kinds
         if kind is not AlignError
     }

@@ -206,6 +206,21 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
     assert len(results("memory")) == 11
 
 
+def test_the_error_messages_shown_are_those_of_the_code():
+    """Of each sentence three words in a row stand in the source; the rest are values."""
+    source = " ".join(
+        " ".join(read(path).replace('"', "").split())
+        for layer in ("cache", "stages", "pipeline")
+        for path in (ROOT / layer).rglob("*.py")
+    )
+    messages = [line.removeprefix("align: ") for line in blocks(DOCS / "cache.md", "")[0].splitlines()]
+    assert len(messages) > 1
+    for sentence in (part for message in messages for part in re.split(r"(?<=[.)]) ", message)):
+        words = sentence.split()
+        runs = [" ".join(words[start : start + 3]) for start in range(len(words) - 2)]
+        assert any(run in source for run in runs), sentence
+
+
 TRUNCATION = section(DOCS / "truncation.md", "An example")
 
 
