@@ -14,7 +14,8 @@ import pytest
 import typer.main
 
 from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
-from pipeline.cli import EXAMPLES, app
+from pipeline.cli import app
+from pipeline.commands import COMMANDS
 from pipeline.config import RunConfig, load_config
 from stages.formats import FORMATS
 from stages.losses import LOSSES
@@ -64,7 +65,7 @@ def table(text: str) -> list[list[str]]:
 
 def commands() -> list[str]:
     """Every command line in the documents and in the help texts, with loop variables filled in."""
-    found = [line for examples in EXAMPLES.values() for line in examples]
+    found = [line for command in COMMANDS.values() for line in command.examples]
     for path in DOCUMENTS:
         found += [match.rstrip() for match in COMMAND.findall(read(path))]
     return sorted({line.replace("$loss", "kto").replace("$beta", "0.1") for line in found})
@@ -91,7 +92,7 @@ def test_a_documented_command_parses_and_its_configuration_loads(project, line):
 
 def test_the_documents_hold_commands_of_every_stage():
     lines = "\n".join(commands())
-    assert [name for name in EXAMPLES if f"align {name} -c mine.yaml" not in lines] == []
+    assert [name for name in COMMANDS if f"align {name} -c mine.yaml" not in lines] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -132,16 +133,12 @@ def test_the_readme_is_one_screen():
     assert len(read(README).splitlines()) <= 160
 
 
-def test_the_tree_names_every_folder_of_code_and_no_other():
+def test_the_tree_names_every_room_and_no_other():
+    """`cache`, `pipeline` and the folders of `stages`; folders inside these belong to them."""
     tree = next(body for body in blocks(README, "") if body.startswith("cache/"))
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    folders = {
-        str(path.parent.relative_to(ROOT))
-        for floor in ("cache", "stages", "pipeline")
-        for path in (ROOT / floor).rglob("__init__.py")
-    }
-    inner = {"stages", "stages/train/step", "stages/train/monitoring"}
-    assert named == folders - inner
+    rooms = {f"stages/{path.parent.name}" for path in (ROOT / "stages").glob("*/__init__.py")}
+    assert named == rooms | {"cache", "pipeline"}
 
 
 def test_the_table_of_losses_is_the_list_in_the_code():
@@ -271,12 +268,12 @@ def test_the_command_line_says_what_it_would_do_and_writes_nothing(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", EXAMPLES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(project, stage):
     done = run(stage, "--help", cwd=project)
     assert done.returncode == 0
     assert "Examples" in done.stdout
-    assert EXAMPLES[stage][0] in done.stdout
+    assert COMMANDS[stage].examples[0] in done.stdout
 
 
 @pytest.mark.slow
