@@ -24,7 +24,7 @@ class Part(BaseModel):
 
 
 class Mixture(Loss):
-    """Several losses at once: one for the order of a pair, one for each side of it, one for imitation.
+    """A weighted sum of other losses on the same pairs, as in MPO.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
     mean over rows. The best known is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it as

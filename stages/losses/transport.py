@@ -14,7 +14,7 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class AOT(Loss):
-    """Lifts the distribution of margins above the reference's, at every quantile.
+    """Raises the distribution of margins above that of the reference, at every quantile (optimal transport).
 
     The weakest margin of the policy is held against the weakest of the reference, and so on: the policy
     improves everywhere in distribution, though not on each pair.
@@ -43,7 +43,7 @@ class AOT(Loss):
 
 
 class AOTUnpaired(Loss):
-    """Lifts the distribution of chosen log-ratios above that of rejected ones, at every quantile.
+    """Raises the distribution of chosen log-ratios above that of rejected ones, at every quantile.
 
     It does not matter which rejected completion stood beside which chosen one, only that there are as many,
     so it reads pairs.

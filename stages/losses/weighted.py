@@ -15,7 +15,7 @@ from stages.losses.margin import MarginLoss
 
 
 class ODPO(MarginLoss):
-    """DPO that asks for a margin as large as the chosen completion is better.
+    """DPO with an offset: the required margin grows with the difference of the scores.
 
     A pair a judge scored 9 to 1 should be told apart further than one scored 6 to 5.
 
@@ -73,7 +73,7 @@ def _gaps(chosen: Rows, rejected: Rows) -> Tensor:
 
 
 class WPO(MarginLoss):
-    """DPO that lets a pair count as much as the policy would have said it itself.
+    """DPO that weights a pair by the likelihood of both completions under the policy.
 
     Off-policy data pulls towards completions the policy never makes; weighting by their likelihood under the
     policy simulates on-policy data.
