@@ -69,13 +69,31 @@ def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: st
     """Merge YAML files (later ones win), `key=value` assignments and `--loss`; raises `UsageError`."""
     tree: dict[str, Any] = {}
     for path in files or [QUICKSTART]:
-        _merge(tree, _read_yaml(path))
+        _merge(tree, _read_extended(path))
     for assignment in assignments:
         _assign(tree, assignment)
     if loss_name is not None:
         given = {key: value for key, value in _assigned(assignments, "loss").items() if key != "name"}
         tree["loss"] = {"name": loss_name, **given}
     return build_config(tree)
+
+
+def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file, laid over those of the file that its `extends` names, relative to its own folder."""
+    tree = _read_yaml(path)
+    if "extends" not in tree:
+        return tree
+    name = tree.pop("extends")
+    if not isinstance(name, str):
+        raise UsageError(f"{path}: extends: expected the name of one file, found {name!r}.")
+    base, chain = path.parent / name, (*chain, path.resolve())
+    if base.resolve() in chain:
+        raise UsageError(f"{path}: extends: {name} extends this file in turn. Remove one of the two lines.")
+    if not base.is_file():
+        raise UsageError(f"{path}: extends: no such file {base}. The name is relative to {path.parent}.")
+    merged = _read_extended(base, chain)
+    _merge(merged, tree)
+    return merged
 
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:

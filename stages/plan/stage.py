@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order, pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import Pack, build_pack, fed_length
 from stages.models.loading import architecture
 from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
 from stages.runtime.distributed import World
 from stages.runtime.malloc import give_back_freed_memory
+from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
@@ -113,11 +114,11 @@ def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
         lengths = [fed_length(rows, group) for group in groups]
-        if job.loss.needs_mismatched:  # scored as well, without a gradient
+        if "kl" in job.loss.needs:  # scored as well, without a gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
             total += sum(fed_length(rows, group) for group in others if len(group))
         total += sum(lengths)
-        for items in pack(lengths, job.compute.tokens_per_batch):
+        for items in pack_lengths(lengths, job.compute.tokens_per_batch):
             found.append((sum(lengths[item] for item in items), [groups[item] for item in items]))
     found.sort(key=lambda entry: -entry[0])
     packs = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
