@@ -9,8 +9,8 @@ from stages.cache_ref.stage import count_missing
 from stages.merge import find_merged
 from stages.prepare.stage import find_rows
 from stages.sample.stage import find_completions
-from stages.train.data_requirements import check_needs
 from stages.train.job import find_policy
+from stages.train.preflight import check_data
 
 Result = dict[str, Any]
 
@@ -59,7 +59,7 @@ def _plan_cache_ref(inputs: Inputs) -> Result:
 
 def _plan_train(inputs: Inputs) -> Result:
     job = inputs.job
-    check_needs(job.loss, job.rows, job.settings.pairs, inputs.context)
+    check_data(job.loss, job.rows, job.settings.pairs, inputs.context)
     plan = job.plan
     return {
         "would": "reuse" if find_policy(job, inputs.context) else "train",

@@ -23,7 +23,7 @@ from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
-from stages.train.preflight import check_feasible
+from stages.train.preflight import check_settings
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (512, 1024, 2048, 4096)
@@ -36,7 +36,7 @@ def plan_training(
 ) -> dict[str, Any]:
     """Everything `align plan` shows, as plain data; bytes and seconds."""
     job = Job(rows, source, {}, None, config.loss, config.train, compute, config.adapter)
-    check_feasible(job)
+    check_settings(job)
     train_rows = RowSet.of(rows, "train")
     packs, positions = _packs(job, train_rows)
     say(f"Predicting memory from the shapes of {source.name}")
