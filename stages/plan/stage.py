@@ -22,7 +22,7 @@ from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
-from stages.train.preflight import check_feasible
+from stages.train.preflight import check_settings
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (512, 1024, 2048, 4096)
@@ -85,7 +85,7 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
 
     Raises `UsageError` or `MachineError` for settings that cannot be trained with here.
     """
-    check_feasible(job)
+    check_settings(job)
     packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
     say(f"Predicting memory from the shapes of {job.source.name}")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])

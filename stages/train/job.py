@@ -125,7 +125,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """`own_identity`, and the checkpoint of another run that this one continues, if it does."""
         own = self.own_identity
-        if self.origin is None or self.origin.state["identity"] == own:
+        if self.origin is None or self.origin.state.identity == own:
             return own
         return {**own, "continues": {"checkpoint": self.origin.sha256, "step": self.origin.step}}
 

@@ -15,7 +15,7 @@ from stages.models.loading import ModelSource, load_model
 from stages.plan.memory import LayerwiseShapes, Shapes, pairs_pack
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
-from stages.train.preflight import check_feasible
+from stages.train.preflight import check_settings
 from tests.tiny_llama import random_llama
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
@@ -141,7 +141,7 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
 def test_what_cannot_work_is_refused_with_what_to_change(model, changes, error, match):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(error, match=match):
-        check_feasible(job(model, **changes))
+        check_settings(job(model, **changes))
 
 
 def test_a_missing_extra_is_one_line(model, monkeypatch):
@@ -150,6 +150,6 @@ def test_a_missing_extra_is_one_line(model, monkeypatch):
         "importlib.util.find_spec", lambda name: None if name in ("peft", "bitsandbytes") else found
     )
     with pytest.raises(MachineError, match=r"pip install -e '\.\[peft\]'"):
-        check_feasible(job(model, adapter="lora"))
+        check_settings(job(model, adapter="lora"))
     with pytest.raises(MachineError, match=r"pip install -e '\.\[bitsandbytes\]'"):
-        check_feasible(job(model, optimizer="adamw_8bit"))
+        check_settings(job(model, optimizer="adamw_8bit"))
