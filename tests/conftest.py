@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +199,29 @@ def said() -> list[str]:
 def context(store, said) -> Context:
     """The surroundings of a stage run, over `store`; what it says goes to `said`."""
     return Context(store, say=said.append)
+
+
+@pytest.fixture
+def align(tmp_path, monkeypatch, capsys):
+    """Runs a command line in this process and returns (exit code, stdout, stderr)."""
+    from pipeline.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["align", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")
