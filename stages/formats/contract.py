@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stages.data.columns import Message, as_messages, finite_number, optional_text, shown, tools_of
-from stages.data.readers import BadRow
+from stages.data.columns import finite_number, optional_text, shown
+from stages.data.messages import Message, as_messages, tools_of
+from stages.data.source_row import BadRow
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),

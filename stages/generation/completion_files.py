@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cache.errors import DataError
 from cache.files import write_bytes
-from stages.data.columns import Message
+from stages.data.messages import Message
 
 
 @dataclass(frozen=True)

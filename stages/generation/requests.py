@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import UsageError
-from stages.data.columns import Message
+from stages.data.messages import Message
 
 # vLLM raises any temperature in between to 0.01 and refuses more than 2.
 MIN_TEMPERATURE = 0.01

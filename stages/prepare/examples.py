@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cache.fingerprint import canonical_json
-from stages.data.columns import as_messages
-from stages.data.readers import BadRow, Flagged, SourceRow
+from stages.data.messages import as_messages
 from stages.data.rows import Example, Row
+from stages.data.source_row import BadRow, Flagged, SourceRow
 from stages.formats import Preference, Tokens, Unusable
 from stages.prepare.counts import Made, Report
 from stages.prepare.filters import Filters, texts_of

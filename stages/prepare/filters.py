@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from stages.data.columns import as_messages
-from stages.data.readers import BadRow, read_source
+from stages.data.messages import as_messages, prompt_column
+from stages.data.readers import read_source
+from stages.data.source_row import BadRow
 from stages.formats import Preference, Tokens
 from stages.settings.data import DataSettings, FilterSettings
 from stages.tokenization.encode import Encoded
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "turns", "messages")
 WORD = re.compile(r"\w+")
 SHORT_WORDS = 6
 
@@ -116,13 +116,9 @@ def _evaluation_texts(path: str) -> Iterator[str]:
     for row in read_source(DataSettings(path=path)):
         if row.value is None:
             raise DataError(f"{row.location}: {row.problem}.")
-        column = next((name for name in PROMPT_COLUMNS if row.value.get(name)), None)
-        if column is None:
-            raise DataError(
-                f"{row.location}: expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row.value))}."
-            )
-        value = row.value[column]
         try:
+            column = prompt_column(row.value)
+            value = row.value[column]
             turns = value if isinstance(value, list) else [value]
             for turn in turns:
                 text = turn["content"] if isinstance(turn, Mapping) else turn

@@ -18,8 +18,9 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.data.columns import NOT_TEXT
 from stages.data.mixing import Source, mixture, sources_identity, sources_of
-from stages.data.readers import SourceRow, read_source, source_identity
+from stages.data.readers import read_source, source_identity
 from stages.data.rows import SPLITS
+from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
 from stages.prepare.counts import Report
 from stages.prepare.duplicates import Duplicates

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
-from stages.data.readers import SourceRow
+from stages.data.source_row import SourceRow
 from stages.prepare.examples import ExampleMaker, Outcome
 from stages.prepare.garbage_collection import looked_for_seldom
 

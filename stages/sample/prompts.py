@@ -9,15 +9,14 @@ from typing import Any
 
 from cache.artifacts import Artifact
 from cache.errors import DataError
-from stages.data.columns import Message, text_or_messages, tools_of
-from stages.data.readers import BadRow, read_source
+from stages.data.messages import Message, check_prompt, prompt_column, text_or_messages, tools_of
+from stages.data.readers import read_source
 from stages.data.rows import RowSet
+from stages.data.source_row import BadRow
 from stages.formats.contract import Tokens, assembled
 from stages.generation.requests import Prompt
 from stages.settings.data import DataSettings
 from stages.tokenization.template import Template
-
-PROMPT_COLUMNS = ("prompt", "instruction", "messages", "question", "turns")
 
 
 def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
@@ -59,16 +58,14 @@ def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any
 
     Of MT-bench's `turns` the first question is the prompt. A `messages` column may end with an answer, which is left out.
     """
-    column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
-    if column is None:
-        raise BadRow(
-            f"expected one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row))}"
-        )
+    column = prompt_column(row)
     value = row[column]
-    content = text_or_messages({column: value[0] if column == "turns" and value else value}, column)
-    while not isinstance(content, str) and content[-1]["role"] == "assistant":
-        if column != "messages" or len(content) == 1:
-            raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
-        content = content[:-1]
+    content = text_or_messages(
+        {column: value[0] if column == "turns" and isinstance(value, list) else value}, column
+    )
+    if not isinstance(content, str):
+        while column == "messages" and len(content) > 1 and content[-1]["role"] == "assistant":
+            content = content[:-1]
+        check_prompt(content, column)
     prompt = assembled(row, content, []).prompt
     return content if isinstance(prompt, Tokens) else prompt, tools_of(row)

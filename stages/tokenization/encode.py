@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.data.readers import BadRow
+from stages.data.source_row import BadRow
 from stages.tokenization.fastokens_backend import QuickTokenizer
 from stages.tokenization.render import Rendered, Segment
 from stages.tokenization.special_token_text import SpelledText, unsure

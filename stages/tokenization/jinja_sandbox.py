@@ -25,8 +25,8 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cache.errors import DataError
-from stages.data.columns import Message
-from stages.data.readers import BadRow
+from stages.data.messages import Message
+from stages.data.source_row import BadRow
 
 TIME_LIMIT_SECONDS = 10.0
 # Characters of a rendering, or of any text a template makes on its way; bytes would be up to four times as many.

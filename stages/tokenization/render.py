@@ -9,8 +9,8 @@ that could be taken for a mark the template writes with ordinary tokens is refus
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.data.columns import Message
-from stages.data.readers import BadRow, Flagged
+from stages.data.messages import Message
+from stages.data.source_row import BadRow, Flagged
 from stages.formats.contract import Preference, Tokens
 from stages.tokenization.jinja_sandbox import ChatTemplate
 from stages.tokenization.named_templates import PLAIN_MARKS, choose_source, marks_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.data.readers import Flagged
+from stages.data.source_row import Flagged
 from stages.formats.contract import Preference
 
 # Noncharacters of Unicode, which no text is meant to hold.

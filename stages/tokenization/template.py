@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cache.errors import DataError
-from stages.data.columns import Message
-from stages.data.readers import BadRow
+from stages.data.messages import Message
+from stages.data.source_row import BadRow
 from stages.formats.contract import Candidate, Preference, Tokens
 from stages.tokenization.encode import NO_PROMPT, Encoded, Encoder, Plan, Tokenized
 from stages.tokenization.render import Rendered, Turns

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import DataError
-from stages.data.readers import BadRow
+from stages.data.source_row import BadRow
 from stages.formats import Candidate, Preference, Tokens
 from stages.tokenization import jinja_sandbox
 from stages.tokenization.jinja_sandbox import ChatTemplate

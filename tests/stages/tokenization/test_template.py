@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel as PreTokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from cache.errors import DataError
-from stages.data.readers import BadRow, Flagged
+from stages.data.source_row import BadRow, Flagged
 from stages.formats import Candidate, Preference
 from stages.tokenization.template import Template
 
