@@ -216,3 +216,10 @@ def tools_of(row: Mapping[str, Any], column: str = "tools") -> list[Any] | None:
     except (TypeError, ValueError) as error:
         raise BadRow(f"{column}: holds what is not JSON ({error})") from error
     return tools or None
+
+
+def without_weight(message: Message) -> Message:
+    """The message without its loss weight."""
+    return (
+        {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
+    )

@@ -18,9 +18,10 @@ from stages.data.messages import (
     prompt_of,
     role_of,
     text_or_messages,
+    without_weight,
 )
 from stages.data.source_row import BadRow
-from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked, without_weight
+from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked
 
 
 class Explicit(Format):

@@ -19,8 +19,8 @@ class Made:
     split: str
     source: str
     example: Example
-    rejoined: int
-    loses_text: bool
+    num_merged: int
+    loses_characters: bool
     text: str
 
 
@@ -59,7 +59,7 @@ class Report:
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     prompts: Cuts = field(default_factory=Cuts)
     completions: Cuts = field(default_factory=Cuts)
-    rejoined_at_prompt: int = 0
+    num_merged: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
@@ -77,8 +77,8 @@ class Report:
         self.prompts.add(made.example.prompt_cut)
         for row in made.example.rows:
             self.completions.add(row.cut)
-        self.rejoined_at_prompt += made.rejoined
-        self.notes["characters_lost_by_the_tokenizer"] += made.loses_text
+        self.num_merged += made.num_merged
+        self.notes["characters_lost_by_the_tokenizer"] += made.loses_characters
 
     def write(self, split: str, examples: list[Example]) -> None:
         """Count examples that go into a shard."""
@@ -96,7 +96,7 @@ class Report:
         self.dropped += other.dropped
         self.prompts.by_tokens += other.prompts.by_tokens
         self.completions.by_tokens += other.completions.by_tokens
-        self.rejoined_at_prompt += other.rejoined_at_prompt
+        self.num_merged += other.num_merged
         self.notes += other.notes
 
     def reasons(self, source: str | None = None) -> dict[str, int]:
@@ -136,7 +136,7 @@ class Report:
             "completions_cut": completions["cut"],
             "tokens_cut": prompts["tokens"] + completions["tokens"],
             "cuts": {"prompts": prompts, "completions": completions},
-            "rejoined_at_prompt": self.rejoined_at_prompt,
+            "rejoined_at_prompt": self.num_merged,
             "notes": {note: count for note, count in sorted(self.notes.items()) if count},
             "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,

@@ -21,8 +21,7 @@ from stages.prepare.filters import Filters, texts_of
 from stages.prepare.shard_writer import compared
 from stages.prepare.truncation import Fitted, fit
 from stages.settings.data import PrepareSettings
-from stages.tokenization.encode import Encoded, Plan, Tokenized
-from stages.tokenization.render import Rendered
+from stages.tokenization.encode import Encoded, TextBatch, Tokenized
 from stages.tokenization.template import Template
 
 BAD_ROW = "bad_row"
@@ -48,14 +47,16 @@ class Outcome:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Converted:
-    """A batch between rendering and tokenizing: the rows that were usable so far, and the outcome so far."""
+    """A batch between rendering and tokenizing: the outcome so far, and the rows that are still in use with their texts.
+
+    Each row comes with its place in the batch.
+    """
 
     outcome: Outcome
-    rows: list[tuple[int, SourceRow, Preference]] = field(default_factory=list)
-    rendered: list[Rendered] = field(default_factory=list)
-    plan: Plan = field(default_factory=lambda: Plan([], [], []))
+    rows: list[tuple[int, SourceRow, Preference]]
+    texts: TextBatch
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,15 @@ class ExampleMaker:
     gathered: frozenset[str] = frozenset()
 
     def make(self, rows: Sequence[SourceRow]) -> Outcome:
-        """All three steps."""
+        """Both steps, with the tokenizer's work between them."""
         converted = self.convert(rows)
-        return self.finish(converted, self.tokenize(converted))
+        return self.finish(converted, self.template.encoder.tokenize(converted.texts.texts))
 
     def convert(self, rows: Sequence[SourceRow]) -> Converted:
         """Source rows to rendered text."""
-        batch = Converted(Outcome())
-        report = batch.outcome.report
-        with self.template.watched():
+        outcome, usable, texts = Outcome(), [], []
+        report, renderer = outcome.report, self.template.renderer
+        with renderer.chat.one_timer():
             for place, row in enumerate(rows):
                 report.rows_in[row.source] += 1
                 if row.source in self.gathered and row.value is not None:
@@ -91,25 +92,20 @@ class ExampleMaker:
                     preference = self.converts[row.source](row.value)
                     if reason := self.filters.before_rendering(row.value, preference):
                         raise Unusable(reason)
-                    rendered = self.template.render(preference)
-                    report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
-                    batch.rendered.append(rendered)
-                    batch.rows.append((place, row, preference))
+                    rendered = renderer.render(preference)
+                    report.notes.update(f"{name}_not_in_template" for name in rendered.unused_keys)
+                    texts.append(rendered)
+                    usable.append((place, row, preference))
                 except Unusable as reason:
                     report.drop(row.source, str(reason))
                 except BadRow as problem:
-                    self._reject(batch.outcome, place, row, problem)
-        batch.plan = self.template.plan(batch.rendered)
-        return batch
-
-    def tokenize(self, batch: Converted) -> Tokenized:
-        """Rendered text to ids: the tokenizer's work and nothing else, outside Python's lock."""
-        return self.template.tokenize(batch.plan)
+                    self._reject(outcome, place, row, problem)
+        return Converted(outcome, usable, self.template.encoder.texts_of(texts))
 
     def finish(self, batch: Converted, tokenized: Tokenized) -> Outcome:
         """Ids to examples within the limits."""
         outcome = batch.outcome
-        encoded = self.template.finish(batch.rendered, batch.plan, tokenized)
+        encoded = self.template.encoder.encoded(batch.texts, tokenized)
         for (place, row, preference), ids in zip(batch.rows, encoded, strict=True):
             if isinstance(ids, BadRow):
                 self._reject(outcome, place, row, ids)
@@ -164,8 +160,8 @@ class ExampleMaker:
             split_of(preference, self.settings.heldout_fraction),
             row.source,
             example,
-            encoded.rejoined,
-            encoded.loses_text,
+            encoded.num_merged,
+            encoded.loses_characters,
             "\n".join(texts_of(preference)) if is_compared else "",
         )
 

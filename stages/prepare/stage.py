@@ -197,7 +197,7 @@ def _announce(
         context.say(
             "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
         )
-    for note in template.notes():
+    for note in template.renderer.notes():
         context.say(note)
 
 

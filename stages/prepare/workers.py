@@ -34,10 +34,10 @@ def _in_this_process(batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker
         waiting = None
         for rows in batches:
             converted = maker.convert(rows)
-            ids = tokenizing.submit(maker.tokenize, converted)
+            tokenized = tokenizing.submit(maker.template.encoder.tokenize, converted.texts.texts)
             if waiting is not None:
                 yield maker.finish(waiting[0], waiting[1].result())
-            waiting = converted, ids
+            waiting = converted, tokenized
         if waiting is not None:
             yield maker.finish(waiting[0], waiting[1].result())
 

@@ -13,9 +13,10 @@ from stages.data.messages import Message, check_prompt, prompt_column, text_or_m
 from stages.data.readers import read_source
 from stages.data.rows import RowSet
 from stages.data.source_row import BadRow
-from stages.formats.contract import Tokens, assembled
+from stages.formats.contract import Preference, Tokens, assembled
 from stages.generation.requests import Prompt
 from stages.settings.data import DataSettings
+from stages.tokenization.encode import Text
 from stages.tokenization.template import Template
 
 
@@ -37,20 +38,29 @@ def file_prompts(path: str, template: Template) -> list[Prompt]:
         raise DataError(
             f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."
         )
-    found = []
+    found, texts = [], []
     for row in read_source(DataSettings(path=path)):
         try:
             if row.value is None:
                 raise BadRow(row.problem)
             content, tools = prompt_of_row(row.value)
-            text, plain = template.prompt_text(content, tools)
-            found.append((row.location, content, text, plain))
+            texts.append(_text_of(content, tools, template))
+            found.append((row.location, content))
         except BadRow as problem:
             raise DataError(f"{row.location}: {problem}.") from problem
-    ids = template.encode_prompts([text for *_, text, _ in found], [plain for *_, plain in found])
+    encoded = template.encoder.encode_texts(texts)
     return [
-        Prompt(location, content, tokens) for (location, content, *_), tokens in zip(found, ids, strict=True)
+        Prompt(location, content, ids.tolist())
+        for (location, content), ids in zip(found, encoded, strict=True)
     ]
+
+
+def _text_of(content: str | list[Message], tools: list[Any] | None, template: Template) -> Text:
+    """The rendered prompt with its generation prompt."""
+    rendered = template.renderer.render(Preference(content, [], tools))
+    if rendered.escape:
+        raise BadRow("the text spells a special token, with which a prompt could forge a turn")
+    return Text(rendered.prompt, rendered.is_plain)
 
 
 def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any] | None]:
