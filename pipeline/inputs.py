@@ -13,7 +13,7 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
-from stages.cache_ref.stage import check_same_model, open_reference
+from stages.cache_ref.store_lookup import check_same_model, open_reference
 from stages.data.mixing import sources_of
 from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.prepare.stage import NOTHING_FILTERED, find_rows

@@ -18,7 +18,7 @@ from stages.formats import FORMATS
 from stages.losses import LOSSES
 from stages.losses.margin import MarginLoss
 from stages.losses.mixture import Mixture
-from stages.prepare.truncation import fit
+from stages.prepare.truncation import truncate
 from stages.settings.data import PrepareSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,7 +225,7 @@ def test_the_truncation_table_is_what_happens(row):
         **{key: int(value) if value.isdigit() else value for key, value in settings.items()}  # type: ignore[arg-type]
     )
     sides = [(np.array(list(text)), np.ones(len(text), bool)) for text in ("12345", "xy")]
-    fitted = fit(np.array(list("abcdef")), sides, limits)
+    fitted = truncate(np.array(list("abcdef")), sides, limits)
     cells = [cell.strip("`").replace(" ", "") for cell in row[1:]]
     if fitted is None:
         assert cells == ["dropped", "", ""]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from stages.data.readers import SourceRow, source_identity
+from stages.data.readers import source_identity
+from stages.data.source_row import SourceRow
 from stages.settings.data import DataSettings, SourceSettings
 
 Stream = Callable[[], Iterator[SourceRow]]

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from cache.errors import DataError
 from cache.files import write_bytes
-
-Message = dict[str, str]
+from stages.data.messages import Message
 
 
 @dataclass(frozen=True)
 class SampleRecord:
     """One completion with where it comes from; the fields are the keys of a line of our JSONL.
 
-    `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator").
+    `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator"); `side` is
+    policy, reference, or model where `sample.model` named it.
     """
 
     id: str
@@ -30,7 +30,7 @@ class SampleRecord:
     finish_reason: Literal["stop", "length"]
     num_tokens: int
     model: str
-    side: Literal["policy", "reference"]
+    side: str
 
 
 def write_jsonl(records: Iterable[SampleRecord], path: Path) -> None:

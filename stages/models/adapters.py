@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.fingerprint import weights_fingerprint
+from cache.safetensors import weights_fingerprint
 from stages.models.loading import ModelSource, load_model, resolve_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings

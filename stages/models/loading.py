@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.fingerprint import weights_fingerprint
+from cache.safetensors import weights_fingerprint
 from stages.runtime.compute import SCORER_VERSION, Compute
 
 # Keys of config.json that do not change a forward pass.

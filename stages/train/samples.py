@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 from cache.fingerprint import fingerprint
 from stages.generation.completion_files import instruction
 from stages.generation.generate import as_completion, check_prompts, open_model, request_seed
-from stages.generation.requests import EngineOptions, Request, Sampling
+from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
 from stages.generation.transformers_engine import sample_network
 from stages.models.loading import ModelSource
 from stages.settings.train import SampleStrategy
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
-    from stages.sample.stage import Prompt
 
 GRAM = 4  # tokens
 
@@ -42,7 +41,7 @@ class SampleRecord:
 class PromptPool:
     """Prompts, how many of them a step takes and by which strategy, and how completions are sampled."""
 
-    prompts: Sequence["Prompt"]
+    prompts: Sequence[Prompt]
     number: int
     strategy: SampleStrategy
     sampling: Sampling
@@ -82,7 +81,7 @@ def sample_policy(
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
     model = open_model(source.folder, sampling, EngineOptions("float32", longest))
-    check_prompts([prompt.ids for prompt in pool.prompts], [prompt.id for prompt in pool.prompts], model)
+    check_prompts(pool.prompts, model)
     requests = [
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)
@@ -95,7 +94,7 @@ def sample_policy(
         SampleRecord(
             step=step,
             id=prompt.id,
-            prompt=instruction(prompt.shown),
+            prompt=instruction(prompt.content),
             completion=completion.text,
             finish_reason=completion.finish_reason,
             num_tokens=len(completion.token_ids),

