@@ -59,9 +59,15 @@ class Run:
     ) -> None:
         """Load the starting weights. `eval_sets` are named as in the log, the held-out rows ''."""
         settings = job.settings
-        self.job, self.rows, self.loss, self.settings, self.plan = job, rows, job.loss, settings, job.plan
+        self.job, self.rows, self.loss, self.settings, self.resolved = (
+            job,
+            rows,
+            job.loss,
+            settings,
+            job.resolved,
+        )
         self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
-        self.schedule = make_schedule(settings, self.plan.learning_rate, self.plan.steps)
+        self.schedule = make_schedule(settings, self.resolved.learning_rate, self.resolved.steps)
         self.policy = load_trainable(job, world, say)
         filled = {name: split for name, split in eval_sets.items() if len(split)}
         self.train_scorer, *eval_scorers = make_row_scorers(
@@ -99,14 +105,14 @@ class Run:
         watch = Watch()
         begin = self.history[-1]["step"]
         with (
-            progress("train", self.plan.steps - begin, "steps") as advance,
+            progress("train", self.resolved.steps - begin, "steps") as advance,
             stop_at_a_step(self.say) as request,
         ):
-            for step in range(begin + 1, self.plan.steps + 1):
+            for step in range(begin + 1, self.resolved.steps + 1):
                 if self._stops_early():
                     break
                 metrics = self._step(step)
-                if step % self.plan.eval_steps == 0 or step == self.plan.steps:
+                if step % self.resolved.eval_steps == 0 or step == self.resolved.steps:
                     metrics.update(self._evaluate())
                 metrics.update(self._sample(tracker, step))
                 self._log(tracker, step, metrics)
@@ -115,7 +121,9 @@ class Run:
                 stop = self._is_asked_to_stop(request)
                 self._save_if_due(step, stop)
                 if stop:
-                    self.say(f"Stopped after step {step} of {self.plan.steps}; its checkpoint is written.")
+                    self.say(
+                        f"Stopped after step {step} of {self.resolved.steps}; its checkpoint is written."
+                    )
                     request.end()
                 advance(1, f"loss {metrics.get('loss', math.nan):.4f}")
         if self.settings.keep_last and not (self.folder / f"checkpoint-{self.last_step}").is_dir():
@@ -134,12 +142,12 @@ class Run:
 
     def examples_of(self, step: int) -> np.ndarray:
         """Example numbers of a step (1-based): a function of the seed and the step alone."""
-        epoch, index = divmod(step - 1, self.plan.steps_per_epoch)
+        epoch, index = divmod(step - 1, self.resolved.steps_per_epoch)
         order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
-        return order[index * self.plan.batch_size : (index + 1) * self.plan.batch_size]
+        return order[index * self.resolved.batch_size : (index + 1) * self.resolved.batch_size]
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.say(f"Continuing from step {checkpoint.step} of {self.plan.steps} ({checkpoint.folder})")
+        self.say(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
         self.loss_state = dict(checkpoint.state.loss_state)
         self.audit_difference = checkpoint.state.audit_max_abs_diff
@@ -168,7 +176,7 @@ class Run:
         return {
             **metrics,
             "learning_rate": rate,
-            "epoch": round(step / self.plan.steps_per_epoch, 6),
+            "epoch": round(step / self.resolved.steps_per_epoch, 6),
             "step_seconds": round(time.monotonic() - began, 4),
         }
 
@@ -182,7 +190,7 @@ class Run:
             self.say(f"{what}. Skipped: the weights stay as they are.")
             return
         raise TrainingDiverged(
-            f"{what}. Lower train.learning_rate (now {self.plan.learning_rate:g}), look at these rows, or leave such "
+            f"{what}. Lower train.learning_rate (now {self.resolved.learning_rate:g}), look at these rows, or leave such "
             f"steps out with --set train.on_nonfinite=skip. The same command continues from the last checkpoint."
         )
 
@@ -198,7 +206,7 @@ class Run:
     def _sample(self, tracker: Tracker, step: int) -> dict[str, float]:
         """Completions of a few prompts where they are due: to console and files; their metrics."""
         every, pool = self.settings.sample_steps, self.job.pool
-        if every is None or pool is None or (step % every and step != self.plan.steps):
+        if every is None or pool is None or (step % every and step != self.resolved.steps):
             return {}
         occasion = -(-step // every)
         records, metrics = sample_policy(
@@ -234,11 +242,11 @@ class Run:
         return bool(self.world.sum_(asked))
 
     def _save_if_due(self, step: int, stop: bool) -> None:
-        is_last = step == self.plan.steps
+        is_last = step == self.resolved.steps
         metric = self.settings.best_metric
         evaluated = metric is not None and eval_name(metric) in self.history[-1]
         is_best = evaluated and self.best is not None and self.best.step == step
-        if stop or (is_best and not is_last) or (step % self.plan.save_steps == 0 and not is_last):
+        if stop or (is_best and not is_last) or (step % self.resolved.save_steps == 0 and not is_last):
             self._save(step)
 
     def _save(self, step: int) -> None:

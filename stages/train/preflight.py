@@ -50,7 +50,7 @@ def preflight(job: Job, rows: RowSet, eval_rows: Mapping[str, RowSet], context: 
     check_settings(job)
     if job.origin is not None:
         _check_origin(job, context)
-    make_schedule(settings, job.plan.learning_rate, job.plan.steps)
+    make_schedule(settings, job.resolved.learning_rate, job.resolved.steps)
     check_rows(job, [rows, *eval_rows.values()], job.source.folder, context)
 
 
@@ -166,9 +166,9 @@ def _check_origin(job: Job, context: Context) -> None:
             f"Continue it in spite of that with --set train.resume_override=[{names}], or leave train.resume out "
             f"to train from step 0."
         )
-    if job.origin.step > job.plan.steps:
+    if job.origin.step > job.resolved.steps:
         raise UsageError(
-            f"{job.origin.folder} is at step {job.origin.step}, and this run has {job.plan.steps} steps. "
+            f"{job.origin.folder} is at step {job.origin.step}, and this run has {job.resolved.steps} steps. "
             f"Raise train.max_steps, or resume an older checkpoint."
         )
     if differing:
