@@ -110,11 +110,11 @@ PARTS = [{"loss": {"name": "dpo"}}, {"loss": {"name": "kto", "betta": 1}, "wiegh
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "dpo", "beta": 1}}]},
-            "loss.parts has a loss twice: dpo, dpo; add up their weights in one part",
+            "loss.parts has the same loss twice: dpo, dpo; add up the weights in one part",
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "bco"}}]},
-            "loss.parts has bco in a later place; it keeps a running state and must be first",
+            "loss.parts has bco, which keeps a running state, in a later place; put it first",
         ),
     ],
 )

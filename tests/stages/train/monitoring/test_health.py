@@ -34,7 +34,7 @@ SICK = {
     "kl_exploding": (WINDOW, {"kl": 51.0}, ("51", "50")),
     "accuracy_at_chance": (LONG_WINDOW, {"rewards/accuracies": 0.52}, ("0.520",)),
     "no_gradient": (1, {"grad_norm": 0.0}, ("step 1",)),
-    "weights_stand_still": (WINDOW, {"weights_changed": 0.2}, ("20%",)),
+    "weights_unchanged": (WINDOW, {"weights_changed": 0.2}, ("20%",)),
     "steps_skipped": (2, {"skipped": 1}, ("2 of the last 2",)),
     "samples_degenerate": (
         1,
@@ -70,7 +70,7 @@ def test_a_sick_run_is_told_what_and_how_much(name: str) -> None:
         ("both_falling", {"logratios/chosen": -20.0, "logratios/rejected": 1.0, "logps/chosen": -120.0}),
         ("kl_exploding", {"kl": 49.0}),
         ("accuracy_at_chance", {"rewards/accuracies": 0.56}),
-        ("weights_stand_still", {"weights_changed": 0.2, "learning_rate": 0.0}),
+        ("weights_unchanged", {"weights_changed": 0.2, "learning_rate": 0.0}),
     ],
 )
 def test_just_inside_the_range_is_healthy(name: str, changes: dict) -> None:
