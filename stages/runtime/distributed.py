@@ -77,9 +77,8 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
-    from torch.distributed.tensor import (
-        DTensor,
-    )  # takes a second to import: not for commands that train nothing
+    # Slow to import, and not every command trains.
+    from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
