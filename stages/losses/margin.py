@@ -114,5 +114,5 @@ class MarginLoss(Loss):
                 return math.log(2) + logsigmoid(logratios)
             case "alpha_divergence":
                 assert self.f_alpha_divergence_coef is not None
-                slope = self.f_alpha_divergence_coef - 1
-                return torch.expm1((slope * logratios).clamp(max=_MAX_EXPONENT)) / slope
+                exponent = self.f_alpha_divergence_coef - 1
+                return torch.expm1((exponent * logratios).clamp(max=_MAX_EXPONENT)) / exponent

@@ -27,17 +27,17 @@ def share_of_a_step(dtype: torch.dtype, seen: int) -> float:
 
 
 @pytest.mark.parametrize("seen", [20, 2000])
-def test_float32_weights_move_though_most_tokens_do_not_occur(seen) -> None:
+def test_a_step_changes_nearly_all_float32_weights_with_a_gradient(seen) -> None:
     assert share_of_a_step(torch.float32, seen) > 0.99
 
 
 @pytest.mark.parametrize("seen", [20, 2000])
-def test_bfloat16_weights_do_not(seen) -> None:
+def test_a_step_changes_few_bfloat16_weights(seen) -> None:
     """The published count for weights of this spread at this rate is 1 %; a warning is due far above."""
     assert share_of_a_step(torch.bfloat16, seen) < 0.05 < CHANGED_SHARE
 
 
-def test_a_step_without_a_gradient_moves_nothing() -> None:
+def test_the_share_without_a_gradient_is_0() -> None:
     parameter = nn.Parameter(torch.ones(10))
     updates = WeightUpdates([parameter])
     updates.before_step()
