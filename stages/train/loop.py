@@ -94,17 +94,8 @@ class Run:
 
         `audit_difference` is the result of the audit at step 0, in nats per token; None if there was no audit.
         """
-        tracker.begin(self.checkpoint and self.checkpoint.folder)
-        if self.checkpoint is None:
-            self.audit_difference = audit_difference
-            first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
-            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
-        else:
-            self._restore(self.checkpoint)
-        check_metric(self.history, self.settings.best_metric, "train.best_metric")
-        check_metric(self.history, self.settings.early_stopping_metric, "train.early_stopping_metric")
-        watch = Watch()
-        begin = self.history[-1]["step"]
+        self._begin(tracker, audit_difference)
+        watch, begin = Watch(), self.last_step
         with (
             progress("train", self.resolved.steps - begin, "steps") as advance,
             stop_at_a_step(self.say) as request,
@@ -146,6 +137,18 @@ class Run:
         epoch, index = divmod(step - 1, self.resolved.steps_per_epoch)
         order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
         return order[index * self.resolved.batch_size : (index + 1) * self.resolved.batch_size]
+
+    def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:
+        """Evaluate at step 0, or restore the checkpoint."""
+        tracker.begin(self.checkpoint and self.checkpoint.folder)
+        if self.checkpoint is None:
+            self.audit_difference = audit_difference
+            first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
+            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
+        else:
+            self._restore(self.checkpoint)
+        check_metric(self.history, self.settings.best_metric, "train.best_metric")
+        check_metric(self.history, self.settings.early_stopping_metric, "train.early_stopping_metric")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.say(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")
@@ -213,9 +216,9 @@ class Run:
         every, pool = self.settings.sample_steps, self.job.pool
         if every is None or pool is None or (step % every and step != self.resolved.steps):
             return {}
-        sample_index = -(-step // every)
+        round_index = -(-step // every)
         records, metrics = sample_policy(
-            self.policy.scorer, self.job.source, pool, step, sample_index, synced_ranks=self.world.sharded
+            self.policy.scorer, self.job.source, pool, step, round_index, synced_ranks=self.world.sharded
         )
         self.say("\n".join([f"Samples at step {step}:", *console_lines(records)]))
         tracker.log_samples([vars(record) for record in records])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cache.fingerprint import fingerprint
 from stages.generation.completion_files import instruction
-from stages.generation.generate import as_completion, check_prompts, open_model, request_seed
+from stages.generation.generate import Completion, as_completion, check_prompts, open_model, request_seed
 from stages.generation.requests import EngineOptions, Request, Sampling
 from stages.generation.transformers_engine import sample_network
 from stages.models.loading import ModelSource
@@ -55,18 +55,18 @@ class PromptPool:
         return fingerprint({"prompts": prompts, **how})
 
 
-def choose(strategy: SampleStrategy, pool: int, number: int, sample_index: int, seed: int) -> list[int]:
-    """Distinct places in a pool of `pool` prompts. `sample_index` counts the times of sampling, 0 before training.
+def choose(strategy: SampleStrategy, pool: int, number: int, round_index: int, seed: int) -> list[int]:
+    """Distinct places in a pool of `pool` prompts. `round_index` counts the rounds of sampling, 0 before training.
 
     `fixed`: always the first `number`; `round_robin`: the next `number`, cyclically; `random`: drawn from
-    (seed, sample_index).
+    (seed, round_index).
     """
     number = min(number, pool)
     if strategy == "fixed":
         return list(range(number))
     if strategy == "round_robin":
-        return [(sample_index * number + place) % pool for place in range(number)]
-    return random.Random(f"{seed} {sample_index}").sample(range(pool), number)
+        return [(round_index * number + place) % pool for place in range(number)]
+    return random.Random(f"{seed} {round_index}").sample(range(pool), number)
 
 
 def sample_policy(
@@ -74,7 +74,7 @@ def sample_policy(
     source: ModelSource,
     pool: PromptPool,
     step: int,
-    sample_index: int,
+    round_index: int,
     synced_ranks: bool = False,
 ) -> tuple[list[SampleRecord], dict[str, float]]:
     """Records of the completions of this step, and their metrics. Every rank calls this and gets the same.
@@ -83,7 +83,7 @@ def sample_policy(
     that leaves no room for a completion.
     """
     sampling = pool.sampling
-    places = choose(pool.strategy, len(pool.prompts), pool.number, sample_index, sampling.seed)
+    places = choose(pool.strategy, len(pool.prompts), pool.number, round_index, sampling.seed)
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
     model = open_model(source.folder, sampling, EngineOptions("float32", longest))
@@ -96,18 +96,19 @@ def sample_policy(
         lambda network: sample_network(network, model, requests, sampling, synced_ranks)
     )
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
-    records = [
-        SampleRecord(
-            step=step,
-            id=prompt.id,
-            prompt=instruction(prompt.shown),
-            completion=completion.text,
-            finish_reason=completion.finish_reason,
-            num_tokens=len(completion.token_ids),
-        )
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    records = [_record(step, *pair) for pair in zip(prompts, completions, strict=True)]
     return records, sample_metrics(records, sampled, is_finite)
+
+
+def _record(step: int, prompt: "Prompt", completion: Completion) -> SampleRecord:
+    return SampleRecord(
+        step=step,
+        id=prompt.id,
+        prompt=instruction(prompt.shown),
+        completion=completion.text,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+    )
 
 
 def sample_metrics(
