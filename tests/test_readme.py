@@ -1,12 +1,9 @@
 """What the documents say: commands parse, links lead somewhere, tables and figures are those of the code and of results."""
 
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,45 +243,9 @@ def test_the_exit_codes_are_those_of_the_errors():
     assert documented == {0, 130, 143} | {error.exit_code for error in errors}
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.mark.slow
-def test_the_command_line_says_what_it_would_do_and_writes_nothing(project):
+def test_the_command_line_says_what_it_would_do_and_writes_nothing(align, project):
     before = sorted(project.rglob("*"))
-    done = run("run", "--dry-run", "--json", cwd=project)
-    assert done.returncode == 0, done.stderr
-    assert list(json.loads(done.stdout)) == ["prepare", "cache-ref", "train", "sample"]
+    code, out, err = align("run", "--dry-run", "--json")
+    assert code == 0, err
+    assert list(json.loads(out)) == ["prepare", "cache-ref", "train", "sample"]
     assert sorted(project.rglob("*")) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", COMMANDS)
-def test_help_shows_examples(project, stage):
-    done = run(stage, "--help", cwd=project)
-    assert done.returncode == 0
-    assert "Examples" in done.stdout
-    assert COMMANDS[stage].examples[0] in done.stdout
-
-
-@pytest.mark.slow
-def test_a_mistake_is_one_line_and_its_exit_code(project):
-    for arguments, code in (
-        (["train", "--loss", "kt0"], 2),
-        (["prepare", "--nope"], 2),
-        (["prepare", "--set", "data.path=nope.jsonl", "--set", "policy.model=./nope"], 3),
-    ):
-        done = run(*arguments, cwd=project)
-        assert done.returncode == code, done.stderr
-        assert done.stderr.startswith("align: ")
-        assert done.stderr.count("\n") == 1
-        assert done.stdout == ""

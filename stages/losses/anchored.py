@@ -14,9 +14,9 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class NCA(Loss):
-    """Noise contrastive alignment: raises the chosen log-ratio itself, not only its distance from the rejected one.
+    """Raises the chosen log-ratio itself, not only its margin over the rejected (noise-contrastive alignment).
 
-    The second and the third term pull both sides back towards the reference, so the chosen log-prob does not fall.
+    A term of weight one half on each side holds both near the reference, so the chosen does not fall.
 
     Formula: `-log s(beta D_w) - log s(-beta D_w) / 2 - log s(-beta D_l) / 2`. Paper: arXiv 2402.05369,
     section 4.1.
@@ -85,7 +85,7 @@ class APOZero(Loss):
 
 
 class APODown(Loss):
-    """Lowers both completions, the rejected one more.
+    """Lowers both completions, the rejected one more: for a policy that is better than its data.
 
     For data whose chosen completions are worse than the policy's own: their order is worth learning, but neither
     is worth imitating.

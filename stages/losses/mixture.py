@@ -24,7 +24,7 @@ class Part(BaseModel):
 
 
 class Mixture(Loss):
-    """A weighted sum of several losses, for example of one for the order of a pair and one for imitation.
+    """A weighted sum of other losses on the same pairs, as in MPO.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
     mean over the two rows. The best known mixture is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it

@@ -37,7 +37,7 @@ class DPO(MarginLoss):
 
 
 class CDPO(MarginLoss):
-    """DPO with label smoothing: it assumes that a share of the preferences is swapped, and so bounds the margin.
+    """DPO with smoothed labels: a share of them is taken to be wrong, so the margin has a finite optimum.
 
     The loss has its minimum at `beta h = log((1 - eps) / eps)` and rises again beyond it.
 
@@ -59,7 +59,7 @@ class CDPO(MarginLoss):
 
 
 class RDPO(MarginLoss):
-    """DPO on partly flipped labels, corrected so that its expectation is that of DPO on the clean labels.
+    """DPO corrected for label noise: its mean over flipped labels is the loss of DPO on clean ones.
 
     This holds if each label was flipped with probability eps, independently. Called `robust` in TRL.
 
@@ -111,7 +111,7 @@ class DPONorm(MarginLoss):
 
 
 class IPO(MarginLoss):
-    """Regresses the margin to a finite target, where dpo would let it grow without bound.
+    """Regresses the margin to a finite target, where DPO pushes it without bound.
 
     So even labels without noise do not drive the policy away from the reference. `beta` is the paper's tau.
 
@@ -140,7 +140,7 @@ class IPO(MarginLoss):
 
 
 class Hinge(MarginLoss):
-    """Increases the margin of a pair up to 1 / beta; beyond it the pair has no gradient.
+    """Hinge loss on the margin: a pair has no gradient once its margin reaches 1 / beta.
 
     The loss of SLiC with log-ratios in place of log-probs, as RSO uses it.
 
@@ -160,7 +160,7 @@ class Hinge(MarginLoss):
 
 
 class EXO(MarginLoss):
-    """Fits the policy to the preferences by the reverse KL, the direction that reinforcement learning uses.
+    """Fits the policy to the preference by the reverse KL, the direction that reinforcement learning uses.
 
     dpo is mass-covering: it spreads over all modes of the preference distribution. This loss is mode-seeking.
 

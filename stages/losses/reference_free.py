@@ -19,7 +19,7 @@ _MAX_MEAN_LOGP = -1e-6
 
 
 class SimPO(Loss):
-    """Compares the mean log-probs of the two completions, as generation does, and demands a margin.
+    """Uses the mean log-prob per token, which generation maximizes too, as the reward, with a target margin.
 
     No reference keeps the policy in place; only a small learning rate does.
 
@@ -51,9 +51,9 @@ class SimPO(Loss):
 
 
 class ORPO(Loss):
-    """Fine-tunes on the chosen completions and, with a small weight, lowers the odds of the rejected ones.
+    """Supervised learning on the chosen completion, plus an odds ratio against the rejected one, in one stage.
 
-    Supervised fine-tuning and preference learning in one stage, from a base model.
+    Starts from a base model, without a supervised stage before it.
 
     Formula: `NLL_w - beta log s(o_w - o_l)`, `o = log(p / (1 - p)) = a - log(1 - e^a)`. Paper: arXiv
     2403.07691, eq. 6 and 7 (beta is its lambda).
@@ -106,7 +106,7 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 
 
 class CPO(Loss):
-    """DPO with a uniform reference, plus the NLL of the chosen completion, which keeps the policy in place.
+    """DPO with a uniform reference, plus supervised learning on the chosen completion.
 
     Formula: `-log s(beta (L_w - L_l)) + cpo_alpha NLL_w`. Paper: arXiv 2401.08417, eq. 3 and the
     behaviour-cloning term after it.
@@ -134,7 +134,7 @@ class CPO(Loss):
 
 
 class AlphaPO(Loss):
-    """simpo with a curved reward: alpha sets how fast the reward grows with the likelihood of a completion.
+    """SimPO with another shape of the reward: alpha sets how fast it grows as a completion becomes likely.
 
     With a positive alpha, unlikely completions cost more than by their log-prob; the limit alpha = 0 is simpo.
 
@@ -171,7 +171,7 @@ class AlphaPO(Loss):
 
 
 class SFT(Loss):
-    """Supervised fine-tuning on the chosen completions, with equal weight for every token.
+    """Supervised learning on the chosen completions, every token weighted alike; many recipes start from it.
 
     Formula: the mean of `-log pi(token)` over all chosen tokens of the step. The loss of one pair is `-L_w`
     divided by the step's mean number of chosen tokens; the mean of this over pairs is the mean over tokens, however

@@ -14,7 +14,7 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class AOT(Loss):
-    """Raises the distribution of the policy's margins above that of the reference's, at every quantile.
+    """Raises the distribution of margins above that of the reference, at every quantile (optimal transport).
 
     The smallest margin of the policy is compared with the smallest of the reference, and so on: the policy improves
     as a distribution, not on each pair.
@@ -43,7 +43,7 @@ class AOT(Loss):
 
 
 class AOTUnpaired(Loss):
-    """Raises the distribution of the chosen log-ratios above that of the rejected ones, at every quantile.
+    """Raises the distribution of chosen log-ratios above that of rejected ones, at every quantile.
 
     It ignores which rejected completion belongs to which chosen one, but needs as many of each, so it reads pairs.
 

@@ -15,10 +15,10 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class KTO(Loss):
-    """Raises desirable and lowers undesirable completions, with the value function of prospect theory.
+    """Raises desirable and lowers undesirable completions, relative to an estimate of the KL to the reference.
 
-    Gains and losses are measured from a reference point z, an estimate of the KL divergence between policy and
-    reference. It is computed from mismatched rows: completions placed after prompts they do not belong to.
+    Gains have the diminishing returns of prospect theory. They are measured from the reference point z, the
+    mean movement of the policy, estimated on completions paired with prompts they do not belong to.
 
     Formula: desirable `desirable_weight (1 - s(beta (D - z)))`, undesirable `undesirable_weight (1 - s(beta
     (z - D)))`, `z = max(0, mean D of the step's mismatched rows)` without gradient. Paper: arXiv 2402.01306,
@@ -49,7 +49,7 @@ class KTO(Loss):
 
 
 class APOZeroUnpaired(Loss):
-    """kto with the reference point z = 0, so that no mismatched rows are scored.
+    """KTO with the reference point z = 0, so that no mismatched rows are scored.
 
     On pairs it is half of apo_zero.
 
@@ -86,7 +86,7 @@ def _value_losses(batch: Batch, loss: KTO | APOZeroUnpaired, distances: Tensor) 
 
 
 class BCO(Loss):
-    """Trains a binary classifier of completions whose logit is the reward minus the mean reward.
+    """Trains a classifier of good and bad completions whose logit is the reward, shifted by the mean reward.
 
     The shift by the mean, delta, tightens the upper bound on dpo's loss: a reward counts as good if it is above the
     mean so far.

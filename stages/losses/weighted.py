@@ -15,7 +15,7 @@ from stages.losses.margin import MarginLoss
 
 
 class ODPO(MarginLoss):
-    """DPO with an offset: the margin of a pair has to exceed a function of its difference in score.
+    """DPO with an offset: the required margin grows with the difference of the scores.
 
     A pair with scores 9 and 1 needs a larger margin than one with scores 6 and 5.
 
@@ -73,7 +73,7 @@ def _gaps(chosen: Rows, rejected: Rows) -> Tensor:
 
 
 class WPO(MarginLoss):
-    """DPO that weights each pair by the likelihood of its two completions under the policy.
+    """DPO that weights a pair by the likelihood of both completions under the policy.
 
     Off-policy data trains on completions that the policy would never generate; the weights simulate on-policy data.
 
