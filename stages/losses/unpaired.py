@@ -17,8 +17,8 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 class KTO(Loss):
     """Raises desirable and lowers undesirable completions, relative to an estimate of the KL to the reference.
 
-    Gains have the diminishing returns of prospect theory. They are measured from the reference point z, the
-    mean movement of the policy, estimated on completions paired with prompts they do not belong to.
+    The value of gains and losses is that of prospect theory. They are measured from a reference point z, the estimate
+    of the KL divergence, which is computed from mismatched rows: completions after prompts they do not belong to.
 
     Formula: desirable `desirable_weight (1 - s(beta (D - z)))`, undesirable `undesirable_weight (1 - s(beta
     (z - D)))`, `z = max(0, mean D of the step's mismatched rows)` without gradient. Paper: arXiv 2402.01306,
