@@ -85,9 +85,9 @@ def would_train(inputs: "Inputs") -> Intent:
         {
             "loss": inputs.loss_name,
             "examples": job.rows.counts["examples"]["train"],
-            "steps": job.plan.steps,
-            "batch_size": job.plan.batch_size,
-            "learning_rate": job.plan.learning_rate,
+            "steps": job.resolved.steps,
+            "batch_size": job.resolved.batch_size,
+            "learning_rate": job.resolved.learning_rate,
         },
     )
 

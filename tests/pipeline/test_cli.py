@@ -155,7 +155,7 @@ def test_data_that_cannot_be_used_ends_with_3(align, config, preferences, tmp_pa
     refused(
         align(*prepare, "--set", "policy.model=./missing"),
         3,
-        "No such model folder: ./missing",
+        "The model folder ./missing does not exist",
         "policy.model",
     )
     refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "no model folder", "config.json")

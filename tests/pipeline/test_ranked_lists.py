@@ -93,14 +93,14 @@ def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
         (
             {"name": "kto"},
             "ranked",
-            r"Loss kto takes each completion as desirable or not.*train.pairs is all",
+            r"Loss kto needs each completion to be desirable or undesirable.*train.pairs=all",
         ),
         ({"name": "bco"}, "ranked", r"Loss bco .*Use --set train.pairs=best_worst"),
         ({"name": "apo_zero_unpaired"}, "ranked", r"Loss apo_zero_unpaired .*train.pairs=best_worst"),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "bco"}}, {"loss": {"name": "dpo"}}]},
             "ranked",
-            r"Loss mixture takes each completion.*train.pairs=best_worst",
+            r"Loss mixture needs each completion.*train.pairs=best_worst",
         ),
         ({"name": "dpo", "ld_alpha": 0.5}, "ranked", r"Loss dpo with ld_alpha .*leave ld_alpha out"),
         (

@@ -143,7 +143,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
         assert_same(split, whole)
 
 
-def test_the_budgets_mean_what_they_are_called() -> None:
+def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     rows = make_rows()
     lengths = [
         int(rows.prompt_lengths[a] + (rows.completion_lengths[a : a + 2] - 1).sum()) for a in rows.starts
