@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
-from pipeline.run import Session
+from pipeline.session import Session
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order, num_steps
 from stages.engine.scorer import Scorer
 from stages.losses import parse_loss
 from stages.models.loading import load_model, resolve_model
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
+from stages.train.data_order import epoch_order, num_steps
 from stages.train.step.row_scorer import RowScorer
 from stages.train.step.step import accumulate_step, evaluate
 

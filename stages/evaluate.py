@@ -12,13 +12,13 @@ from cache.files import read_json
 from stages.data.rows import RowSet
 from stages.losses.contract import Loss
 from stages.models.adapters import base_of, is_adapter, load_any
-from stages.models.loading import ModelSource, check_length
+from stages.models.loading import ModelSource
 from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
-from stages.train.checkpoints import STATE
+from stages.train.checkpoints import STATE, Checkpoint
 from stages.train.job import Job
-from stages.train.step.density_ratio import DensityRatios
-from stages.train.step.row_scorer import RowScorer
+from stages.train.preflight import check_rows
+from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import evaluate
 
 HELDOUT = "heldout"
@@ -31,13 +31,15 @@ def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
     """
     if not loss.keeps_state:
         return {}
-    for name, place in ((MANIFEST, "counts"), (STATE, None)):
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            holder = found if place is None else found[place]
-            if found["identity"].get("loss") == loss.model_dump():
-                return dict(holder.get("loss_state") or {})
-    return {}
+    if (folder / MANIFEST).is_file():
+        manifest = read_json(folder / MANIFEST)
+        identity, state = manifest["identity"], manifest["counts"].get("loss_state")
+    elif (folder / STATE).is_file():
+        saved = Checkpoint.read(folder).state
+        identity, state = saved.identity or {}, saved.loss_state
+    else:
+        return {}
+    return dict(state or {}) if identity.get("loss") == loss.model_dump() else {}
 
 
 def evaluate_model(
@@ -59,18 +61,22 @@ def evaluate_model(
             f"--set eval.sets.NAME=FILE."
         )
     folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
-    for rows in sets.values():
-        check_length(folder, rows.max_length())
-        if job.reference is not None:
-            job.reference.require(rows.scored_keys(job.loss.needs_mismatched), context.command("cache-ref"))
+    check_rows(job, sets.values(), folder, context)
     scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
-    ratios = DensityRatios(RowSet.of(job.rows, "train")) if job.loss.needs_density_ratios else None
+    row_scorers = make_row_scorers(
+        scorer,
+        sets.values(),
+        job.reference,
+        job.loss,
+        World(),
+        job.settings.pairs,
+        lambda: RowSet.of(job.rows, "train"),
+    )
     found: dict[str, dict[str, float]] = {}
     with progress("eval", len(sets), "sets") as advance:
-        for name, rows in sets.items():
-            own = ratios and ratios.of(rows)
-            row_scorer = RowScorer(scorer, rows, job.reference, job.loss, World(), job.settings.pairs, own)
-            number = min(rows.num_examples, job.settings.eval_samples or rows.num_examples)
+        for name, row_scorer in zip(sets, row_scorers, strict=True):
+            number = row_scorer.rows.num_examples
+            number = min(number, job.settings.eval_samples or number)
             found[name] = {"examples": number, **evaluate(row_scorer, job.loss, range(number), state)}
             advance(1, name)
     return found

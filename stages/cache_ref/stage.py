@@ -22,7 +22,7 @@ from cache.ref_logps import RefLogps
 from stages.cache_ref.store_lookup import remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet
-from stages.engine.packing import pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, fed_length
 from stages.models.loading import ModelSource, check_length, load_model
 from stages.runtime.compute import Compute
@@ -134,10 +134,10 @@ def score_unit(unit: WorkUnit, scorer: "Scorer") -> tuple[list[np.ndarray], int]
     lengths = [fed_length(unit.rows, group) for group in unit.groups]
     packs = (
         build_pack(unit.rows, [unit.groups[index] for index in indices])
-        for indices in pack(lengths, scorer.compute.tokens_per_batch)
+        for indices in pack_lengths(lengths, scorer.compute.tokens_per_batch)
     )
     # Values stay on the device until the unit is done, so that a GPU computes while the next pack is built.
-    scored = [(one.rows, scorer(one)) for one in packs]
+    scored = [(one.rows, scorer(one).completion_logps) for one in packs]
     found: dict[int, np.ndarray] = {}
     for numbers, token_logps in scored:
         ends = np.cumsum(unit.rows.completion_lengths[numbers])

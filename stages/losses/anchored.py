@@ -14,9 +14,9 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class NCA(Loss):
-    """Tells data from noise: raises the chosen log-ratio for what it is, not for being above the rejected.
+    """Raises the chosen log-ratio itself, not only its margin over the rejected (noise-contrastive alignment).
 
-    Half a pull back on each side keeps both near the reference, so the chosen log-prob does not fall.
+    A term of weight one half on each side holds both near the reference, so the chosen does not fall.
 
     Formula: `-log s(beta D_w) - log s(-beta D_w) / 2 - log s(-beta D_l) / 2`. Paper: arXiv 2402.05369,
     section 4.1.
@@ -85,7 +85,7 @@ class APOZero(Loss):
 
 
 class APODown(Loss):
-    """Lowers both completions, the rejected one more.
+    """Lowers both completions, the rejected one more: for a policy that is better than its data.
 
     For data whose chosen answers are worse than what the model would say: there is an order to learn, but
     neither answer to imitate.

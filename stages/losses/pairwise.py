@@ -37,7 +37,7 @@ class DPO(MarginLoss):
 
 
 class CDPO(MarginLoss):
-    """DPO that believes a share of the labels to be wrong way round, so it never asks for certainty.
+    """DPO with smoothed labels: a share of them is taken to be wrong, so the margin has a finite optimum.
 
     The loss has its minimum at `beta h = log((1 - eps) / eps)` and rises again beyond it.
 
@@ -59,7 +59,7 @@ class CDPO(MarginLoss):
 
 
 class RDPO(MarginLoss):
-    """DPO on flipped labels, corrected so that its mean is DPO's on the clean ones.
+    """DPO corrected for label noise: its mean over flipped labels is the loss of DPO on clean ones.
 
     If a share eps of the labels was flipped at random, the expectation of this loss is that of DPO without
     the flips. Called `robust` in TRL.
@@ -112,7 +112,7 @@ class DPONorm(MarginLoss):
 
 
 class IPO(MarginLoss):
-    """Regresses the margin to a finite target instead of pushing it for ever.
+    """Regresses the margin to a finite target, where DPO pushes it without bound.
 
     Without a logistic curve there is nothing to saturate, so deterministic labels do not drive the policy
     away from the reference. `beta` is the paper's tau.
@@ -142,7 +142,7 @@ class IPO(MarginLoss):
 
 
 class Hinge(MarginLoss):
-    """Pushes a pair until its margin reaches 1 / beta, then leaves it alone.
+    """Hinge loss on the margin: a pair has no gradient once its margin reaches 1 / beta.
 
     The loss of SLiC with log-ratios in place of log-probs, which is how RSO uses it.
 
@@ -162,7 +162,7 @@ class Hinge(MarginLoss):
 
 
 class EXO(MarginLoss):
-    """Fits the policy to the preference with the reverse KL, the direction reinforcement learning uses.
+    """Fits the policy to the preference by the reverse KL, the direction that reinforcement learning uses.
 
     DPO covers every mode of the preference distribution; this one seeks the best of them.
 
@@ -184,7 +184,7 @@ class EXO(MarginLoss):
 
 
 class DiscoPOP(MarginLoss):
-    """A loss that a language model found: logistic for pairs in the wrong order, exponential for the others.
+    """A loss found by a language model: logistic for pairs in the wrong order, exponential for the others.
 
     A gate at the scale of tau blends the two; the blend is not convex just above zero.
 

@@ -19,7 +19,7 @@ _MAX_MEAN_LOGP = -1e-6
 
 
 class SimPO(Loss):
-    """Ranks completions by what generation ranks them by, the mean log-prob, and asks for a margin.
+    """Uses the mean log-prob per token, which generation maximizes too, as the reward, with a target margin.
 
     No reference holds the policy, so the learning rate and the margin do.
 
@@ -36,7 +36,7 @@ class SimPO(Loss):
     """
 
     name: Literal["simpo"] = "simpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.0
@@ -52,9 +52,9 @@ class SimPO(Loss):
 
 
 class ORPO(Loss):
-    """Fine-tunes on the chosen completions and, with a small weight, lowers the odds of the rejected ones.
+    """Supervised learning on the chosen completion, plus an odds ratio against the rejected one, in one stage.
 
-    Supervised learning and preference in one stage, starting from a base model.
+    Starts from a base model, without a supervised stage before it.
 
     Formula: `NLL_w - beta log s(o_w - o_l)`, `o = log(p / (1 - p)) = a - log(1 - e^a)`. Paper: arXiv
     2403.07691, eq. 6 and 7 (beta is its lambda).
@@ -72,16 +72,16 @@ class ORPO(Loss):
     """
 
     name: Literal["orpo"] = "orpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 5e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
     nll_span: Literal["completion", "sequence"] = "completion"
 
     @property
-    def needs_prompt_logps(self) -> bool:
+    def needs(self) -> frozenset[str]:
         """The NLL of the sequence begins with the prompt."""
-        return self.nll_span == "sequence"
+        return frozenset({"prompt_logps", "num_prompt_tokens"} if self.nll_span == "sequence" else ())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
@@ -95,8 +95,8 @@ class ORPO(Loss):
     def _nll(self, chosen: Rows) -> Tensor:
         if self.nll_span == "completion":
             return -chosen.mean_logps
-        assert chosen.prompt_logps is not None, "needs_prompt_logps was not met"
-        assert chosen.num_prompt_tokens is not None, "needs_prompt_logps was not met"
+        assert chosen.prompt_logps is not None, "prompt_logps is not in the needs of the loss"
+        assert chosen.num_prompt_tokens is not None, "num_prompt_tokens is not in the needs of the loss"
         return -(chosen.prompt_logps + chosen.logps) / (chosen.num_prompt_tokens + chosen.num_tokens)
 
 
@@ -107,7 +107,7 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 
 
 class CPO(Loss):
-    """DPO with a uniform reference, and supervised learning on the chosen completion to hold the policy.
+    """DPO with a uniform reference, plus supervised learning on the chosen completion.
 
     Formula: `-log s(beta (L_w - L_l)) + cpo_alpha NLL_w`. Paper: arXiv 2401.08417, eq. 3 and the
     behaviour-cloning term after it.
@@ -121,7 +121,7 @@ class CPO(Loss):
     """
 
     name: Literal["cpo"] = "cpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-6
     beta: PositiveFloat = 0.1
     cpo_alpha: NonNegativeFloat = 1.0
@@ -135,7 +135,7 @@ class CPO(Loss):
 
 
 class AlphaPO(Loss):
-    """simpo with a bent reward: alpha says how fast the reward grows as a completion becomes likely.
+    """SimPO with another shape of the reward: alpha sets how fast it grows as a completion becomes likely.
 
     Positive alpha makes unlikely completions cost more than the logarithm does; alpha towards 0 is simpo.
 
@@ -150,7 +150,7 @@ class AlphaPO(Loss):
     """
 
     name: Literal["alphapo"] = "alphapo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 7e-7
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.5
@@ -172,7 +172,7 @@ class AlphaPO(Loss):
 
 
 class SFT(Loss):
-    """Imitates the chosen completions, every token alike; the warm-up that recipes start from.
+    """Supervised learning on the chosen completions, every token weighted alike; many recipes start from it.
 
     Formula: the mean over all chosen tokens of the step of `-log pi(token)`; the loss of one pair is `-L_w`
     divided by the step's mean number of chosen tokens, so that the mean over pairs is that mean, however the
@@ -184,7 +184,7 @@ class SFT(Loss):
     """
 
     name: Literal["sft"] = "sft"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-5
     batch_size: ClassVar[int] = 128
 

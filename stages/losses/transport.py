@@ -14,7 +14,7 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class AOT(Loss):
-    """Lifts the distribution of margins above the reference's, at every quantile.
+    """Raises the distribution of margins above that of the reference, at every quantile (optimal transport).
 
     The weakest margin of the policy is held against the weakest of the reference, and so on: the policy
     improves everywhere in distribution, though not on each pair.
@@ -34,8 +34,8 @@ class AOT(Loss):
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per rank of the margins."""
         chosen, rejected = batch.pairs()
-        assert chosen.ref_logps is not None, "needs_reference was not met"
-        assert rejected.ref_logps is not None, "needs_reference was not met"
+        assert chosen.ref_logps is not None, "ref_logps is not in the needs of the loss"
+        assert rejected.ref_logps is not None, "ref_logps is not in the needs of the loss"
         margins = torch.sort(chosen.logps - rejected.logps).values
         ref_margins = torch.sort(chosen.ref_logps - rejected.ref_logps).values
         losses = -logsigmoid(self.beta * (margins - ref_margins))
@@ -43,7 +43,7 @@ class AOT(Loss):
 
 
 class AOTUnpaired(Loss):
-    """Lifts the distribution of chosen log-ratios above that of rejected ones, at every quantile.
+    """Raises the distribution of chosen log-ratios above that of rejected ones, at every quantile.
 
     It does not matter which rejected completion stood beside which chosen one, only that there are as many,
     so it reads pairs.

@@ -15,10 +15,10 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class KTO(Loss):
-    """Raises what people liked and lowers what they did not, with the diminishing returns of prospect theory.
+    """Raises desirable and lowers undesirable completions, relative to an estimate of the KL to the reference.
 
-    A completion is good or bad relative to how far the policy has moved in general: the reference point z, an
-    estimate of the KL, from completions put behind prompts they do not belong to.
+    Gains have the diminishing returns of prospect theory. They are measured from the reference point z, the
+    mean movement of the policy, estimated on completions paired with prompts they do not belong to.
 
     Formula: desirable `desirable_weight (1 - s(beta (D - z)))`, undesirable `undesirable_weight (1 - s(beta
     (z - D)))`, `z = max(0, mean D of the step's mismatched rows)` without gradient. Paper: arXiv 2402.01306,
@@ -35,7 +35,7 @@ class KTO(Loss):
 
     name: Literal["kto"] = "kto"
     unit: ClassVar[Literal["pair", "row"]] = "row"
-    needs_mismatched: ClassVar[bool] = True
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable", "kl"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
@@ -44,12 +44,12 @@ class KTO(Loss):
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
-        assert step.kl is not None, "needs_mismatched was not met"
+        assert step.kl is not None, "kl is not in the needs of the loss"
         return _value_losses(batch, self, batch.rows.logratios - step.kl.clamp(min=0))
 
 
 class APOZeroUnpaired(Loss):
-    """kto whose reference point is the reference itself: z = 0, and no mismatched rows to score.
+    """KTO with the reference point z = 0, so that no mismatched rows are scored.
 
     On pairs it is half of apo_zero.
 
@@ -62,6 +62,7 @@ class APOZeroUnpaired(Loss):
 
     name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
     unit: ClassVar[Literal["pair", "row"]] = "row"
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
@@ -85,7 +86,7 @@ def _value_losses(batch: Batch, loss: KTO | APOZeroUnpaired, distances: Tensor) 
 
 
 class BCO(Loss):
-    """Trains a classifier of good and bad answers whose logit is the reward, shifted by the mean reward.
+    """Trains a classifier of good and bad completions whose logit is the reward, shifted by the mean reward.
 
     The shift delta makes the bound on dpo's loss tight: a reward counts as good when it is above the average
     so far.
@@ -108,6 +109,7 @@ class BCO(Loss):
 
     name: Literal["bco"] = "bco"
     unit: ClassVar[Literal["pair", "row"]] = "row"
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     whole_step: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-6
@@ -116,9 +118,9 @@ class BCO(Loss):
     udm: StrictBool = False
 
     @property
-    def needs_density_ratios(self) -> bool:
-        """The weights of undesirable rows."""
-        return self.udm
+    def needs(self) -> frozenset[str]:
+        """With `udm` the weights of undesirable rows, too."""
+        return self.always_needs | (frozenset({"density_ratios"}) if self.udm else frozenset())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
@@ -127,7 +129,7 @@ class BCO(Loss):
         delta = (seen_sum + rewards.detach().sum()) / (seen_count + len(rewards))
         losses = -logsigmoid(torch.where(batch.desirable, rewards - delta, delta - rewards))
         if self.udm:
-            assert batch.rows.density_ratios is not None, "needs_density_ratios was not met"
+            assert batch.rows.density_ratios is not None, "density_ratios is not in the needs of the loss"
             losses = losses * batch.rows.density_ratios
         return LossOutput(losses, rewards.detach(), {"delta": delta.expand_as(losses)})
 

@@ -35,7 +35,7 @@ class Compute:
 
 
 def resolve_compute(settings: ComputeSettings) -> Compute:
-    """Turn 'auto' into a device and dtype; raises `MachineError` when the device is not there."""
+    """Turn 'auto' into a device and dtype; raises `MachineError` when the device or bitsandbytes is not there."""
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,10 +44,6 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
         raise MachineError(
             f"compute.device is {device}, which this machine does not have. Use --set compute.device=cpu."
         )
-    if device == "cuda" and "LOCAL_RANK" in os.environ:  # a rank of torchrun has a GPU of its own
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if device == "cpu":
-        keep_freed_memory()
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -56,6 +52,14 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
     return Compute(
         torch.device(device), getattr(torch, dtype), settings.tokens_per_batch, settings.load_in_4bit
     )
+
+
+def set_up_process(compute: Compute) -> None:
+    """Set what holds for the whole process: its GPU under torchrun, and on a CPU that freed memory is kept for reuse."""
+    if compute.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if compute.device.type == "cpu":
+        keep_freed_memory()
 
 
 def require_bitsandbytes(what: str) -> None:

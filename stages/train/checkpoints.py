@@ -22,12 +22,28 @@ PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
+class RunState:
+    """What continues a run besides weights, optimizer and logs; `identity` is the run's, None in an old checkpoint."""
+
+    loss_state: dict[str, float]
+    audit_max_abs_diff: float | None
+    identity: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A finished step, as found on disk and checked; `state` is what the loop asked to keep, plain data."""
+    """A finished step, as found on disk and checked."""
 
     folder: Path
     step: int
-    state: Mapping[str, Any]
+    state: RunState
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder`, whose files are known to be as written."""
+        fields = read_json(folder / STATE)
+        state = RunState(fields["loss_state"], fields["audit_max_abs_diff"], fields.get("identity"))
+        return cls(folder, fields["step"], state)
 
     @property
     def sha256(self) -> str:
@@ -36,7 +52,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None], world: World
+    root: Path, step: int, state: RunState, write: Callable[[Path], None], world: World
 ) -> None:
     """Write `checkpoint-<step>` under `root`; `write` puts weights, optimizer and metrics into a folder.
 
@@ -51,7 +67,7 @@ def save_checkpoint(
     write(staging)
     world.barrier()
     if world.is_main:
-        write_json(staging / STATE, {"step": step, **state})
+        write_json(staging / STATE, {"step": step, **vars(state)})
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         digests = {str(path.relative_to(staging)): sha256_file(path) for path in files}
         write_json(staging / FILES, digests)
@@ -80,7 +96,7 @@ def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint | No
         folder = root / f"{PREFIX}{step}"
         problem = checkpoint_problem(folder)
         if not problem:
-            return Checkpoint(folder, step, read_json(folder / STATE))
+            return Checkpoint.read(folder)
         say(f"Passing over {folder}: {problem}")
     return None
 

@@ -7,7 +7,6 @@ the lines logged so far, so a run continued from a checkpoint is the uninterrupt
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,22 +17,21 @@ import torch
 
 from cache.errors import AlignError
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order
 from stages.runtime.context import progress
 from stages.runtime.distributed import World
-from stages.train.checkpoints import Checkpoint, remove_old, save_checkpoint
+from stages.train.checkpoints import Checkpoint, RunState, remove_old, save_checkpoint
+from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.monitoring.best_evaluation import Best, best_evaluation, check_metric, eval_name
 from stages.train.monitoring.health import Watch
-from stages.train.monitoring.metrics_log import METRICS, SAMPLES, Tracker, read_metrics
+from stages.train.monitoring.metrics_log import METRICS, Tracker, copy_logs, read_metrics
 from stages.train.monitoring.weight_updates import Movement
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
-from stages.train.samples import sample_policy, shown
+from stages.train.samples import console_lines, sample_policy
 from stages.train.schedules import make_schedule
 from stages.train.signals import StopRequest, stop_at_a_step
-from stages.train.step.density_ratio import DensityRatios
-from stages.train.step.row_scorer import RowScorer
+from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import accumulate_step, evaluate
 
 # While training; two, so that a damaged one costs steps and not the run.
@@ -65,14 +63,17 @@ class Run:
         self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
         self.schedule = make_schedule(settings, self.plan.learning_rate, self.plan.steps)
         self.policy = load_trainable(job, world, say)
-        ratios = DensityRatios(rows) if job.loss.needs_density_ratios else None
-
-        def scorer_of(split: RowSet) -> RowScorer:
-            own = ratios and ratios.of(split)
-            return RowScorer(self.policy.scorer, split, job.reference, job.loss, world, settings.pairs, own)
-
-        self.train_scorer = scorer_of(rows)
-        self.eval_scorers = {name: scorer_of(split) for name, split in eval_sets.items() if len(split)}
+        filled = {name: split for name, split in eval_sets.items() if len(split)}
+        self.train_scorer, *eval_scorers = make_row_scorers(
+            self.policy.scorer,
+            [rows, *filled.values()],
+            job.reference,
+            job.loss,
+            world,
+            settings.pairs,
+            lambda: rows,
+        )
+        self.eval_scorers = dict(zip(filled, eval_scorers, strict=True))
         if summary := self.train_scorer.pairs.summary():
             say(summary)
         self.optimizer = make_optimizer(self.policy.parameters, settings)
@@ -81,17 +82,20 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.audit_difference: float | None = None
 
-    def go(self, tracker: Tracker) -> None:
-        """Every remaining step: train, evaluate, log, save, in that order."""
+    def go(self, tracker: Tracker, audit_difference: float | None) -> None:
+        """Every remaining step: train, evaluate, log, save, in that order.
+
+        `audit_difference` is what the audit before step 0 found, in nats; None where there was none.
+        """
         tracker.begin(self.checkpoint and self.checkpoint.folder)
         if self.checkpoint is None:
-            first = {} if self.audit_difference is None else {"audit/max_abs_diff": self.audit_difference}
+            self.audit_difference = audit_difference
+            first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
             self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
             self._restore(self.checkpoint)
-        for key in ("best_metric", "early_stopping_metric"):
-            if (metric := getattr(self.settings, key)) is not None:
-                check_metric(self.history, metric, f"train.{key}")
+        check_metric(self.history, self.settings.best_metric, "train.best_metric")
+        check_metric(self.history, self.settings.early_stopping_metric, "train.early_stopping_metric")
         watch = Watch()
         begin = self.history[-1]["step"]
         with (
@@ -137,8 +141,8 @@ class Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.say(f"Continuing from step {checkpoint.step} of {self.plan.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
-        self.loss_state = dict(checkpoint.state["loss_state"])
-        self.audit_difference = checkpoint.state["audit_max_abs_diff"]
+        self.loss_state = dict(checkpoint.state.loss_state)
+        self.audit_difference = checkpoint.state.audit_max_abs_diff
         self.history = read_metrics(checkpoint.folder / METRICS)
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -200,8 +204,8 @@ class Run:
         records, metrics = sample_policy(
             self.policy.scorer, self.job.source, pool, step, occasion, in_step=self.world.sharded
         )
-        self.say("\n".join([f"Samples at step {step}:", *shown(records)]))
-        tracker.log_samples(records)
+        self.say("\n".join([f"Samples at step {step}:", *console_lines(records)]))
+        tracker.log_samples([vars(record) for record in records])
         return metrics
 
     def _log(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
@@ -238,11 +242,7 @@ class Run:
             self._save(step)
 
     def _save(self, step: int) -> None:
-        state = {
-            "loss_state": self.loss_state,
-            "audit_max_abs_diff": self.audit_difference,
-            "identity": self.job.own_identity,
-        }
+        state = RunState(self.loss_state, self.audit_difference, self.job.own_identity)
         save_checkpoint(self.folder, step, state, self._write_state, self.world)
         if self.world.is_main:
             best = [self.best.step] if self.best else []
@@ -251,9 +251,7 @@ class Run:
     def _write_state(self, folder: Path) -> None:
         self.policy.save_state(folder, self.optimizer)
         if self.world.is_main:
-            for name in (METRICS, SAMPLES):
-                if (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, folder / name)
+            copy_logs(self.folder, folder)
 
 
 def _finite(value: Any) -> Any:

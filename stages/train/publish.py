@@ -13,12 +13,12 @@ from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import CorruptError
-from cache.files import TEMPORARY_PREFIX, read_json
+from cache.files import TEMPORARY_PREFIX
 from stages.runtime.context import Context
-from stages.train.checkpoints import PREFIX, STATE, checkpoint_problem, checkpoint_steps
+from stages.train.checkpoints import PREFIX, Checkpoint, checkpoint_problem, checkpoint_steps
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
-from stages.train.monitoring.metrics_log import METRICS, SAMPLES
+from stages.train.monitoring.metrics_log import copy_logs
 
 FINISHED = "finished"
 
@@ -30,21 +30,21 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
         shutil.rmtree(finished.path, ignore_errors=True)
         finished.path.mkdir()
     run.world.barrier()
-    best = run.best if run.settings.save_best else None
+    best, loss_state = run.best if run.settings.save_best else None, run.loss_state
     if best is not None and best.step != run.last_step:
         checkpoint = _checkpoint_of(run, best.step, draft.path)
         run.policy.load_state(checkpoint, run.optimizer)
-        run.loss_state = read_json(checkpoint / STATE)["loss_state"]
+        loss_state = Checkpoint.read(checkpoint).state.loss_state
         context.say(f"The policy is that of step {best.step}, the best by {run.settings.best_metric}.")
     run.policy.save(finished.path)
     if not run.world.is_main:
         return
-    for name in (METRICS, SAMPLES):
-        if (draft.path / name).is_file():
-            shutil.copyfile(draft.path / name, finished.path / name)
+    copy_logs(draft.path, finished.path)
     for step in checkpoint_steps(draft.path)[: run.settings.keep_last]:
         _link(draft.path / f"{PREFIX}{step}", finished.path / f"{PREFIX}{step}")
-    context.store.publish(finished, _counts(run, best), {}, context.config_text, policy=run.job.source.name)
+    context.store.publish(
+        finished, _counts(run, best, loss_state), {}, context.config_text, policy=run.job.source.name
+    )
     shutil.rmtree(draft.path)
 
 
@@ -69,7 +69,7 @@ def remove_leftovers(policy: Artifact) -> None:
     shutil.rmtree(working, ignore_errors=True)
 
 
-def _counts(run: Run, best: Best | None) -> dict[str, Any]:
+def _counts(run: Run, best: Best | None, loss_state: dict[str, float]) -> dict[str, Any]:
     evaluations = [line for line in run.history if any(name.startswith("eval/") for name in line)]
     final = evaluations[-1:] if best is None else [line for line in evaluations if line["step"] == best.step]
     counts: dict[str, Any] = {
@@ -81,7 +81,7 @@ def _counts(run: Run, best: Best | None) -> dict[str, Any]:
         "skipped_steps": sum(bool(line.get("skipped")) for line in run.history),
     }
     if run.loss.keeps_state:
-        counts["loss_state"] = run.loss_state
+        counts["loss_state"] = loss_state
     if run.best is not None:
         counts["best"] = {"metric": run.settings.best_metric, "step": run.best.step, "value": run.best.value}
     return counts

@@ -6,10 +6,10 @@ run samples what the uninterrupted one did; training's random state is not touch
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache.fingerprint import fingerprint
 from stages.generation.completion_files import instruction
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
 
 GRAM = 4  # tokens
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One sampled completion: a line of `samples.jsonl`."""
+
+    step: int
+    id: str
+    prompt: str
+    completion: str
+    finish_reason: str
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ def choose(strategy: SampleStrategy, pool: int, number: int, occasion: int, seed
 
 def sample_policy(
     scorer: "Scorer", source: ModelSource, pool: PromptPool, step: int, occasion: int, in_step: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> tuple[list[SampleRecord], dict[str, float]]:
     """Records of the completions of this step, and their metrics. All ranks call and get the same.
 
     `in_step` is for ranks that share one sharded model: each of its forward passes needs all of them. Raises
@@ -74,31 +86,31 @@ def sample_policy(
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)
     ]
-    sampled, is_finite = scorer.sampling(
+    sampled, is_finite = scorer.in_generation_mode(
         lambda network: sample_network(network, model, requests, sampling, in_step)
     )
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
     records = [
-        {
-            "step": step,
-            "id": prompt.id,
-            "prompt": instruction(prompt.content),
-            "completion": completion.text,
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.token_ids),
-        }
+        SampleRecord(
+            step=step,
+            id=prompt.id,
+            prompt=instruction(prompt.content),
+            completion=completion.text,
+            finish_reason=completion.finish_reason,
+            num_tokens=len(completion.token_ids),
+        )
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     return records, sample_metrics(records, sampled, is_finite)
 
 
 def sample_metrics(
-    records: Sequence[Mapping[str, Any]], token_ids: Sequence[Sequence[int]], is_finite: Sequence[bool]
+    records: Sequence[SampleRecord], token_ids: Sequence[Sequence[int]], is_finite: Sequence[bool]
 ) -> dict[str, float]:
     """`samples/...`: mean length in tokens, shares of empty ones and of repeated 4-grams, of non-finite scores."""
     return {
-        "samples/mean_tokens": fmean(record["num_tokens"] for record in records),
-        "samples/empty_share": fmean(not record["completion"].strip() for record in records),
+        "samples/mean_tokens": fmean(record.num_tokens for record in records),
+        "samples/empty_share": fmean(not record.completion.strip() for record in records),
         "samples/repetition_share": fmean(map(repetition, token_ids)),
         "samples/nonfinite_share": fmean(not finite for finite in is_finite),
     }
@@ -110,11 +122,11 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def shown(records: Sequence[Mapping[str, Any]], characters: int = 160) -> list[str]:
+def console_lines(records: Sequence[SampleRecord], characters: int = 160) -> list[str]:
     """One line a record for the console, long texts cut."""
 
     def cut(text: str) -> str:
         flat = " ".join(text.split())
         return flat if len(flat) <= characters else flat[: characters - 3] + "..."
 
-    return [f"  [{cut(record['prompt'])}] {cut(record['completion'])}" for record in records]
+    return [f"  [{cut(record.prompt)}] {cut(record.completion)}" for record in records]

@@ -52,8 +52,10 @@ def best_evaluation(history: Sequence[Line], metric: str) -> Best | None:
     return Best(*seen[place], evaluations_since=len(seen) - 1 - place)
 
 
-def check_metric(history: Sequence[Line], metric: str, key: str) -> None:
-    """Raise `UsageError` when the evaluation at step 0 does not have the metric that `key` names."""
+def check_metric(history: Sequence[Line], metric: str | None, key: str) -> None:
+    """Raise `UsageError` when the evaluation at step 0 does not have the metric that `key` names, if it names one."""
+    if metric is None:
+        return
     known = sorted(name for line in history[:1] for name in line if name.startswith("eval/"))
     if eval_name(metric) not in known:
         names = (

@@ -30,8 +30,8 @@ class Tracker:
             return
         for name in (METRICS, SAMPLES):
             (self._folder / name).unlink(missing_ok=True)
-            if checkpoint is not None and (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, self._folder / name)
+        if checkpoint is not None:
+            copy_logs(checkpoint, self._folder)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Record metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
@@ -56,6 +56,13 @@ class Tracker:
         """Finish the dashboards' runs."""
         for dashboard in self._dashboards:
             dashboard.close()
+
+
+def copy_logs(source: Path, target: Path) -> None:
+    """Copy the log files that `source` has into `target`."""
+    for name in (METRICS, SAMPLES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ import pytest
 from cache.errors import UsageError
 from stages.cache_ref import work_units
 from stages.cache_ref.work_units import Worker, choose_worker
-from tests.pipeline.small_run import finish, on_two_ranks, session, settings
+from tests.pipeline.small_run import session, settings, torchrun
 
 
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
     """Names (sha256) of the shards that these jobs leave, and how many rows each scored."""
     session(tree, store).run("prepare")
-    results = [session(tree, store, shard=shard).run("cache-ref") for shard in shards]
+    results = [session(tree, store).run("cache-ref", shard=shard) for shard in shards]
     names = sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow"))
     return names, [result["rows_scored"] for result in results]
 
@@ -38,7 +38,9 @@ def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
     tree, store = settings(tiny_model, preferences), tmp_path / "two"
     alone, _ = scored_by(tree, tmp_path / "one", None)
     session(tree, store).run("prepare")
-    finish(on_two_ranks(tree, store, "cache-ref"))
+    ranks = torchrun(tree, store, "cache-ref")
+    _, errors = ranks.communicate()
+    assert not ranks.returncode, errors
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
 
 

@@ -15,7 +15,7 @@ from stages.models.loading import ModelSource, load_model
 from stages.plan.memory import LayerwiseShapes, Shapes, pairs_pack
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
-from stages.train.preflight import check_feasible
+from stages.train.preflight import check_settings
 from tests.tiny_llama import random_llama
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
@@ -44,12 +44,12 @@ def model(tmp_path_factory) -> ModelSource:
 
 def allocated_at_most(scorer: Scorer, pack) -> int:
     """The most bytes that a second forward and backward pass had allocated, by torch's own profiler."""
-    scorer(pack).sum().backward()
+    scorer(pack).completion_logps.sum().backward()
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
         scorer.weights_cast_once(),
     ):
-        scorer(pack).sum().backward()
+        scorer(pack).completion_logps.sum().backward()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -100,9 +100,8 @@ def test_offloaded_activations_give_the_same_gradients(model):
     """What is saved leaves its memory and comes back the same, weights stay where they are."""
     found = []
     for offload in (False, True):
-        scorer = Scorer(load_model(model, FLOAT32), FLOAT32, print)
-        scorer.offload = offload
-        scorer(pairs_pack(3, 200, 512)).sum().backward()
+        scorer = Scorer(load_model(model, FLOAT32), FLOAT32, print, activation_offload=offload)
+        scorer(pairs_pack(3, 200, 512)).completion_logps.sum().backward()
         found.append([parameter.grad for parameter in scorer.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
     weight = torch.nn.Parameter(torch.ones(300, 300))
@@ -142,7 +141,7 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
 def test_what_cannot_work_is_refused_with_what_to_change(model, changes, error, match):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(error, match=match):
-        check_feasible(job(model, **changes))
+        check_settings(job(model, **changes))
 
 
 def test_a_missing_extra_is_one_line(model, monkeypatch):
@@ -151,6 +150,6 @@ def test_a_missing_extra_is_one_line(model, monkeypatch):
         "importlib.util.find_spec", lambda name: None if name in ("peft", "bitsandbytes") else found
     )
     with pytest.raises(MachineError, match=r"pip install -e '\.\[peft\]'"):
-        check_feasible(job(model, adapter="lora"))
+        check_settings(job(model, adapter="lora"))
     with pytest.raises(MachineError, match=r"pip install -e '\.\[bitsandbytes\]'"):
-        check_feasible(job(model, optimizer="adamw_8bit"))
+        check_settings(job(model, optimizer="adamw_8bit"))

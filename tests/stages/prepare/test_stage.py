@@ -16,7 +16,7 @@ from stages.prepare.stage import find_rows, prepare, rows_identity
 from stages.runtime.context import Context
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.tokenization.template import Template
-from stages.train.data_requirements import check_needs
+from stages.train.preflight import check_data
 
 EVERYTHING_FITS = PrepareSettings(max_length=4096, heldout_fraction=0.25)
 
@@ -589,10 +589,10 @@ def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(
     assert split.keys[tied[0, 0]] == split.keys[tied[1, 1]]
     assert split.weights[won].tolist() == [[1.0, 1.0]]
     assert (dropped.counts["weighted_rows"], both.counts["weighted_rows"]) == (0, 8)
-    check_needs(LOSSES["dpo"](), both, "best_worst", context)
-    check_needs(LOSSES["simpo"](), dropped, "best_worst", context)
+    check_data(LOSSES["dpo"](), both, "best_worst", context)
+    check_data(LOSSES["simpo"](), dropped, "best_worst", context)
     with pytest.raises(UsageError, match=r"Loss simpo takes no weights, and 8 rows .*Losses that do: dpo, "):
-        check_needs(LOSSES["simpo"](), both, "best_worst", context)
+        check_data(LOSSES["simpo"](), both, "best_worst", context)
     assert both.counts["rows_by_role"] == {"chosen": 6, "rejected": 6, "mismatched": 8}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stages.train.samples import choose, repetition, sample_metrics
+from stages.train.samples import SampleRecord, choose, repetition, sample_metrics
 
 
 def test_strategies() -> None:
@@ -29,7 +29,10 @@ def test_repetition_counts_4_grams_seen_before(ids, share) -> None:
 
 
 def test_metrics_of_samples() -> None:
-    records = [{"completion": " \n", "num_tokens": 1}, {"completion": "aaaa", "num_tokens": 7}]
+    records = [
+        SampleRecord(0, "p", "prompt", completion, "length", tokens)
+        for completion, tokens in [(" \n", 1), ("aaaa", 7)]
+    ]
     assert sample_metrics(records, [[0], [7] * 7], [True, False]) == {
         "samples/mean_tokens": 4.0,
         "samples/empty_share": 0.5,
