@@ -135,7 +135,7 @@ class Run:
     def examples_of(self, step: int) -> np.ndarray:
         """Example numbers of a step (1-based): a function of the seed and the step alone."""
         epoch, index = divmod(step - 1, self.plan.steps_per_epoch)
-        order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
+        order = epoch_order(self.rows.mismatch_groups, self.settings.seed, epoch)
         return order[index * self.plan.batch_size : (index + 1) * self.plan.batch_size]
 
     def _restore(self, checkpoint: Checkpoint) -> None:
