@@ -1,6 +1,6 @@
 """Identity as data: canonical JSON to sha256, and row keys.
 
-What changes the numbers goes into the fingerprinted record; nothing else does.
+Everything that changes the numbers is in the record that is hashed, and nothing else is.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
 
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines `field: stored -> wanted` for every leaf in which two identities differ."""
+    """A line `field: stored -> wanted` for every leaf in which two identities differ."""
     lines = []
     for name in sorted({*stored, *wanted}):
         old, new = stored.get(name), wanted.get(name)

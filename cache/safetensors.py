@@ -12,7 +12,7 @@ from cache.fingerprint import canonical_json
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where the bytes of one tensor lie, and what they are."""
+    """The name, dtype and shape of a tensor, and where its bytes are in the file (`begin` to `end`)."""
 
     path: Path
     name: str
@@ -25,8 +25,8 @@ class _Entry:
 def weights_fingerprint(folder: Path) -> str:
     """Hex sha256 over every tensor of a model folder: name, dtype, shape and bytes, in name order.
 
-    The content counts, not the file layout: re-sharded safetensors give the same value. Raises
-    `DataError` when the folder holds no safetensors file.
+    It depends on the content, not on the file layout: the same tensors spread over other files give the same value.
+    Raises `DataError` when the folder holds no safetensors file.
     """
     entries = [entry for path in sorted(folder.glob("*.safetensors")) for entry in _safetensors_entries(path)]
     tensors = {entry.name: entry for entry in entries}
@@ -54,7 +54,7 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _safetensors_entries(path: Path) -> list[_Entry]:
-    """Every tensor of a file; its offsets count from the file's beginning."""
+    """Every tensor of a file, with offsets from the beginning of the file."""
     size = path.stat().st_size
     with open(path, "rb") as handle:
         try:

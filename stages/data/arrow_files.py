@@ -1,4 +1,4 @@
-"""Parquet files, and Arrow files of both formats, one batch in memory at a time."""
+"""Rows of Parquet files and of Arrow files (file or stream format), with one batch in memory at a time."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,16 +41,16 @@ def _batches(path: Path, suffix: str) -> Iterable[Any]:
     if source.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC:
         reader = pa.ipc.open_file(source)
         return (reader.get_batch(index) for index in range(reader.num_record_batches))
-    # The stream format, which `datasets` writes. Cut between two batches it would pass for a shorter table.
+    # The stream format, which `datasets` writes. Without this check, one cut between two batches reads as a shorter table.
     source.seek(max(0, source.size() - len(ARROW_STREAM_END)))
     if source.read() != ARROW_STREAM_END:
-        raise pa.ArrowInvalid("neither an Arrow file nor a whole Arrow stream")
+        raise pa.ArrowInvalid("neither an Arrow file nor a complete Arrow stream")
     source.seek(0)
     return pa.ipc.open_stream(source)
 
 
 def _values(batch: Any) -> list[dict[str, Any] | ValueError]:
-    """The rows of a batch as dicts; in place of a row whose text is not UTF-8, the error."""
+    """The rows of a batch as dicts, with an error in place of a row whose text is not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:

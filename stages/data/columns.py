@@ -1,4 +1,4 @@
-"""Columns of a source row, checked: numbers, text, lists, objects; anything else is a `BadRow` that names the column."""
+"""Typed access to the columns of a source row; a value of another type raises a `BadRow` that names the column."""
 
 import json
 import math
@@ -11,7 +11,7 @@ NOT_TEXT = "not_text"
 
 
 def finite_number(value: Any, column: str) -> float:
-    """A finite number."""
+    """The value as a float; raises `BadRow` unless it is a finite number."""
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -21,7 +21,7 @@ def finite_number(value: Any, column: str) -> float:
 
 
 def one_of(row: Mapping[str, Any], column: str, choices: Sequence[Any]) -> Any:
-    """A column that holds one of `choices`; true is not 1 and "1" is not 1."""
+    """A column with one of `choices`, of the same type: true is not 1, and "1" is not 1."""
     value = row.get(column)
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise BadRow(
@@ -31,7 +31,7 @@ def one_of(row: Mapping[str, Any], column: str, choices: Sequence[Any]) -> Any:
 
 
 def truth(row: Mapping[str, Any], column: str) -> bool:
-    """A column that holds true or false, or 1 or 0."""
+    """A column with true or false, or 1 or 0."""
     value = row.get(column)
     if not isinstance(value, bool) and value not in (0, 1):
         raise BadRow(f"{column}: expected true or false, found {shown(value)}")
@@ -39,10 +39,10 @@ def truth(row: Mapping[str, Any], column: str) -> bool:
 
 
 def text(row: Mapping[str, Any], column: str) -> str:
-    """A column that holds text, encodable as UTF-8."""
+    """A column with text that can be encoded as UTF-8."""
     value = row.get(column)
     if isinstance(value, bool):
-        # What a converter makes of an answer "true" or "no"; prepare refuses a column of nothing else.
+        # Converters turn answers such as "true" and "no" into booleans; prepare refuses a column with mostly those.
         raise Flagged(NOT_TEXT, f"{column}: expected text, found {shown(value)}")
     if not isinstance(value, str):
         raise BadRow(f"{column}: expected text, found {shown(value)}")
@@ -50,13 +50,13 @@ def text(row: Mapping[str, Any], column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRow(
-            f"{column}: half a surrogate pair at character {error.start}, which is no text"
+            f"{column}: character {error.start} is half a surrogate pair, which UTF-8 cannot encode"
         ) from error
     return value
 
 
 def is_utf8(value: str) -> bool:
-    """Whether text can be encoded as UTF-8."""
+    """Whether the text can be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -65,12 +65,12 @@ def is_utf8(value: str) -> bool:
 
 
 def optional_text(row: Mapping[str, Any], column: str) -> str:
-    """A column that holds text, or is absent, null or blank: then the empty text."""
+    """A column with text; "" where it is absent, null or blank."""
     return "" if row.get(column) is None or not text(row, column).strip() else text(row, column)
 
 
 def entries(row: Mapping[str, Any], column: str) -> list[Any]:
-    """A column that holds a list."""
+    """A column with a list."""
     value = row.get(column)
     if not isinstance(value, list):
         raise BadRow(f"{column}: expected a list, found {shown(value)}")
@@ -78,7 +78,7 @@ def entries(row: Mapping[str, Any], column: str) -> list[Any]:
 
 
 def mapping(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    """A column that holds an object."""
+    """A column with an object."""
     value = row.get(column)
     if not isinstance(value, Mapping):
         raise BadRow(f"{column}: expected an object, found {shown(value)}")
@@ -86,7 +86,7 @@ def mapping(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
 
 
 def json_of(value: Any, column: str) -> Any:
-    """JSON text parsed; any other value as it is."""
+    """A text parsed as JSON; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -96,6 +96,6 @@ def json_of(value: Any, column: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: escaped and cut."""
+    """A value for an error message: escaped, and at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

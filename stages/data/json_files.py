@@ -1,4 +1,4 @@
-"""JSON and JSONL files, each also as .gz, strictly: duplicate keys, NaN, infinities and invalid UTF-8 are refused.
+"""Rows of JSON and JSONL files, also as .gz. Duplicate keys, NaN, infinities and invalid UTF-8 are refused.
 
 JSONL is read line by line, so that memory stays flat and every message can name file and line; `datasets` would fail
 the whole file without a row number and turn date-like text into timestamps.
@@ -22,7 +22,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @contextmanager
 def _open(path: Path):
-    """The bytes of a file, unpacked; a damaged .gz is a `DataError`."""
+    """Open a file for its bytes, decompressed; raises `DataError` for a damaged .gz."""
     if path.suffix != ".gz":
         with open(path, "rb") as handle:
             yield handle
@@ -32,7 +32,7 @@ def _open(path: Path):
             yield handle
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{path} is not a whole .gz file ({first_line(error)}). Copy or download it again."
+            f"{path} is not a complete .gz file ({first_line(error)}). Copy or download it again."
         ) from error
 
 
@@ -66,7 +66,7 @@ def read_json(path: Path) -> Iterator[SourceRow]:
             f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
         ) from error
     if isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
-        # An object of objects, as ODPO's: each key is a row's own.
+        # An object of objects, as ODPO's file: the key becomes a column of the row.
         value = [{"key": key, **entry} for key, entry in value.items()]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {type(value).__name__}.")
@@ -83,7 +83,7 @@ def _parse(content: bytes) -> Any:
     try:
         text = content.decode("utf-8")
         value = _PLAIN.decode(text)
-        # Every key is followed by a colon. As many keys as there are such places: none appeared twice.
+        # Every key is followed by a colon. Where there are as many keys as such places, none appeared twice.
         return value if _num_keys(value) == len(_KEY.findall(text)) else _UNIQUE.decode(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from error
@@ -93,7 +93,7 @@ def _parse(content: bytes) -> Any:
 
 def _num_keys(value: Any) -> int:
     count, waiting = 0, [value]
-    for part in waiting:  # grows meanwhile
+    for part in waiting:  # the list grows while it is read
         if type(part) is dict:
             count += len(part)
             waiting += part.values()

@@ -1,8 +1,8 @@
-"""Messages, prompts and completions of a source row, in one form whatever wrote them.
+"""Messages, prompts and completions of a source row, normalized to one form.
 
-A message is `{"role", "content"}` with roles system, user, assistant and tool; its text parts are joined, its tool
-calls are `{"type": "function", "function": {"name", "arguments"}}`, and an assistant turn whose loss weight is not 1
-carries `weight`.
+A message is `{"role", "content"}` with the roles system, user, assistant and tool. Its text parts are joined, and its
+tool calls are `{"type": "function", "function": {"name", "arguments"}}`. An assistant turn whose loss weight is not 1
+has the key `weight`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ ROLE_NAMES = {
     "observation": "tool",
 }
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
-# What templates read of a message. Ids, dates and the like would make equal prompts differ.
+# The keys that templates read. Others, such as ids and dates, would make equal prompts differ.
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-# What other projects call the parts of a message.
+# Other names for keys of a message.
 OTHER_KEYS = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
 WEIGHT_KEYS = ("weight", "loss_weight")
 # Columns of a file of prompts, for sampling and for decontamination; of several the first that is not empty.
@@ -31,7 +31,7 @@ PROMPT_COLUMNS = ("prompt", "instruction", "messages", "question", "turns")
 
 
 def prompt_of(row: Mapping[str, Any], column: str = "prompt") -> str | list[Message]:
-    """A column that holds a prompt, text or messages; the last message is one to be answered."""
+    """A column with a prompt: text, or messages that do not end with an assistant turn."""
     prompt = text_or_messages(row, column)
     return prompt if isinstance(prompt, str) else check_prompt(prompt, column)
 
@@ -54,7 +54,7 @@ def prompt_column(row: Mapping[str, Any]) -> str:
 
 
 def completion_of(row: Mapping[str, Any], column: str) -> str | list[Message]:
-    """A column that holds a completion, text or messages, which begin and end with an assistant turn."""
+    """A column with a completion: text, or messages that begin and end with an assistant turn."""
     completion = text_or_messages(row, column)
     if not isinstance(completion, str):
         check_completion(completion, column)
@@ -71,7 +71,7 @@ def check_completion(completion: list[Message], column: str) -> None:
 
 
 def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]:
-    """A column that holds text or messages (a list of them, or a single one)."""
+    """A column with text or messages (a list of them, or a single one)."""
     value = row.get(column)
     if isinstance(value, Mapping):
         return messages({column: [value]}, column)
@@ -79,17 +79,17 @@ def text_or_messages(row: Mapping[str, Any], column: str) -> str | list[Message]
 
 
 def messages(row: Mapping[str, Any], column: str) -> list[Message]:
-    """A column that holds a non-empty list of messages, `{role, content}` or `{from, value}`."""
+    """A column with a non-empty list of messages, `{role, content}` or `{from, value}`."""
     value = row.get(column)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRow(f"{column}: expected a non-empty list of messages, found {shown(value)}")
-    return _messages_as_they_are(value) or [
+    return _plain_messages(value) or [
         _message(message, f"{column}[{number}]") for number, message in enumerate(value)
     ]
 
 
-def _messages_as_they_are(value: Sequence[Any]) -> list[Message] | None:
-    """Messages of nothing but a known role and text, as nearly all are; None where one is anything else."""
+def _plain_messages(value: Sequence[Any]) -> list[Message] | None:
+    """The messages where each has a known role, text, and nothing else, as nearly all do; else None."""
     found: list[Message] = []
     for message in value:
         if type(message) is not dict or len(message) != 2:
@@ -133,7 +133,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _parts(parts: list[Any]) -> dict[str, Any]:
-    """What the typed parts of a content amount to: text joined, reasoning and tool calls beside it."""
+    """The keys that a content of typed parts becomes: its text joined, its reasoning and its tool calls."""
     found: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -151,7 +151,7 @@ def _parts(parts: list[Any]) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[Message]:
-    """Tool calls as templates read them: arguments as an object, not as JSON inside JSON."""
+    """Tool calls as templates read them: with arguments as an object, not as a JSON text."""
     calls = json_of(value, "tool_calls")
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
@@ -167,7 +167,7 @@ def _calls(value: Any) -> list[Message]:
 
 
 def _weight(message: Mapping[str, Any], role: str) -> dict[str, float]:
-    """The loss weight of a turn where it is not that of its role: 1 for the assistant, 0 for the others."""
+    """The key `weight` where the loss weight of a turn differs from the default, 1 for the assistant and 0 for others."""
     column = next((key for key in WEIGHT_KEYS if key in message), None)
     if column is None:
         return {}
@@ -182,29 +182,29 @@ def _weight(message: Mapping[str, Any], role: str) -> dict[str, float]:
 
 
 def is_message(value: Any) -> bool:
-    """Whether this is an object with a role and something said."""
+    """Whether the value is an object with a role and a content."""
     keys = set(value) if isinstance(value, Mapping) else set()
     return bool({"role", "from"} & keys) and bool({"content", "value", "tool_calls"} & keys)
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether this is a list that begins with a message."""
+    """Whether the value is a list that begins with a message."""
     return isinstance(value, list) and bool(value) and is_message(value[0])
 
 
 def role_of(message: Mapping[str, Any]) -> Any:
-    """The role of a message in the words of `MESSAGE_ROLES`, where it is one of them."""
+    """The role of a message, under its name in `MESSAGE_ROLES` where it has one."""
     role = message.get("role", message.get("from"))
     return ROLE_NAMES.get(role, role) if isinstance(role, str) else role
 
 
 def as_messages(value: str | list[Message], role: str) -> list[Message]:
-    """Text as one message of `role`; messages as they are."""
+    """A text as one message of `role`; messages unchanged."""
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def tools_of(row: Mapping[str, Any], column: str = "tools") -> list[Any] | None:
-    """A column that holds tools: a list of JSON schemas, or that list as JSON text; None where there are none."""
+    """A column with tools, a list of JSON schemas or that list as JSON text; None where there are none."""
     value = row.get(column)
     if value is None or value == "" or value == []:
         return None

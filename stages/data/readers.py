@@ -1,6 +1,6 @@
 """Source rows of local files and hub datasets, with their locations.
 
-In: `data.path` with what belongs to it. Out: a `SourceRow` for every row, in order.
+In: `data.path` and the settings of a hub dataset. Out: a `SourceRow` for every row, in order.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
-    """What identifies the source's content: a file's sha256, or a hub dataset's resolved revision."""
+    """The identity of the source's content: the sha256 of each file, or the resolved revision of a hub dataset."""
     files = _local_files(data)
     if files is not None:
         return {"sha256": [sha256_file(path) for path in files]}
@@ -32,7 +32,7 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
 
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
-    """Yield source rows in order, at most `data.max_samples`; unreadable ones carry their problem."""
+    """Yield source rows in order, at most `data.max_samples`; an unreadable row carries its problem."""
     files = _local_files(data)
     rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
     return islice(rows, data.max_samples)
@@ -96,7 +96,7 @@ def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
     except DatasetsError as error:
         raise DataError(
             f"Dataset {data.path!r} cannot be read ({first_line(error.__cause__ or error)}). "
-            f"Give one of its files with --set data.path=PATH, and errors name the row."
+            f"Give one of its files with --set data.path=PATH; then errors name the row."
         ) from error
     for number, row in enumerate(dataset, start=1):
         yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))

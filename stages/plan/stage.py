@@ -108,7 +108,7 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
 
 def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     """The largest packs of the first steps, the largest first, and the mean positions of a step."""
-    order = epoch_order(rows.cycles, job.settings.seed, 0)
+    order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
     size, found, total = job.resolved.batch_size, [], 0
     starts = range(0, len(order), size)[:COUNTED_STEPS]
     for start in starts:

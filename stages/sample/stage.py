@@ -13,7 +13,7 @@ from typing import Any
 from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json
-from stages.generation.completion_files import SampleRecord, write_alpaca_eval, write_jsonl
+from stages.generation.completion_files import CompletionRecord, write_alpaca_eval, write_jsonl
 from stages.generation.generate import Completion, generate
 from stages.generation.requests import EngineOptions, Prompt, Sampling
 from stages.models.adapters import model_identity
@@ -130,9 +130,9 @@ def sample(job: SampleJob, context: Context) -> Artifact:
 
 def _records(
     prompts: Sequence[Prompt], completions: Sequence[Completion], model: ModelSource, side: str
-) -> list[SampleRecord]:
+) -> list[CompletionRecord]:
     return [
-        SampleRecord(
+        CompletionRecord(
             id=prompts[completion.prompt_index].id,
             prompt=prompts[completion.prompt_index].content,
             completion=completion.text,

@@ -135,7 +135,7 @@ class Run:
     def examples_of(self, step: int) -> np.ndarray:
         """Example numbers of a step, (examples,); steps count from 1. A function of the seed and the step alone."""
         epoch, index = divmod(step - 1, self.resolved.steps_per_epoch)
-        order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
+        order = epoch_order(self.rows.mismatch_groups, self.settings.seed, epoch)
         return order[index * self.resolved.batch_size : (index + 1) * self.resolved.batch_size]
 
     def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:

@@ -65,7 +65,7 @@ def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) 
             each, left_out = {"best_worst": (1, 0), "adjacent": (2, 1), "all": (5, 1)}[strategy]
             assert lines == [
                 f"Ranked lists: {each * examples} pairs ({strategy}) from {examples} training examples, "
-                f"{left_out * examples} of equal scores left out"
+                f"{left_out * examples} pairs of equal scores left out"
             ]
     assert len(set(policies.values())) == len(policies)
 

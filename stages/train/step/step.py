@@ -23,7 +23,7 @@ def accumulate_step(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Add the gradient of a step to the policy's `.grad`; return its metrics and the loss's next state."""
-    groups = [scorer.pairs.fed(example) for example in examples]
+    groups = [scorer.pairs.scored(example) for example in examples]
     statistics = _step_statistics(scorer, loss, examples, state)
     numbers = np.concatenate(groups)
     units = _num_units(scorer, loss, numbers)
@@ -57,7 +57,7 @@ def evaluate(
     scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]
 ) -> dict[str, float]:
     """Metrics of the loss on `examples`, taken as one step, and the metrics of length."""
-    groups = [scorer.pairs.fed(example) for example in examples]
+    groups = [scorer.pairs.scored(example) for example in examples]
     statistics = _step_statistics(scorer, loss, examples, state)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
     output = loss(batch, statistics)

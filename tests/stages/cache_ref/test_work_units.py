@@ -7,7 +7,7 @@ import pytest
 from cache.errors import UsageError
 from stages.cache_ref import work_units
 from stages.cache_ref.work_units import Worker, choose_worker
-from tests.pipeline.small_run import finish, on_two_ranks, session, settings
+from tests.pipeline.small_run import session, settings, torchrun
 
 
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
@@ -38,7 +38,9 @@ def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
     tree, store = settings(tiny_model, preferences), tmp_path / "two"
     alone, _ = scored_by(tree, tmp_path / "one", None)
     session(tree, store).run("prepare")
-    finish(on_two_ranks(tree, store, "cache-ref"))
+    ranks = torchrun(tree, store, "cache-ref")
+    _, errors = ranks.communicate()
+    assert not ranks.returncode, errors
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
 
 

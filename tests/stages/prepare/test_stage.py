@@ -51,7 +51,7 @@ def examples(artifact):
         found[split] = [
             (
                 rows.sources[rows.starts[number]],
-                int(rows.cycles[number]),
+                int(rows.mismatch_groups[number]),
                 tuple(rows.prompt(rows.starts[number]).tolist()),
                 [
                     (str(rows.roles[row]), tuple(rows.completion(row).tolist()))
