@@ -86,7 +86,7 @@ class PackLogps(NamedTuple):
     collision_logps: torch.Tensor | None = None
 
 
-def fed_length(rows: RowSet, group: np.ndarray) -> int:
+def packed_length(rows: RowSet, group: np.ndarray) -> int:
     """Positions that the rows of one example take in a pack."""
     return int(rows.prompt_lengths[group[0]] + (rows.completion_lengths[group] - 1).sum())
 
