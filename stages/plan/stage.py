@@ -12,7 +12,7 @@ import torch
 
 from stages.data.rows import RowSet
 from stages.engine.packing import pack_lengths
-from stages.engine.packs import Pack, build_pack, fed_length
+from stages.engine.packs import Pack, build_pack, packed_length
 from stages.models.loading import architecture
 from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
@@ -41,10 +41,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What a few real passes come to; bytes are None where the system does not report them.
+    """Speed and memory of a few real passes; bytes are None if the system does not report them.
 
-    `peak_bytes` is what lives in a step, which is what is predicted; `held_bytes` is what the process holds
-    for it, freed memory included. `run_seconds` is the whole run without its evaluations.
+    `peak_bytes` is the peak of the live tensors of a step, which is what is predicted; `held_bytes` is that of the
+    process, freed memory included. `run_seconds` is the whole run without its evaluations.
     """
 
     tokens_per_second: float
@@ -113,10 +113,10 @@ def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     starts = range(0, len(order), size)[:COUNTED_STEPS]
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
-        lengths = [fed_length(rows, group) for group in groups]
-        if "kl" in job.loss.needs:  # scored as well, without a gradient
+        lengths = [packed_length(rows, group) for group in groups]
+        if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
-            total += sum(fed_length(rows, group) for group in others if len(group))
+            total += sum(packed_length(rows, group) for group in others if len(group))
         total += sum(lengths)
         for items in pack_lengths(lengths, job.compute.tokens_per_batch):
             found.append((sum(lengths[item] for item in items), [groups[item] for item in items]))

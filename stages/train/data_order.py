@@ -6,15 +6,19 @@ So a resumed run takes the same examples as an uninterrupted one.
 import numpy as np
 
 
-def epoch_order(cycles: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(mismatch_groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Example numbers of an epoch, (examples,): whole mismatch groups in an order drawn from (seed, epoch).
 
-    `cycles`, (examples,), numbers the mismatch group of each example; a group's rows are contiguous (see `RowSet`).
+    `mismatch_groups`, (examples,), is the number of the group of each example; the examples of a group are contiguous.
     """
-    boundaries = np.flatnonzero(np.diff(cycles)) + 1
-    groups = np.split(np.arange(len(cycles)), boundaries)
+    boundaries = np.flatnonzero(np.diff(mismatch_groups)) + 1
+    groups = np.split(np.arange(len(mismatch_groups)), boundaries)
     shuffled = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    return np.concatenate([groups[number] for number in shuffled]) if len(cycles) else np.zeros(0, np.int64)
+    return (
+        np.concatenate([groups[number] for number in shuffled])
+        if len(mismatch_groups)
+        else np.zeros(0, np.int64)
+    )
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:

@@ -13,7 +13,7 @@ from cache.ref_logps import RefLogps
 from stages.data.pairs import Pairs
 from stages.data.rows import RowSet
 from stages.engine.packing import deal, pack_lengths
-from stages.engine.packs import Pack, build_pack, fed_length
+from stages.engine.packs import Pack, build_pack, packed_length
 from stages.losses.contract import Batch, Loss, Rows
 from stages.runtime.distributed import World
 from stages.settings.train import PairStrategy
@@ -63,12 +63,12 @@ class RowScorer:
             return []
         _, shares = self._assign(groups)
         idle = max(len(share) for share in shares) - len(shares[self.world.rank])
-        shortest = min(groups, key=lambda group: fed_length(self.rows, group))
+        shortest = min(groups, key=lambda group: packed_length(self.rows, group))
         return [build_pack(self.rows, [shortest])] * idle
 
     def _assign(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
         """The groups of each pack, and the packs of each rank; computed alike on every rank."""
-        lengths = [fed_length(self.rows, group) for group in groups]
+        lengths = [packed_length(self.rows, group) for group in groups]
         packs = pack_lengths(lengths, self.scorer.compute.tokens_per_batch)
         return packs, deal([sum(lengths[item] for item in items) for items in packs], self.world.size)
 
