@@ -54,7 +54,7 @@ def read_shard(path: Path, sha256: str, repair: str) -> pa.Table:
     found = sha256_file(path)
     if found != sha256:
         raise CorruptError(
-            f"Shard {path} is damaged: its sha256 is {found[:12]}..., not {sha256[:12]}... as written. {repair}"
+            f"Shard {path} is damaged: its bytes have sha256 {found[:12]}, those that were written {sha256[:12]}. {repair}"
         )
     try:
         with pa.memory_map(str(path)) as source:

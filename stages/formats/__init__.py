@@ -1,7 +1,7 @@
-"""Layouts of preference data: the only list of formats, and how one is chosen for a source.
+"""Layouts of preference data: the only list of formats, and how the format of a source is chosen.
 
-A format is one small class (`contract.py` says what it has) in the file of its family. Choosing looks at
-the first rows: exactly one format must know them, or the choice is left to a person.
+A format is one small class (its members: `contract.py`) in the file of its family. The choice is made from the
+first rows: where not exactly one format matches them, the user has to choose.
 """
 
 from collections import Counter
@@ -110,9 +110,9 @@ __all__ = [
 
 
 def detect_format(name: str, rows: Sequence[SourceRow]) -> type[Format]:
-    """The format called `name`, or with 'auto' the only one that knows any of these rows.
+    """The format called `name`, or with 'auto' the only one that matches any of these rows.
 
-    Raises `DataError` with the candidates where several do, or where none does.
+    Raises `DataError` where several match, naming them, or none does.
     """
     if name != "auto":
         return choose_format(name, {}, "")
@@ -132,7 +132,7 @@ def choose_format(
     found: Counter[type[Format]] | None = None,
     num_rows: int = 1,
 ) -> type[Format]:
-    """The format called `name`, or with 'auto' the only one whose layout `first` has."""
+    """The format called `name`, or with 'auto' the only one that matches the row `first`."""
     known = {entry.name: entry for entry in FORMATS}
     if name != "auto":
         if name not in known:
@@ -156,16 +156,16 @@ def choose_format(
 
 
 def _unknown(first: Mapping[str, Any]) -> str:
-    """What to do about rows that no format knows."""
+    """The end of the error message for rows that no format matches."""
     if any(column in first for column in PROMPT_COLUMNS) and not _has_answer(first):
         return (
-            "holds a prompt and no answers. Prompts serve align sample: --set sample.prompts=FILE. "
-            "If there are answers, say in YAML which columns are which (data.columns), or choose with --set data.format=NAME; docs/formats.md shows a row of each."
+            "has a prompt and no answers. Sample from prompts with align sample --set sample.prompts=FILE. "
+            "If there are answers, map the columns in YAML (data.columns), or choose a format with --set data.format=NAME; docs/formats.md shows a row of each."
         )
     names = ", ".join(entry.name for entry in FORMATS)
     return (
-        "fits no known format. Say in YAML which columns are which, for example data.columns: "
-        f"{{prompt: question, chosen: good, rejected: bad}}, or choose with --set data.format=NAME from {names}; docs/formats.md shows a row of each."
+        "fits no known format. Map the columns in YAML, for example data.columns: "
+        f"{{prompt: question, chosen: good, rejected: bad}}, or choose a format with --set data.format=NAME from {names}; docs/formats.md shows a row of each."
     )
 
 

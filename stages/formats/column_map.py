@@ -1,4 +1,4 @@
-"""`data.columns`: any other schema, its columns renamed to those of a format that is known."""
+"""`data.columns`: rows of any other schema, with their columns renamed to those of a known format."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -10,9 +10,9 @@ ABSENT = object()
 
 
 def renamed(rows: Iterable[SourceRow], columns: Mapping[str, str] | None) -> Iterator[SourceRow]:
-    """Rows that hold the mapped columns only; a row without one of them carries the problem.
+    """Rows with the mapped columns only; a row without one of them carries the problem.
 
-    `columns` is from the name a format knows to the source's own, in which `output.0.text` goes into objects
+    `columns` maps the names of a format to those of the source. A name such as `output.0.text` is a path into objects
     and lists where there is no column of that whole name.
     """
     for row in rows:
@@ -22,7 +22,9 @@ def renamed(rows: Iterable[SourceRow], columns: Mapping[str, str] | None) -> Ite
         found = {name: _at(row.value, path) for name, path in columns.items()}
         missing = [columns[name] for name, value in found.items() if value is ABSENT]
         if missing:
-            problem = f"{missing[0]}: no such column, and data.columns asks for it; the row has {', '.join(row.value)}"
+            problem = (
+                f"{missing[0]}: no such column, but data.columns maps it; the row has {', '.join(row.value)}"
+            )
             yield replace(row, value=None, problem=problem[:300])
         else:
             yield replace(row, value=found)

@@ -1,9 +1,9 @@
-"""What a format is: a source row in, a `Preference` out.
+"""The interface of a format: a source row in, a `Preference` out.
 
-A format is chosen once for a whole source, from its columns and confirmed on its rows. Conversion raises
-`BadRow` for a row that is malformed (stop or skip, as `data.on_bad_row` says) and `Unusable` for a
-well-formed row that carries no preference (always dropped, counted by reason). Who is better comes from the
-row alone; what to do with ties, ranked lists and thresholds is decided in one place, `ties_and_rankings.py`.
+A format is chosen once for a whole source, from its first rows. Conversion raises `BadRow` for a malformed row
+(`data.on_bad_row`: stop or skip) and `Unusable` for a well-formed row without a preference (always dropped, and counted by
+reason). A format reads from the row alone which completion is better; ties, ranked lists and thresholds are treated in one
+place, `ties_and_rankings.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ KEYS_OF_SCORES = frozenset(column for columns in SCORE_COLUMNS for column in col
 
 
 class Unusable(Exception):
-    """A well-formed row without a usable preference; the argument is the reason it is counted under."""
+    """A well-formed row that is not used; the argument is the reason it is counted under."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids that are used as they are; `mask` (of a completion) is true where they are trained."""
+    """Token ids that the row brings; `mask` (of a completion) is true where a token is trained, None for all."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...] | None = None
@@ -39,8 +39,8 @@ class Tokens:
 class Candidate:
     """One completion: plain text, messages (assistant turns, possibly others between them), or token ids.
 
-    `role` is chosen, rejected, desirable, undesirable or ranked, or 'scored' for a single response that a
-    threshold will call desirable or not.
+    `role` is chosen, rejected, desirable, undesirable or ranked, or 'scored' for a single response that
+    `data.threshold` makes desirable or undesirable.
     """
 
     completion: str | list[Message] | Tokens
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt (plain text, messages or token ids), its candidates, and the tools the prompt offers.
+    """A prompt (plain text, messages or token ids), its candidates, and the tools that the prompt offers.
 
     `tied`: the two candidates were judged equal, so their roles chosen and rejected mean nothing.
     """
@@ -66,15 +66,15 @@ class Format:
     """A layout of source rows. Subclasses are listed in `stages.formats.FORMATS`, the only list."""
 
     name: ClassVar[str]
-    # For people: the columns it reads, and how.
+    # The columns it reads, for messages and documents.
     columns: ClassVar[str]
-    # Rows are ranked lists, of which prepare.graded takes the best and the worst, or all.
+    # Rows are ranked lists: prepare.graded keeps the best and the worst, or all.
     ranked: ClassVar[bool] = False
-    # Rows are single responses to be gathered by the value of this column first.
+    # Rows are single responses; those with the same value in this column are gathered first.
     gathered_by: ClassVar[str | None] = None
-    # Rows are token ids, so that their prompts cannot be compared with texts.
+    # Rows are token ids, so their prompts cannot be compared with those of text.
     holds_ids: ClassVar[bool] = False
-    # Rows are single scored responses; data.threshold says from which score on they are desirable.
+    # Rows are single scored responses, desirable from the score data.threshold on.
     needs_threshold: ClassVar[bool] = False
 
     @classmethod
@@ -113,7 +113,7 @@ def ranked(
     completions: Sequence[str | list[Message]],
     scores: Sequence[float],
 ) -> Preference:
-    """A list of completions with their scores; a tie where all scores are equal."""
+    """A ranked list of completions with their scores; tied where all scores are equal."""
     if len(completions) < 2:
         raise Unusable("fewer_than_two_responses")
     sides = [(completion, "ranked", score) for completion, score in zip(completions, scores, strict=True)]
@@ -126,7 +126,7 @@ def assembled(
     sides: Sequence[tuple[str | list[Message], str, float | None]],
     tied: bool = False,
 ) -> Preference:
-    """A preference of (completion, role, score), all text or all messages, with what else the row says."""
+    """A preference of (completion, role, score), all text or all messages, with the row's weight, system text and tools."""
     system, tools = optional_text(row, "system") or optional_text(row, "system_prompt"), tools_of(row)
     if tools or system or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides))):
         prompt = as_messages(prompt, "user")
@@ -144,9 +144,9 @@ def assembled(
 
 
 def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """The scores of the chosen and the rejected completion, where the row has such columns.
+    """The scores of the chosen and the rejected completion, None where the row has no such columns.
 
-    A `margin` alone stands for a score of the chosen that is so much above the rejected's 0.
+    A `margin` alone becomes the score of the chosen completion, and the rejected one has score 0.
     """
     if not KEYS_OF_SCORES & row.keys():
         return None, None
@@ -175,7 +175,7 @@ def weight_of(row: Mapping[str, Any]) -> float:
 
 
 def turn_weight(completion: str | list[Message]) -> float:
-    """The loss weight that the trained turns of a completion share; raises `BadRow` when they differ."""
+    """The common loss weight of the trained turns of a completion; raises `BadRow` when they differ."""
     if isinstance(completion, str):
         return 1.0
     weights = {message.get("weight", 1.0) for message in completion if message["role"] == "assistant"} - {0.0}

@@ -1,14 +1,14 @@
-"""Layouts in which a judge compared two responses, or marked single ones with scores.
+"""Layouts of data sets in which a judge compared two responses or scored single ones.
 
-Which encoding means "the first is better" is part of each schema and never guessed. Chatbot Arena, SHP,
-PKU-SafeRLHF and HelpSteer are built to their published schema and were not tried on a file of theirs.
+Which value means "the first is better" is part of each schema and never guessed. Classes marked "From the
+documented schema" were not tried on a file of that data set.
 """
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stages.data.columns import entries, finite_number, one_of, text
-from stages.data.messages import check_prompt, messages, prompt_of
+from stages.data.messages import as_messages, check_prompt, messages, prompt_of
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import instruction_of
@@ -87,12 +87,10 @@ class SafeRLHFSafer(SafeRLHFBetter):
 
 
 class HelpSteer(Format):
-    """HelpSteer: single responses with `helpfulness` 0-4; good from data.threshold on. From the documented schema."""
+    """HelpSteer: single responses with `helpfulness` 0-4; desirable from data.threshold on. From the documented schema."""
 
     name: ClassVar[str] = "helpsteer"
-    columns: ClassVar[str] = (
-        "prompt, response, helpfulness; data.threshold says from which score on it is good"
-    )
+    columns: ClassVar[str] = "prompt, response, helpfulness; desirable from the score data.threshold on"
     needs_threshold: ClassVar[bool] = True
 
     @classmethod
@@ -187,9 +185,8 @@ class OnPolicyScores(Format):
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         prompt = prompt_of(row)
-        asked = _user(prompt) if isinstance(prompt, str) else prompt
-        return listed(row, asked, "all_generated_responses", "all_rm_scores")
+        return listed(row, as_messages(prompt, "user"), "all_generated_responses", "all_rm_scores")
 
 
-def _user(said: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": said}]
+def _user(content: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]

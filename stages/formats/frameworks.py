@@ -5,16 +5,16 @@ from typing import Any, ClassVar
 
 from stages.data.columns import entries, finite_number, mapping, one_of, text, truth
 from stages.data.messages import (
-    check_prompt,
+    Message,
+    as_messages,
     completion_of,
     is_conversation,
     messages,
     prompt_of,
-    text_or_messages,
 )
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
-from stages.formats.llama_factory import unanswered
+from stages.formats.llama_factory import prompt_messages
 from stages.formats.trl import is_text, labelled, last_answer
 
 
@@ -33,9 +33,9 @@ class OpenAI(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        asked = mapping(row, "input")
+        source = mapping(row, "input")
         sides = [completion_of(row, column) for column in ("preferred_output", "non_preferred_output")]
-        return pair({**row, "tools": asked.get("tools")}, unanswered(asked, "messages"), *sides)
+        return pair({**row, "tools": source.get("tools")}, prompt_messages(source, "messages"), *sides)
 
 
 class Orca(Format):
@@ -54,7 +54,7 @@ class Orca(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        return pair(row, _asked(row, "question", "input"), text(row, "chosen"), text(row, "rejected"))
+        return pair(row, _prompt(row, "question", "input"), text(row, "chosen"), text(row, "rejected"))
 
 
 class NamedResponses(Format):
@@ -72,7 +72,7 @@ class NamedResponses(Format):
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         sides = [completion_of(row, column) for column in ("chosen_response", "rejected_response")]
-        return pair(row, _asked(row, "instruction", "prompt"), *sides)
+        return pair(row, _prompt(row, "instruction", "prompt"), *sides)
 
 
 class AxolotlChat(Format):
@@ -92,7 +92,7 @@ class AxolotlChat(Format):
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         sides = [completion_of(row, column) for column in ("chosen", "rejected")]
-        return pair(row, unanswered(row, "messages"), *sides)
+        return pair(row, prompt_messages(row, "messages"), *sides)
 
 
 class AxolotlKTO(Format):
@@ -108,7 +108,7 @@ class AxolotlKTO(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        prompt = _asked(row, "instruction", "question", "chosen")
+        prompt = _prompt(row, "instruction", "question", "chosen")
         return labelled(row, prompt, completion_of(row, "completion"), "label")
 
 
@@ -170,7 +170,7 @@ class HalosBinary(Format):
         side = "desirable" if truth(row, "label") else "undesirable"
         score = finite_number(row["reward"], "reward") if row.get("reward") is not None else None
         return assembled(
-            row, _asked(row, "prompt", "instruction"), [(completion_of(row, "output"), side, score)]
+            row, _prompt(row, "prompt", "instruction"), [(completion_of(row, "output"), side, score)]
         )
 
 
@@ -195,13 +195,10 @@ class HalosPairwise(Format):
         if None not in rewards:
             scores = finite_number(rewards[0], "reward"), finite_number(rewards[1], "reward")
         sides = [completion_of(row, f"output_{side}") for side in (better, worse)]
-        return pair(row, _asked(row, "prompt", "instruction"), *sides, scores=scores)
+        return pair(row, _prompt(row, "prompt", "instruction"), *sides, scores=scores)
 
 
-def _asked(row: Mapping[str, Any], *columns: str) -> Any:
-    """The first of these columns that the row has, as a conversation to be answered."""
+def _prompt(row: Mapping[str, Any], *columns: str) -> list[Message]:
+    """The prompt in the first of these columns that the row has; a text becomes a user turn."""
     column = next((column for column in columns if column in row), columns[0])
-    asked = text_or_messages(row, column)
-    if isinstance(asked, str):
-        return [{"role": "user", "content": asked}]
-    return check_prompt(asked, column)
+    return as_messages(prompt_of(row, column), "user")

@@ -1,4 +1,4 @@
-"""Rows that share a prompt, wherever they stand in the source, as one row; on disk meanwhile, not in memory."""
+"""Rows that share a prompt, anywhere in the source, as one row. They are collected on disk, not in memory."""
 
 import pickle
 import sqlite3
@@ -16,11 +16,10 @@ from stages.data.source_row import SourceRow
 def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
     """The rows of each value of `column` as one row `{"rows": [...]}`, in the order of first appearance.
 
-    They wait in a temporary database, a file that SQLite removes; in memory are the rows of one value. A
-    row that could not be read stays a row of its own, and so does one without the column. The location is that
-    of the first, and how many more.
+    A row that could not be read stays a row of its own, and so does one without the column. The location is that
+    of the first row with the number of the others.
     """
-    # No name: a file of its own in the temporary folder, gone with the connection.
+    # Without a name: SQLite makes a file in the temporary folder and removes it with the connection.
     with closing(sqlite3.connect("", isolation_level=None)) as store:
         store.execute("PRAGMA journal_mode=OFF")
         store.execute("CREATE TABLE firsts (key BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")

@@ -20,10 +20,10 @@ def instruction_of(row: Mapping[str, Any]) -> list[Message]:
     for number, exchange in enumerate(entries(row, "history") if row.get("history") is not None else []):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise BadRow(f"history[{number}]: expected [question, answer], found {shown(exchange)}")
-        for role, said in zip(("user", "assistant"), exchange, strict=True):
-            turns.append({"role": role, "content": text({"history": said}, "history")})
-    asked = [text(row, "instruction"), optional_text(row, "input")]
-    return [*turns, {"role": "user", "content": "\n".join(part for part in asked if part)}]
+        for role, content in zip(("user", "assistant"), exchange, strict=True):
+            turns.append({"role": role, "content": text({"history": content}, "history")})
+    parts = [text(row, "instruction"), optional_text(row, "input")]
+    return [*turns, {"role": "user", "content": "\n".join(part for part in parts if part)}]
 
 
 class AlpacaRanking(Format):
@@ -57,7 +57,7 @@ class ShareGPTRanking(Format):
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         return pair(
             row,
-            unanswered(row, "conversations"),
+            prompt_messages(row, "conversations"),
             completion_of(row, "chosen"),
             completion_of(row, "rejected"),
         )
@@ -134,6 +134,6 @@ class V1Messages(Format):
         return shared_prompt(row, "chosen_messages", "rejected_messages")
 
 
-def unanswered(row: Mapping[str, Any], column: str) -> list[Message]:
-    """A conversation whose last turn is one to be answered."""
+def prompt_messages(row: Mapping[str, Any], column: str) -> list[Message]:
+    """A conversation that does not end with an assistant turn."""
     return check_prompt(messages(row, column), column)

@@ -1,21 +1,21 @@
-"""Layouts with one response a row, gathered by prompt into ranked lists; and rows that are tokens already."""
+"""Layouts with one response per row, gathered by prompt into ranked lists; and layouts of token ids."""
 
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, finite_number, shown, text
+from stages.data.columns import entries, finite_number, shown, text, truth
 from stages.data.messages import completion_of, prompt_of
 from stages.data.source_row import BadRow
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable, ranked, weight_of
 
 
 class ScoredRows(Format):
-    """One response a row: `prompt`, `text` or `response` or `completion`, `reward` or `score`."""
+    """One response per row: `prompt`, `text` or `response` or `completion`, `reward` or `score`."""
 
     name: ClassVar[str] = "scored_rows"
-    columns: ClassVar[str] = "prompt, text or response or completion, reward or score; one response a row"
+    columns: ClassVar[str] = "prompt, text or response or completion, reward or score; one response per row"
     ranked: ClassVar[bool] = True
     gathered_by: ClassVar[str | None] = "prompt"
     responses: ClassVar[tuple[str, ...]] = ("text", "response", "completion")
@@ -43,13 +43,15 @@ class ScoredRows(Format):
 
 
 class Prometheus(Format):
-    """Prometheus' evaluations: question and response stand in a rubric prompt; the mean of `gpt4_score` ranks.
+    """Prometheus' evaluations: question and response are inside a rubric prompt; ranked by the mean of `gpt4_score`.
 
-    A row is one model's response; the rows of one question make a list.
+    A row is one model's response; the rows of one question form a ranked list.
     """
 
     name: ClassVar[str] = "prometheus"
-    columns: ClassVar[str] = "instruction (rubric prompt), gpt4_score (a list of scores); one response a row"
+    columns: ClassVar[str] = (
+        "instruction (rubric prompt), gpt4_score (a list of scores); one response per row"
+    )
     ranked: ClassVar[bool] = True
     gathered_by: ClassVar[str | None] = "idx"
     parts: ClassVar[re.Pattern[str]] = re.compile(
@@ -78,7 +80,7 @@ class Prometheus(Format):
 
 
 class TokenizedPair(Format):
-    """TRL's tokenized rows: `prompt_ids`, `chosen_ids`, `rejected_ids` (or `*_input_ids`), used as they are."""
+    """TRL's tokenized rows: `prompt_ids`, `chosen_ids`, `rejected_ids` (or `*_input_ids`)."""
 
     name: ClassVar[str] = "tokenized"
     holds_ids: ClassVar[bool] = True
@@ -114,8 +116,6 @@ class TokenizedUnpaired(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        from stages.data.columns import truth
-
         role = "desirable" if truth(row, "label") else "undesirable"
         return Preference(
             _tokens(row, "prompt"), [Candidate(_tokens(row, "completion"), role, None, weight_of(row))]
@@ -123,7 +123,7 @@ class TokenizedUnpaired(Format):
 
 
 def members_of(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The rows that `gather` (`group_by_prompt.py`) put together; a row that was not gathered is alone."""
+    """The rows that `gather` (`group_by_prompt.py`) put together; a row that was not gathered is the only one."""
     return row["rows"] if "rows" in row and isinstance(row["rows"], list) else [row]
 
 

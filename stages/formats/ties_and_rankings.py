@@ -1,8 +1,8 @@
-"""What becomes of ties, ranked lists and scored responses: the settings' choice, the same for every format.
+"""How ties, ranked lists and scored responses become preferences, by the settings, the same for every format.
 
-- A tie is dropped and counted, or with `data.ties=half` enters both ways, each with half the weight, which
-  for a pairwise loss is the pull towards equal likelihood that a label of one half means.
-- A ranked list is its best against its worst, or with `prepare.graded=ranked` all of it.
+- A tie is dropped and counted. With `data.ties=half` it becomes two pairs, each completion chosen once, with half the
+  weight: for a pairwise loss, a label of one half.
+- A ranked list becomes a pair of its best and its worst, or with `prepare.graded=ranked` stays whole.
 - A single scored response is desirable from `data.threshold` on.
 """
 
@@ -19,18 +19,18 @@ from stages.settings.data import DataSettings, PrepareSettings
 def conversion(
     format_: type[Format], data: DataSettings, settings: PrepareSettings
 ) -> Callable[[Mapping[str, Any]], Preference]:
-    """How a source row becomes a preference. Raises `UsageError` where settings and format do not go together."""
+    """The function from a source row to its preference. Raises `UsageError` where a setting does not fit the format."""
     if settings.graded == "ranked" and not format_.ranked:
         raise UsageError(
-            f"prepare.graded=ranked is for graded or ranked responses, and {data.path} has format {format_.name} ({format_.columns}). Leave it out."
+            f"prepare.graded=ranked is for graded or ranked responses, but {data.path} has format {format_.name} ({format_.columns}). Leave it out."
         )
     if format_.needs_threshold and data.threshold is None:
         raise UsageError(
-            f"{data.path} has format {format_.name}: single responses with scores. Say from which score on one is desirable with --set data.threshold=SCORE, or compare the responses of one prompt with a column map to prompt, response and score."
+            f"{data.path} has format {format_.name}: single responses with scores. Set the score from which on a response is desirable with --set data.threshold=SCORE, or compare the responses of one prompt by mapping columns to prompt, response and score (data.columns)."
         )
     if data.threshold is not None and not format_.needs_threshold:
         raise UsageError(
-            f"data.threshold is for single scored responses, and {data.path} has format {format_.name}. Leave it out."
+            f"data.threshold is for single scored responses, but {data.path} has format {format_.name}. Leave it out."
         )
 
     def convert(row: Mapping[str, Any]) -> Preference:
@@ -53,7 +53,7 @@ def conversion(
 
 
 def _ends(preference: Preference) -> tuple[Candidate, Candidate]:
-    """The best and the worst of a ranked list; of equals the first and the last."""
+    """The best and the worst of a ranked list; the first and the last where all scores are equal."""
     candidates = preference.candidates
     if preference.tied:
         return candidates[0], candidates[-1]
@@ -62,7 +62,7 @@ def _ends(preference: Preference) -> tuple[Candidate, Candidate]:
 
 
 def _both_ways(preference: Preference) -> Preference:
-    """A tie as two pairs of one example, each candidate once chosen and once rejected."""
+    """A tie as two pairs of one example: each candidate is once chosen and once rejected."""
     first, second = (replace(candidate, weight=candidate.weight / 2) for candidate in preference.candidates)
     candidates = [
         replace(first, role="chosen"),

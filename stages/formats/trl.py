@@ -1,7 +1,7 @@
-"""TRL's layouts, and those of the data sets that TRL's users start from.
+"""TRL's layouts, and those of the data sets that its users often start from.
 
-Explicit, implicit and unpaired, standard and conversational; UltraFeedback binarized (also argilla's and
-OpenRLHF's); hh-rlhf's transcripts; and the project's own graded rows.
+Explicit, implicit and unpaired prompts, standard and conversational; UltraFeedback binarized (also argilla's and
+OpenRLHF's); hh-rlhf's transcripts; and rows of graded responses.
 """
 
 import re
@@ -64,7 +64,7 @@ class UltraFeedback(Format):
 
 
 class Implicit(Format):
-    """`chosen` and `rejected` whole conversations; the prompt is the messages they begin with in common."""
+    """`chosen` and `rejected` whole conversations; the prompt is their common beginning."""
 
     name: ClassVar[str] = "implicit"
     columns: ClassVar[str] = "chosen, rejected (whole conversations as message lists)"
@@ -109,7 +109,7 @@ class Transcript(Format):
 
 
 class Unpaired(Format):
-    """`prompt`, `completion`, `label`: single completions marked desirable (true) or not (false)."""
+    """`prompt`, `completion`, `label`: single completions, desirable (true) or undesirable (false)."""
 
     name: ClassVar[str] = "unpaired"
     columns: ClassVar[str] = "prompt, completion, label (true or false)"
@@ -177,26 +177,26 @@ def shared_prompt(row: Mapping[str, Any], chosen: str, rejected: str) -> Prefere
 def split_shared(
     chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The messages two conversations share, up to a user or tool turn, and what follows in each."""
-    said, other = ([without_weight(message) for message in side] for side in (chosen, rejected))
-    if said == other:
+    """The common beginning of two conversations, up to a user or tool turn, and the rest of each."""
+    first, second = ([without_weight(message) for message in side] for side in (chosen, rejected))
+    if first == second:
         raise Unusable("identical_completions")
-    shorter = min(len(said), len(other))
-    shared = next((index for index in range(shorter) if said[index] != other[index]), shorter)
-    while shared and (shared == shorter or said[shared - 1]["role"] == "assistant"):
+    shorter = min(len(first), len(second))
+    shared = next((index for index in range(shorter) if first[index] != second[index]), shorter)
+    while shared and (shared == shorter or first[shared - 1]["role"] == "assistant"):
         shared -= 1
     rest = chosen[shared:], rejected[shared:]
     if not shared or any(not side or side[0]["role"] != "assistant" for side in rest):
         raise Unusable("prompts_differ")
-    return said[:shared], *rest
+    return first[:shared], *rest
 
 
 def last_answer(turns: list[Message], column: str) -> tuple[list[Message], list[Message]]:
-    """A conversation cut behind its last user turn: the prompt, and all that answers it, tool results too."""
+    """A conversation split after its last user turn: the prompt, and the answer with its tool calls and results."""
     users = [place for place, message in enumerate(turns) if message["role"] == "user"]
     cut = users[-1] + 1 if users else sum(message["role"] == "system" for message in turns[:1])
     if not 0 < cut < len(turns):
-        raise BadRow(f"{column}: expected a question and an assistant turn that answers it")
+        raise BadRow(f"{column}: expected a user turn and an assistant turn that answers it")
     check_completion(turns[cut:], column)
     return turns[:cut], turns[cut:]
 

@@ -1,7 +1,4 @@
-"""The configuration blocks of preference data: where it comes from, what is left out, how it becomes rows.
-
-Plain data, as in `settings.py`.
-"""
+"""The configuration blocks of data: its sources, filters, how it becomes rows, and evaluation sets."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -36,85 +33,89 @@ class SourceSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where preference data comes from."""
+    """Sources of preference data."""
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz) or a folder of such files, a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz), a folder of such files, a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",
-        description="how rows are laid out; 'auto' looks at the columns and says what it found",
+        description="layout of the rows; 'auto' detects it from the columns and prints it",
     )
     columns: dict[str, str] | None = Field(
         default=None,
-        description="for any other layout: from the names of a known format to the source's own columns",
+        description="for any other layout: maps the column names of a known format to those of the source",
     )
     ties: Literal["drop", "half"] = Field(
         default="drop",
-        description="two responses judged equal: drop the row, or take both as chosen and as rejected, each with half the weight",
+        description="two responses judged equal: drop the row, or keep both orders as pairs, each with half the weight",
     )
     threshold: float | None = Field(
         default=None,
-        description="single scored responses: desirable from this score on",
+        description="single scored responses are desirable from this score on",
     )
     config: str | None = Field(default=None, description="configuration name of a hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
     sources: list[SourceSettings] = Field(
         default=[],
-        description="several sources in place of path: each with path and, where wanted, name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+        description="several sources instead of path: each with path, and optionally name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
     )
     seed: NonNegativeInt = Field(
-        default=0, description="which rows are taken of a source that is not taken whole"
+        default=0, description="seed of the subsample where a source has a weight or a count"
     )
     max_samples: PositiveInt | None = Field(
-        default=None, description="use only the first so many source rows"
+        default=None, description="maximum number of source rows; the first ones are used"
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
-        description="a malformed row: stop, naming file and line, or skip it and list it in rejected.jsonl",
+        description="a malformed row: stop with its file and line, or skip it and list it in rejected.jsonl",
     )
 
 
 class FilterSettings(Settings):
-    """Which rows are left out on purpose; each is counted by its reason."""
+    """Rows that are dropped on purpose, each counted by its reason."""
 
-    min_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
-    max_prompt_tokens: PositiveInt | None = Field(default=None, description="tokens in the prompt, uncut")
+    min_prompt_tokens: PositiveInt | None = Field(
+        default=None, description="tokens of the prompt before truncation"
+    )
+    max_prompt_tokens: PositiveInt | None = Field(
+        default=None, description="tokens of the prompt before truncation"
+    )
     min_completion_tokens: PositiveInt | None = Field(
-        default=None, description="tokens in every completion, uncut"
+        default=None, description="tokens of every completion before truncation"
     )
     max_completion_tokens: PositiveInt | None = Field(
-        default=None, description="tokens in every completion, uncut"
+        default=None, description="tokens of every completion before truncation"
     )
     min_score_gap: NonNegativeFloat | None = Field(
         default=None,
-        description="score of the best completion less that of the worst; rows without scores are dropped too",
+        description="minimum difference between the scores of the best and the worst completion; rows without scores are dropped too",
     )
     language: str | None = Field(
-        default=None, description="keep only rows whose language column holds this, in any case"
+        default=None, description="keep only rows with this value in the language column; case does not count"
     )
-    language_column: str = Field(default="language", description="the source's column of language tags")
+    language_column: str = Field(default="language", description="the column of language tags")
     drop_pattern: str | None = Field(
         default=None,
-        description="regular expression; a row is dropped where it is found in a text of the prompt or of a completion",
+        description="regular expression; a row is dropped if a text of its prompt or of a completion matches anywhere",
     )
     duplicates: Literal["keep", "exact", "near"] = Field(
         default="keep",
-        description="drop rows with the prompt and completions of an earlier one: the same ones, or nearly (extra 'dedup')",
+        description="keep duplicates, or drop rows that repeat the prompt and completions of an earlier row exactly or nearly (near: extra 'dedup')",
     )
     near_duplicate_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.8,
-        description="near duplicates share at least this part of their five-word sequences (Jaccard, estimated by MinHash)",
+        description="Jaccard similarity of five-word sequences from which on two rows are near duplicates (estimated by MinHash)",
     )
     decontaminate: list[str] = Field(
         default=[],
-        description="files of evaluation prompts (as sample.prompts); rows are dropped whose prompt holds or repeats one",
+        description="files of evaluation prompts (as sample.prompts); a row is dropped if its prompt contains one",
     )
     decontaminate_words: PositiveInt = Field(
         default=13,
-        description="so many words of an evaluation prompt in a row are a match; a shorter one must be matched whole",
+        description="consecutive words of an evaluation prompt that count as a match; a shorter prompt must match as a whole",
     )
 
 
@@ -123,40 +124,42 @@ class PrepareSettings(Settings):
 
     template: str = Field(
         default="auto",
-        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' takes chat where there is one; or chatml, zephyr, tulu, or the path of a Jinja file",
+        description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' uses chat if there is a template, else plain; or chatml, zephyr, tulu, or the path of a Jinja file",
     )
     append_eos: Flag = Field(
         default=True,
-        description="end each completion with the end-of-sequence token unless the chat template closed the turn; false for continuations that were cut",
+        description="end each completion with the end-of-sequence token unless the chat template ends the turn with one; false for completions that are cut off in the data",
     )
-    max_length: PositiveInt = Field(default=1024, description="tokens in prompt and completion together")
-    max_prompt_length: PositiveInt | None = Field(default=None, description="tokens in the prompt")
+    max_length: PositiveInt = Field(
+        default=1024, description="maximum tokens of prompt and completion together"
+    )
+    max_prompt_length: PositiveInt | None = Field(default=None, description="maximum tokens of the prompt")
     max_completion_length: PositiveInt | None = Field(
-        default=None, description="tokens in a completion; the rest of it is cut off"
+        default=None, description="maximum tokens of a completion; the rest is cut off"
     )
     truncation_mode: Literal["keep_end", "keep_start"] = Field(
         default="keep_end",
-        description="over max_length: keep_end cuts the prompt from its left, keep_start cuts the completions from their right",
+        description="beyond max_length, keep_end cuts the start of the prompt, keep_start cuts the end of the completions",
     )
     heldout_fraction: Share = Field(
         default=0.05,
-        description="share of prompts held out for evaluation, chosen by a hash of the prompt's text",
+        description="share of prompts held out for evaluation, chosen by a hash of the prompt",
     )
     mismatched: Flag = Field(
         default=True,
-        description="add KTO's mismatched rows (each prompt with another prompt's completions); false saves their share of cache-ref",
+        description="add KTO's mismatched rows (each prompt with the completions of another); false saves the time to score them in cache-ref",
     )
     graded: Literal["best_worst", "ranked"] = Field(
         default="best_worst",
-        description="graded responses: keep the best and the worst as a pair, or all of them as a ranked list from which train.pairs forms pairs",
+        description="graded responses: keep the best and the worst as a pair, or all as a ranked list from which train.pairs forms pairs",
     )
     tokenizer: Literal["tokenizers", "fastokens"] = Field(
         default="tokenizers",
-        description="library that encodes; fastokens (extra 'fast') gives the same ids several times as fast, and is checked against tokenizers while it does",
+        description="library that tokenizes; fastokens (extra 'fast') is several times as fast, and a sample of its ids is checked against tokenizers",
     )
     num_workers: PositiveInt = Field(
         default=1,
-        description="processes that render and tokenize; changes speed, not results. One already uses two cores",
+        description="processes that render and tokenize; changes speed, not results. One process uses two cores",
     )
 
 
@@ -165,11 +168,11 @@ class EvalSettings(Settings):
 
     sets: dict[EvalSetName, DataSettings] = Field(
         default={},
-        description="further evaluation sets by name, each a path or a block like data; metrics under eval/<name>/",
+        description="more evaluation sets by name, each a path or a block like data; their metrics are eval/<name>/...",
     )
     model: str | None = Field(
         default=None,
-        description="folder or hub name that `align eval` evaluates; null means the policy this configuration trains",
+        description="folder or hub name of the model that `align eval` evaluates; null means the policy of this configuration",
     )
 
     @field_validator("sets", mode="before")

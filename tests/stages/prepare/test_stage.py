@@ -383,7 +383,7 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         ("rows.json", "[]", "holds no rows"),
         ("rows.jsonl", "\n\n", "holds no rows"),
         ("rows.jsonl", "no\nno\n", r"rows\.jsonl:1: .*No row at the beginning of the file could be read"),
-        ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question holds a prompt and no answers"),
+        ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question has a prompt and no answers"),
         ("rows.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n', r"no usable training row among 1 \(1 identical_completions\)"),
     ],
 )  # fmt: skip
