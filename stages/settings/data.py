@@ -161,15 +161,15 @@ class PrepareSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Evaluation besides the held-out rows, while training and by `align eval`."""
+    """Evaluation beyond the held-out rows, during training and by `align eval`."""
 
     sets: dict[EvalSetName, DataSettings] = Field(
         default={},
-        description="further evaluation sets by name, each a path or a block like data; metrics under eval/<name>/",
+        description="further evaluation sets by name, each a path or a block like data; their metrics are named eval/<name>/...",
     )
     model: str | None = Field(
         default=None,
-        description="folder or hub name that `align eval` evaluates; null means the policy this configuration trains",
+        description="folder or hub name of the model that `align eval` evaluates; null takes the policy that this configuration trains",
     )
 
     @field_validator("sets", mode="before")
