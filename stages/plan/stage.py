@@ -1,7 +1,7 @@
-"""Steps, tokens, memory and time of a training run, before it is started.
+"""Predicts steps, tokens, memory and time of a training run before it starts.
 
-In: the job of a run, whose start and reference may be missing; with `measured`, a few real passes of its
-model. Out: a `TrainingPlan`. Nothing is written. Run it with `align plan`.
+In: the job of a run; its `start` and `reference` are not read. Out: a `TrainingPlan`. Writes nothing. Run it
+with `align plan`.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ COUNTED_STEPS = 20
 
 @dataclass(frozen=True)
 class Cell:
-    """Predicted bytes of a pass over `batch` pairs of `length` tokens; None where the model has too few positions."""
+    """Predicted bytes of a step over `batch` pairs of `length` tokens; None if the model has too few positions."""
 
     batch: int
     length: int
@@ -58,7 +58,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A training run in numbers. `tokens` counts each prompt once; `positions` are those of the largest pack."""
+    """The prediction. `tokens` counts a prompt once for all its completions; `positions` is the size of the largest pack."""
 
     steps: int
     batch_size: int
@@ -71,7 +71,7 @@ class TrainingPlan:
     measured: MeasuredRun | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for `--json`; bytes and seconds."""
+        """Plain data for `--json`, in bytes and seconds."""
         plain = asdict(self)
         positions = plain.pop("positions")
         plain["predicted"] |= {"total": self.predicted.total, "positions": positions}
@@ -81,18 +81,18 @@ class TrainingPlan:
 
 
 def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> TrainingPlan:
-    """Predict a run from shapes and, with `measured`, from real passes.
+    """Predict a run from tensor shapes and, with `measured`, from real passes.
 
-    Raises `UsageError` or `MachineError` for settings that cannot be trained with here.
+    Raises `UsageError` or `MachineError` for settings that this machine cannot train with.
     """
     check_settings(job)
     packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
-    say(f"Predicting memory from the shapes of {job.source.name}")
+    say(f"Predicting the memory of {job.source.name} from tensor shapes")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
     tokens = tokens_per_step * job.resolved.steps
     table = _table(job)
     if measured:
-        say(f"Measuring {len(packs)} forward and backward passes")
+        say(f"Measuring {len(packs)} forward and backward passes of {job.source.name}")
     return TrainingPlan(
         steps=job.resolved.steps,
         batch_size=job.resolved.batch_size,

@@ -33,7 +33,7 @@ class ReferenceSettings(Settings):
     """The frozen reference model."""
 
     model: str | None = Field(
-        default=None, description="folder or hub name of the reference; null means the policy before training"
+        default=None, description="folder or hub name of the reference; null takes the policy before training"
     )
     revision: str | None = Field(default=None, description="git revision of a hub model")
 
@@ -62,14 +62,14 @@ class SampleSettings(Settings):
 
     model: str | None = Field(
         default=None,
-        description="folder or hub name to sample from; null means the policy this configuration trains",
+        description="folder or hub name of the model to sample from; null takes the policy that this configuration trains",
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
         default="auto", description="'auto' takes vLLM if it can run, else transformers, and logs which"
     )
     prompts: str | None = Field(
         default=None,
-        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null means the held-out prompts",
+        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null takes the held-out prompts",
     )
     num_prompts: PositiveInt | None = Field(
         default=64, description="number of prompts, from the first on; null means all"
@@ -85,10 +85,10 @@ class SampleSettings(Settings):
     )
     max_tokens: PositiveInt = Field(default=256, description="maximum number of tokens in a completion")
     seed: NonNegativeInt = Field(
-        default=0, description="each (prompt, sample) has its own seed, derived from this one"
+        default=0, description="seed of the run, from which each sample of each prompt derives its own"
     )
     compare: Flag = Field(
-        default=False, description="also sample from the reference, on the same prompts and seeds"
+        default=False, description="also sample from the reference, with the same prompts and seeds"
     )
 
 
@@ -99,13 +99,13 @@ class TrackSettings(Settings):
         default="disabled", description="send metrics to Weights & Biases besides metrics.jsonl"
     )
     tensorboard: Flag = Field(
-        default=False, description="write TensorBoard event files into tensorboard/ in the store"
+        default=False, description="write TensorBoard event files to tensorboard/ in the store"
     )
     trackio: Flag = Field(
         default=False,
         description="log to trackio, locally unless its environment variables name a server",
     )
-    project: str = Field(default="align", description="project on W&B and trackio")
+    project: str = Field(default="align", description="name of the project on W&B and trackio")
     run_name: str | None = Field(
         default=None, description="name of the run; null takes the name of the policy artifact"
     )

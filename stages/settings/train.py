@@ -25,14 +25,14 @@ class AdapterSettings(Settings):
     name: Literal["none", "lora", "dora"] = Field(
         default="none", description="'none' trains all weights; 'lora' and 'dora' train an adapter"
     )
-    r: PositiveInt = Field(default=16, description="rank of the update of each matrix")
+    r: PositiveInt = Field(default=16, description="rank of the adapter's matrices")
     lora_alpha: PositiveInt = Field(
         default=32,
-        description="the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)",
+        description="the adapter's output is scaled by lora_alpha / r, or by lora_alpha / sqrt(r) with use_rslora",
     )
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="names of the matrices to adapt, a list or a regular expression; 'all-linear' takes all but the output layer",
+        description="modules to adapt: a list of names or a regular expression; 'all-linear' takes all linear layers but the output layer",
     )
     use_rslora: Flag = Field(default=False, description="rank-stabilised scaling, which helps at high ranks")
 
@@ -50,7 +50,7 @@ class TrainSettings(Settings):
     )
     pairs: PairStrategy = Field(
         default="best_worst",
-        description="pairs formed from a ranked list: its best with its worst, all with different scores, or neighbours in rank",
+        description="pairs formed from a ranked list: the best with the worst, all with different scores, or neighbours in rank",
     )
     num_epochs: PositiveInt = Field(default=1, description="passes over the training examples")
     max_steps: PositiveInt | None = Field(
@@ -69,15 +69,15 @@ class TrainSettings(Settings):
         "constant_with_warmup",
     ] = Field(
         default="linear",
-        description="shape of the learning rate after warm-up, ending at the last step; as in transformers",
+        description="schedule of the learning rate after warm-up, until the last step; as in transformers",
     )
     lr_scheduler_kwargs: dict[str, float | int | str] = Field(
         default={},
-        description="further arguments of the schedule, by transformers' names, for example {min_lr_rate: 0.1}",
+        description="further arguments of the schedule under their names in transformers, for example {min_lr_rate: 0.1}",
     )
     warmup_ratio: Share = Field(
         default=0.1,
-        description="share of the steps in which the learning rate rises; the first step is above 0",
+        description="fraction of the steps in which the learning rate rises; it is above 0 at the first step",
     )
     optimizer: Literal[
         "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd"
@@ -85,24 +85,23 @@ class TrainSettings(Settings):
         default="adamw",
         description="adamw keeps 8 bytes of state per weight, adamw_bf16 4, adamw_8bit and paged_adamw_8bit 2 (bitsandbytes; paged moves them to the host when GPU memory is full), rmsprop 4, adafactor and sgd almost none",
     )
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay, on matrices only")
     adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
     adam_beta2: Decay = Field(default=0.999, description="AdamW beta2")
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW epsilon")
     max_grad_norm: NonNegativeFloat = Field(
-        default=1.0, description="clip the step's gradient to this norm; 0 does not clip"
+        default=1.0, description="clip the gradient of a step to this norm; 0 turns clipping off"
     )
     gradient_checkpointing: Flag = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, about a third more time",
+        description="recompute activations in the backward pass: saves memory, takes about a third more time",
     )
     activation_offload: Flag = Field(
         default=False,
-        description="keep activations in the host's memory until the backward pass (GPU only): less memory, slower",
+        description="keep activations in host memory until the backward pass (GPU only): saves memory, is slower",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp",
-        description="under torchrun: 'ddp' keeps the whole model on every rank, 'fsdp' shards weights, gradients and optimizer over the ranks",
+        description="under torchrun: 'ddp' keeps the whole model on every rank, 'fsdp' shards weights, gradients and optimizer state over the ranks",
     )
     seed: NonNegativeInt = Field(
         default=0, description="seed of the order of the examples and of the initial weights of an adapter"
@@ -112,7 +111,7 @@ class TrainSettings(Settings):
         description="steps between evaluations, which also happen at step 0 and at the end; null means five in a run",
     )
     eval_samples: PositiveInt | None = Field(
-        default=512, description="held-out examples to evaluate on, always the same; null means all"
+        default=512, description="held-out examples per evaluation, always the same ones; null means all"
     )
     save_steps: PositiveInt | None = Field(
         default=None, description="steps between checkpoints; null means at every evaluation"
@@ -127,14 +126,14 @@ class TrainSettings(Settings):
     )
     save_best: Flag = Field(
         default=False,
-        description="publish the weights of the best evaluation by best_metric, not the last",
+        description="publish the checkpoint that is best by best_metric instead of the last weights",
     )
     early_stopping_metric: str | None = Field(
         default=None,
-        description="stop when this held-out metric no longer improves, for example loss",
+        description="stop when this held-out metric stops improving, for example loss",
     )
     early_stopping_patience: PositiveInt = Field(
-        default=3, description="evaluations in a row without improvement before the run stops"
+        default=3, description="stop after N evaluations in a row without improvement"
     )
     sample_steps: PositiveInt | None = Field(
         default=None,
@@ -157,5 +156,5 @@ class TrainSettings(Settings):
     )
     resume_override: list[str] = Field(
         default=[],
-        description="fields that may differ from the run that `resume` continues, for example [train.learning_rate]",
+        description="keys that may differ from the run that resume continues, for example [train.learning_rate]",
     )

@@ -50,7 +50,7 @@ USAGE = [
     (["trian"], ["Did you mean 'train'? Type `", "align --help"]),
     (["prepare", "--loss", "dpo"], ["No such option: --loss", "align prepare --help"]),
     (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),
-    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest are three choices"]),
+    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest exclude each other"]),
     (["train", "--loss", "kt0"], ["unknown loss 'kt0'", "Did you mean 'kto'?"]),
     (["train", "--set", "loss.name=dop"], ["unknown loss 'dop'", "Did you mean 'dpo'?"]),
     (["train", "--set", "loss.bta=1"], ["loss.bta is not a field of dpo", "beta"]),
@@ -230,7 +230,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
     assert process.returncode == 130, err
     assert (out, err) == (
         "",
-        "align: Interrupted. What was finished is kept; type the same command to continue.\n",
+        "align: Interrupted. Finished work is kept; the same command continues it.\n",
     )
 
 

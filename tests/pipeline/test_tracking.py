@@ -251,10 +251,10 @@ def test_eval_goes_on_from_the_mean_that_training_left(tiny_model, preferences, 
         heldout = {name: value for name, value in found["sets"]["heldout"].items() if name != "examples"}
         assert heldout == pytest.approx(trained["final"], rel=1e-6, abs=1e-6)
         assert found["loss_state"]["reward_count"] == 4 * 8
-    assert sum("goes on from that of" in line for line in said) == 3
+    assert sum("continues from" in line for line in said) == 3
     other = {**tree, "loss": {"name": "bco", "beta": 0.3}, "eval": {"model": str(policy)}}
     assert run(other, tmp_path, "eval", said=said)["loss_state"] is None
-    assert "begins at 0" in said[-1]
+    assert "starts at 0" in said[-1]
 
 
 def test_samples_while_training_change_no_number_and_survive_a_resume(
