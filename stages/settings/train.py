@@ -85,6 +85,9 @@ class TrainSettings(Settings):
         default="adamw",
         description="adamw keeps 8 bytes of state per weight, adamw_bf16 4, adamw_8bit and paged_adamw_8bit 2 (bitsandbytes; paged moves them to the host when GPU memory is full), rmsprop 4, adafactor and sgd almost none",
     )
+    weight_decay: NonNegativeFloat = Field(
+        default=0.0, description="weight decay of matrices; vectors have none"
+    )
     adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
     adam_beta2: Decay = Field(default=0.999, description="AdamW beta2")
     adam_epsilon: PositiveFloat = Field(default=1e-8, description="AdamW epsilon")
