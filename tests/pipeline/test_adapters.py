@@ -81,7 +81,7 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
         session(tree, tmp_path).run("merge")
     run.run("train")
     for ask in (Session.run, Session.dry_run):
-        with pytest.raises(UsageError, match="no adapter to merge"):
+        with pytest.raises(UsageError, match="not an adapter"):
             ask(session(tree, tmp_path), "merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
     with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):

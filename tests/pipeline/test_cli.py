@@ -158,7 +158,7 @@ def test_data_that_cannot_be_used_ends_with_3(align, config, preferences, tmp_pa
         "The model folder ./missing does not exist",
         "policy.model",
     )
-    refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "no model folder", "config.json")
+    refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "is not a model folder", "config.json")
     preferences.write_text(preferences.read_text() + '{"prompt": "q\n')
     refused(align(*prepare), 3, "preferences.jsonl:25: ", "--set data.on_bad_row=skip")
     preferences.write_text('{"question": "q"}\n')
