@@ -286,6 +286,7 @@ def test_no_command_is_help_and_2(align):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_help_and_version_do_not_wait_for_heavy_imports():
     """In a fresh interpreter: the help of every command, and none of the slow packages."""
     script = (
@@ -303,6 +304,7 @@ def test_help_and_version_do_not_wait_for_heavy_imports():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_module_ends_the_process_with_the_same_code_and_no_traceback(tmp_path):
     command = [
         sys.executable,

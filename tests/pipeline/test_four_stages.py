@@ -37,6 +37,7 @@ STEP0 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEP0)
 def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path_factory) -> None:
     """Prepare, cache, packing, masks, head and metrics have to be right at once for these to hold."""
@@ -52,6 +53,7 @@ def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path
     assert result["final"]["loss"] < result["step0"]["loss"]
 
 
+@pytest.mark.slow
 def test_one_reference_pass_serves_every_loss_seed_and_learning_rate(
     tiny_model, preferences, tmp_path
 ) -> None:
@@ -87,6 +89,7 @@ def test_more_data_scores_only_the_new_rows(tiny_model, preferences, tmp_path) -
     assert after["rows_scored"] == before["rows_needed"]
 
 
+@pytest.mark.slow
 def test_training_never_opens_the_reference(tiny_model, preferences, tmp_path) -> None:
     """The reference is a folder of its own; after cache-ref it is gone from the disk, and train does not miss it."""
     reference = tmp_path / "reference"
@@ -124,6 +127,7 @@ def _edit_one_weight(folder: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_a_model_edited_in_place_is_noticed(tiny_model, preferences, tmp_path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
@@ -168,6 +172,7 @@ def test_a_lost_shard_is_named_before_anything_is_trained(tiny_model, preference
     assert not list((tmp_path / "policy").glob("*/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_audit_stops_a_store_whose_values_were_changed_consistently(
     tiny_model, preferences, tmp_path
 ) -> None:
@@ -189,6 +194,7 @@ def test_the_audit_stops_a_store_whose_values_were_changed_consistently(
         session(tree, tmp_path).run("train")
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_with_step_and_rows(tiny_model, preferences, tmp_path) -> None:
     tree = settings(
         tiny_model, preferences, train={"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}
@@ -198,6 +204,7 @@ def test_a_diverging_run_stops_with_step_and_rows(tiny_model, preferences, tmp_p
     assert not list((tmp_path / "policy").glob("*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_the_policy_folder_is_a_model_that_transformers_opens(tiny_model, preferences, tmp_path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

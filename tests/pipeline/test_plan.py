@@ -22,6 +22,7 @@ def session_of(tiny_model, preferences, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_steps_and_tokens_are_those_of_the_run(session_of, tmp_path):
     run = session_of(loss={"name": "dpo"}, prepare={"mismatched": False})
     before = sorted(tmp_path.rglob("*"))

@@ -42,6 +42,7 @@ def weights(result: dict) -> str:
     return hashlib.sha256((Path(result["artifact"]) / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) -> None:
     ranked = {"graded": "ranked"}
     run = session_of(tiny_model, graded, tmp_path / "store", prepare=ranked)
@@ -70,6 +71,7 @@ def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) 
     assert len(set(policies.values())) == len(policies)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "kto", "bco"])
 def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
     loss, tiny_model, graded, tmp_path

@@ -42,6 +42,7 @@ def train_until_step_4(tree: dict[str, Any], store: Path, monkeypatch: pytest.Mo
             run(tree, store, "train")
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_a_resume(
     tiny_model, preferences, tmp_path, monkeypatch
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_moving_reference_is_refused_with_the_reason_and_the_way(tree) -> None
         build_config(tree)
 
 
+@pytest.mark.slow
 def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
     tiny_model, preferences, tmp_path
 ) -> None:
@@ -240,6 +242,7 @@ def test_evaluation_sets_go_through_the_stages_and_are_scored_apart(
     assert start["sets"]["heldout"]["loss"] == pytest.approx(LN2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_eval_goes_on_from_the_mean_that_training_left(tiny_model, preferences, tmp_path) -> None:
     """bco's metrics of a policy are those its training ended with; another beta's mean is of other rewards."""
     tree = tree_of(tiny_model, preferences, loss={"name": "bco"}, train={"keep_last": 1})
@@ -257,6 +260,7 @@ def test_eval_goes_on_from_the_mean_that_training_left(tiny_model, preferences, 
     assert "starts at 0" in said[-1]
 
 
+@pytest.mark.slow
 def test_samples_while_training_change_no_number_and_survive_a_resume(
     tiny_model, preferences, tmp_path, monkeypatch
 ) -> None:
@@ -282,6 +286,7 @@ def test_samples_while_training_change_no_number_and_survive_a_resume(
         assert (silent / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_when_asked(
     tiny_model, preferences, tmp_path, monkeypatch
 ) -> None:
