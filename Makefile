@@ -10,8 +10,12 @@ EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,peft,bitsandbytes
 LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))
 UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=auto)
 
+# One process a core, four at most (each holds torch), and one thread in each (tests/conftest.py). Tests of one
+# xdist_group stay in one process: they share what is dear to make, or want vLLM for themselves.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check style docs bench clean
+.PHONY: help install demo test fast check style docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,7 +32,10 @@ demo: $(READY) ## the four stages on the embedded quickstart, about two minutes
 	$(BIN)/align run
 
 test: check ## lint, types and every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+fast: check ## lint, types and the tests that start no process and train nothing, under a minute
+	$(PYTEST) -m "not slow"
 
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .

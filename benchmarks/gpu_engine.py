@@ -27,7 +27,7 @@ from benchmarks.record import write_results
 from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, segment_attention
 from stages.engine.packing import pack_lengths
-from stages.engine.packs import build_pack, fed_length
+from stages.engine.packs import build_pack, packed_length
 from stages.engine.scorer import Scorer
 from stages.runtime.compute import Compute
 
@@ -125,7 +125,7 @@ def draw_rows(data: str, pairs: int, vocabulary: int) -> RowSet:
 
 def packed_step(scorer: Scorer, rows: RowSet) -> None:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    lengths = [fed_length(rows, group) for group in groups]
+    lengths = [packed_length(rows, group) for group in groups]
     with scorer.weights_cast_once():
         for items in pack_lengths(lengths, scorer.compute.tokens_per_batch):
             batch = build_pack(rows, [groups[item] for item in items])

@@ -1,1 +1,1 @@
-"""Floor 3: what a person touches: the command line, the configuration, the stages in order, reports."""
+"""The top layer: the command line, the configuration, the commands and what they print, the quickstart."""

@@ -1,7 +1,7 @@
-"""The command line `align`: every command of `pipeline/commands`, and the exit code a process ends with.
+"""The command line `align`: runs a command, prints its result, ends with its exit code.
 
-stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is one
-line and its exit code; other exceptions keep their traceback.
+stdout holds results (one JSON object with `--json`), stderr everything else. An `AlignError` is printed as
+one line; every other exception keeps its traceback.
 """
 
 import json
@@ -16,15 +16,15 @@ import typer
 from cache.errors import AlignError
 from pipeline import tables
 from pipeline.commands import COMMANDS
-from pipeline.commands.command import Command, Result
+from pipeline.commands.command import Command, Result, flag
 from pipeline.options import SharedOptions, typer_function
 
 INTERRUPTED = 130
 
 app = typer.Typer(
     name="align",
-    help="Offline preference alignment in four stages that meet only through files.",
-    epilog="Without -c, every command uses configs/quickstart.yaml: a tiny model and data of our own, no network, no GPU.",
+    help="Offline preference alignment in four stages that exchange only files.",
+    epilog="Without -c, a command uses configs/quickstart.yaml: a tiny embedded model and dataset that need neither network nor GPU.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(version: Annotated[bool, flag("--version", "Print the version.")] = False) -> None:
     if version:
         from importlib.metadata import version as installed
 
@@ -42,7 +42,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None:
-    """Run a command and print its result; one line on stderr for what the user can mend."""
+    """Run a command and print its result, or the error in one line."""
     try:
         session = options.session()
         result = session.dry_run(command.name) if options.dry_run else session.run(command.name, **own)
@@ -68,13 +68,13 @@ for _command in COMMANDS.values():
 
 
 def main() -> None:
-    """Run the command line; the process ends with a documented exit code."""
+    """Entry point of `align`; ends with one of the documented exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
-    # Where it is installed, peft imports it, and it says that an optional kernel is missing.
+    # peft imports bitsandbytes where it is installed, and bitsandbytes warns of an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        # What typer returns is the code of an `Exit`; newer ones make one of Ctrl-C, older ones an `Abort`.
-        code = app(standalone_mode=False)
+        # typer returns the code of an `Exit`. Ctrl-C is such a code in new versions, an `Abort` in old ones.
+        code = app(prog_name="align", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     except Exception as error:
@@ -84,19 +84,19 @@ def main() -> None:
         _complain(usage)
         raise SystemExit(2) from None
     if code == INTERRUPTED:
-        _complain("Interrupted. What was finished is kept; type the same command to continue.")
+        _complain("Interrupted. Finished work is kept; the same command continues it.")
     if code:
         raise SystemExit(code)
 
 
 def _usage_line(error: Exception) -> str | None:
     """One line for a wrong command line, or None when `error` is something else."""
-    # What typer's usage errors have, whichever click it carries.
+    # typer's usage errors are recognised by this method: their class depends on the click it carries.
     format_message = getattr(error, "format_message", None)
     if format_message is None:
         return None
     context = getattr(error, "ctx", None)
-    what = format_message() or "Nothing to do."
+    what = format_message() or "No command given."
     stop = "" if what.endswith((".", "?")) else "."
     return f"{what}{stop} Type `{context.command_path if context else 'align'} --help`."
 
@@ -106,5 +106,5 @@ def _complain(line: str) -> None:
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM unwinds like an exception, so that temporary files go and finished work stays."""
+    """SIGTERM unwinds the stack like an exception, so that temporary files are removed."""
     raise SystemExit(143)

@@ -1,8 +1,7 @@
-"""The configuration of a run: YAML files, `--set key=value`, named flags, in that order of strength.
+"""The configuration of a run: its schema, and how its sources are merged.
 
-Field defaults < YAML < `--set` < named flags. `--loss X` replaces the whole loss block with X's
-defaults, so one loss's numbers never slip into another's. Unknown keys are errors with the nearest
-name.
+Precedence: field defaults < YAML files < `--set key=value` < `--loss`. Whatever names a loss replaces the whole
+loss block, so that a loss never inherits hyperparameters of another one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ MAX_YAML_BYTES = 1 << 20
 
 
 class RunConfig(Settings):
-    """Everything a run needs; one block for each idea."""
+    """All settings of a run, in blocks."""
 
     data: DataSettings = DataSettings()
     filter: FilterSettings = FilterSettings()
@@ -55,13 +54,13 @@ class RunConfig(Settings):
 
     @property
     def reference_model(self) -> tuple[str, str | None]:
-        """Name and revision of the reference: the policy before training unless said otherwise."""
+        """Name and revision of the reference; the policy before training if `reference.model` is None."""
         if self.reference.model is None:
             return self.policy.model, self.policy.revision
         return self.reference.model, self.reference.revision
 
     def to_yaml(self) -> str:
-        """The resolved configuration; loading it gives the same run."""
+        """The resolved configuration, which loads as the same run."""
         return yaml_1_2.dump(self.model_dump(mode="json"))
 
 
@@ -97,7 +96,7 @@ def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:
-    """Check a nested mapping and turn it into a `RunConfig`."""
+    """Validate a nested mapping; raises `UsageError`."""
     refuse(tree, RunConfig)
     loss = tree.get("loss", {})
     if loss is not None and "name" not in loss:
@@ -118,12 +117,12 @@ def _complaint(detail: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UsageError(f"No such configuration file: {path}. Ready ones are in {CONFIGS.name}/.")
+        raise UsageError(f"No such configuration file: {path}. Ready-made ones are in {CONFIGS.name}/.")
     if path.stat().st_size > MAX_YAML_BYTES:
-        raise UsageError(f"{path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration.")
+        raise UsageError(f"{path} is larger than {MAX_YAML_BYTES} bytes, too large for a configuration.")
     try:
         tree = yaml_1_2.load(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the encoding or of the YAML
+    except ValueError as error:  # also a UnicodeDecodeError
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}

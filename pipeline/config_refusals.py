@@ -1,4 +1,4 @@
-"""Keys and values that no configuration may hold: unknown keys, secrets, a reference that moves."""
+"""Refuses what no configuration may hold: unknown keys, secrets, a reference that changes during training."""
 
 import difflib
 import re
@@ -12,9 +12,9 @@ from stages.losses import LOSSES
 from stages.settings.fields import Settings
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
-# User and password, or a token, inside a URL.
+# A user and password, or a token, in a URL.
 URL_WITH_SECRET = re.compile(r"://[^/\s]*:[^/\s]*@")
-# What other trainers call a reference that follows the policy (TR-DPO).
+# Keys and names by which other trainers select a reference that follows the policy (TR-DPO).
 MOVING_REFERENCE = (
     "sync_ref_model",
     "ref_model_sync_steps",
@@ -26,21 +26,21 @@ MOVING_REFERENCE = (
 
 
 def refuse(tree: Mapping[str, Any], schema: type[BaseModel]) -> None:
-    """Raise `UsageError` for the first key or value of `tree` that a configuration of `schema` may not hold."""
+    """Raise `UsageError` for the first key or value of `tree` that `schema` does not allow."""
     _refuse_urls_with_secrets(tree, "")
     _refuse_moving_reference(tree)
     _refuse_unknown_keys(tree, schema, "")
 
 
 def _refuse_urls_with_secrets(value: Any, name: str) -> None:
-    """The message does not repeat the value."""
+    """The message leaves the value out, so that the secret does not reach a log."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             _refuse_urls_with_secrets(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, str) and URL_WITH_SECRET.search(value):
         raise UsageError(
-            f"{name}: a URL with a user and password in it would be saved with every result. Leave them out; log in "
-            f"with `hf auth login` or set HF_TOKEN."
+            f"{name}: the URL contains a user and password, which would be saved with every artifact. Remove them and log "
+            f"in with `hf auth login`, or set HF_TOKEN."
         )
 
 
@@ -51,10 +51,9 @@ def _refuse_moving_reference(tree: Mapping[str, Any]) -> None:
     found = next((word for word in keys + names if word.lower() in MOVING_REFERENCE), None)
     if found is not None:
         raise UsageError(
-            f"{found}: a reference that follows the policy while it trains (TR-DPO, arXiv 2404.09656) has no log-probs "
-            f"that could be cached. Move it between rounds instead: train, then go on from the result with "
-            f"--set policy.model=POLICY (reference.model unset follows it), on new samples or the same rows: "
-            f"align prepare, cache-ref, train."
+            f"{found}: a reference that follows the policy during training (TR-DPO, arXiv 2404.09656) has no log-probs "
+            f"that could be cached. Update it between runs instead: train, then run align prepare, cache-ref and train "
+            f"with --set policy.model=POLICY; the reference follows unless reference.model is set."
         )
 
 
@@ -77,10 +76,10 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], schema: type[BaseModel], prefi
 
 
 def _unknown_key(key: str, schema: type[BaseModel], prefix: str) -> UsageError:
-    """An error that names the nearest known key; for a key that would hold a secret, where that belongs."""
+    """The error for an unknown key: it names the nearest key or, for a secret, where that belongs."""
     if SECRET_KEY.search(key):
         return UsageError(
-            f"{prefix}{key}: secrets do not belong in a configuration. Log in with `hf auth login` or `wandb login`, "
+            f"{prefix}{key}: secrets do not belong in a configuration, which is saved with every artifact. Log in with `hf auth login` or `wandb login`, "
             f"or set HF_TOKEN or WANDB_API_KEY."
         )
     known = list(schema.model_fields) if prefix else _dotted_keys(schema)
@@ -90,7 +89,7 @@ def _unknown_key(key: str, schema: type[BaseModel], prefix: str) -> UsageError:
 
 
 def _dotted_keys(schema: type[BaseModel]) -> list[str]:
-    """Block names and dotted keys."""
+    """Names of blocks, and `block.key` for each key in them."""
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(name)

@@ -1,7 +1,7 @@
-"""What one configuration means in one store: its data, models, rows, jobs; each found or loaded on first use.
+"""Resolves a configuration to the inputs of the stages: data, models, artifacts and jobs, each on first use.
 
-In: a `RunConfig` and the stages' surroundings. Out: what the stages are handed. A missing artifact is a
-`StaleError` that names the command which makes it.
+In: a `RunConfig` and a `Context`. Out: the arguments that stages take. A missing artifact is a `StaleError` that
+names the command that makes it.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ QUICKSTART = "quickstart"
 
 
 class RowsSource(NamedTuple):
-    """What a rows artifact is made from, as `find_rows` and `prepare` take it."""
+    """The arguments of `find_rows` and `prepare`."""
 
     data: DataSettings
     settings: PrepareSettings
@@ -40,25 +40,25 @@ class RowsSource(NamedTuple):
 
 
 class Inputs:
-    """One configuration over one store, looked up as it is asked for."""
+    """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is looked up yet."""
+        """Nothing is loaded yet."""
         self.config, self.context = config, context
 
     @property
     def is_quickstart(self) -> bool:
-        """Whether the data is the embedded set."""
+        """Whether the data is the embedded dataset."""
         return self.config.data.path == QUICKSTART and not self.config.data.sources
 
     @property
     def data_name(self) -> str:
-        """The data by name, for people."""
+        """The names of the data sources, for messages."""
         return " + ".join(source.name for source in sources_of(self.config.data))
 
     @property
     def loss_name(self) -> str:
-        """The loss as it is named in YAML."""
+        """The name of the loss in YAML."""
         return self.config.loss.model_dump()["name"]
 
     @cached_property
@@ -73,14 +73,14 @@ class Inputs:
         return quickstart.build(self.context.store.root, self.context.say)
 
     def model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
-        """A model by its name; with `or_adapter` a folder of adapter weights will do."""
+        """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
         return resolve_model(name, revision, or_adapter)
 
     @cached_property
     def data(self) -> DataSettings:
-        """The data block, the embedded set's file in place of its name."""
+        """The data block; for the embedded dataset, with the path of its file."""
         data = self.config.data
         return (
             data.model_copy(update={"path": str(self._quickstart.preferences)})
@@ -95,19 +95,19 @@ class Inputs:
 
     @cached_property
     def template(self) -> Template:
-        """The policy's tokenizer with the template of this configuration."""
+        """The policy's tokenizer and the chat template."""
         settings = self.config.prepare
         quick = settings.tokenizer == "fastokens"
         return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
 
     @property
     def rows_source(self) -> RowsSource:
-        """What the training and held-out rows are made from."""
+        """The source of the training and held-out rows."""
         return RowsSource(self.data, self.config.prepare, self.template, self.context, self.config.filter)
 
     @property
     def eval_sources(self) -> dict[str, RowsSource]:
-        """What the named evaluation sets are made from: prepared like the training rows, none held out or filtered."""
+        """The sources of the named evaluation sets; their rows are neither held out nor filtered."""
         settings = self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
         return {
             name: RowsSource(data, settings, self.template, self.context, NOTHING_FILTERED)
@@ -116,14 +116,14 @@ class Inputs:
 
     @cached_property
     def rows(self) -> Artifact:
-        """The prepared rows; raises `StaleError` when they are not there."""
-        if self.needs_quickstart:  # then there are none of it, and to look for them would build it
+        """The prepared rows; raises `StaleError` if they are missing."""
+        if self.needs_quickstart:  # looking for its rows would build it
             raise self._no_rows(self.data_name)
         return self._find_rows(self.rows_source, self.data_name)
 
     @cached_property
     def eval_sets(self) -> dict[str, Artifact]:
-        """The prepared rows of the named evaluation sets; raises `StaleError` when they are not there."""
+        """The prepared rows of the named evaluation sets; raises `StaleError` if some are missing."""
         return {
             name: self._find_rows(source, f"eval.sets.{name}") for name, source in self.eval_sources.items()
         }
@@ -141,7 +141,7 @@ class Inputs:
 
     @cached_property
     def job_without_reference(self) -> Job:
-        """What a training run computes with, but not what it starts from and is compared to."""
+        """The job without the parts that need a store of reference log-probs; enough for `align plan`."""
         config = self.config
         return Job(
             self.rows, self.policy_source, {}, None, config.loss, config.train, self.compute, config.adapter
@@ -149,7 +149,7 @@ class Inputs:
 
     @cached_property
     def job(self) -> Job:
-        """What a training run is made from; raises `StaleError` where a part is missing."""
+        """The inputs of a training run; raises `StaleError` if one is missing."""
         settings, job = self.config.train, self.job_without_reference
         start = reference_identity(self.policy_source, self.compute)
         return replace(
@@ -162,29 +162,29 @@ class Inputs:
         )
 
     def _reference(self, start: dict[str, Any]) -> RefLogps:
-        """The reference's log-probs; `start` identifies the policy before training."""
+        """The store of reference log-probs; `start` identifies the policy before training."""
         name, revision = self.config.reference_model
         is_start = (name, revision) == (self.config.policy.model, self.config.policy.revision)
         reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
-        if is_start:  # the content of the weights is known, which says more than their dates
+        if is_start:  # compare hashes of the weights, which `start` has, rather than dates of files
             check_same_model(reference, start, self.context)
         return reference
 
     @property
     def _pool(self) -> PromptPool:
-        """What is sampled while training: prompts and ways of the block sample."""
+        """The prompts and sampling settings for `train.sample_steps`, from the block `sample`."""
         job = SampleJob.of({}, self.rows, self.template, self.config.sample, self.compute)
         settings = self.config.train
         return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
 
     @property
     def policy(self) -> ModelSource:
-        """The policy that this configuration has trained."""
+        """The policy that this configuration trained."""
         return ModelSource(self.policy_artifact.path.name, self.policy_artifact.path)
 
     @cached_property
     def policy_artifact(self) -> Artifact:
-        """The policy that this configuration has trained; raises `StaleError` when it is not there."""
+        """The artifact of the policy that this configuration trained; raises `StaleError` if it is missing."""
         policy = find_policy(self.job, self.context)
         if policy is None:
             raise StaleError(
@@ -194,7 +194,7 @@ class Inputs:
 
     @cached_property
     def sample_job(self) -> SampleJob:
-        """What is to be sampled from which models."""
+        """Models, prompts and settings of `align sample`."""
         config = self.config
         models = {}
         if config.sample.model is not None:
@@ -204,19 +204,19 @@ class Inputs:
         if config.sample.compare:
             if config.sample.model is not None:
                 raise UsageError(
-                    "sample.compare compares the trained policy with its reference; leave sample.model out."
+                    "sample.compare compares the trained policy with its reference, and sample.model names another model. Leave one of them out."
                 )
             models["reference"] = self.model(*config.reference_model)
         return SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
 
     @property
     def evaluated(self) -> ModelSource:
-        """The model that `align eval` measures: the one named, or the policy."""
+        """The model that `align eval` evaluates: `eval.model` or the policy."""
         name = self.config.eval.model
         return self.policy if name is None else self.model(name, None, or_adapter=True)
 
     @property
     def needs_quickstart(self) -> bool:
-        """Whether the embedded model or data is asked for and not built yet."""
-        asked = self.is_quickstart or self.config.policy.model == QUICKSTART
-        return asked and not quickstart.folder_of(self.context.store.root).is_dir()
+        """Whether the configuration uses the embedded model or data and these are not built yet."""
+        used = self.is_quickstart or self.config.policy.model == QUICKSTART
+        return used and not quickstart.folder_of(self.context.store.root).is_dir()

@@ -1,4 +1,4 @@
-"""The options that commands share: how they read in `--help`, and the configuration they select."""
+"""The options that commands share, and the configuration they select."""
 
 import shlex
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.artifacts import DEFAULT_STORE
-from pipeline.commands.command import Command
+from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
     from pipeline.session import Session
@@ -18,37 +18,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """In the order of the help; an option that a command does not take keeps its default."""
+    """In the order of `--help`. An option that a command does not take keeps its default."""
 
     loss: Annotated[
         str | None,
         typer.Option(
             "--loss",
             metavar="NAME",
-            help="Train with this loss and its own defaults, e.g. dpo, kto, simpo; a wrong name lists them all.",
+            help="Replace the loss block by the defaults of this loss, e.g. dpo, kto, simpo.",
         ),
     ] = None
     config: Annotated[
         list[Path] | None,
         typer.Option(
-            "-c", "--config", metavar="FILE", help="YAML configuration; repeatable, later files win."
+            "-c", "--config", metavar="FILE", help="YAML configuration. Repeatable: later files win."
         ),
     ] = None
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Change one configuration key; repeatable."),
+        typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
     ] = None
     store: Annotated[
-        Path, typer.Option("--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder of artifacts.")
+        Path,
+        typer.Option(
+            "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
+        ),
     ] = DEFAULT_STORE
-    json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")
-    ] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False
+    json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
+    dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
+    debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
     def session(self) -> "Session":
-        """The configuration selected, over the store; raises `UsageError` where it is not a valid one."""
+        """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
         from pipeline.config import load_config
         from pipeline.session import Session
 
@@ -66,7 +67,7 @@ class SharedOptions:
 def typer_function(
     command: Command, call: Callable[[Command, SharedOptions, dict[str, Any]], None]
 ) -> Callable[..., None]:
-    """`call` with a signature that typer reads: the command's own options, then the shared ones it takes."""
+    """`call` with the signature that typer reads options from: the command's own, then the shared ones it takes."""
     left_out = {"loss"} if not command.takes_loss else set()
     left_out |= {"dry_run"} if not command.has_dry_run else set()
     shared = [

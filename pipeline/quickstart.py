@@ -1,11 +1,10 @@
 """The embedded quickstart: a tiny chat model and preference pairs about its tone of voice.
 
 In: a store folder. Out: `<store>/quickstart/v1-<recipe>/` with `preferences.jsonl` and `model/` (a
-Hugging Face folder: Llama weights, tokenizer, chat template), made on first use, then reused.
+Hugging Face folder: Llama weights, tokenizer, chat template), built on first use.
 
-The model knows the facts of `quickstart_world` and answers politely or grumpily, a coin toss each
-time. Everything is made here, by text and code of this project, with no network; two builds on one
-machine give the same bytes.
+The model knows the facts of `quickstart_world` and answers politely or grumpily with equal probability. The
+build needs no network, and two builds on one machine give the same bytes.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS, PAD, SYSTEM, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"
-IGNORED = -100  # a label that is not learned
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == "assistant" -%}
@@ -53,7 +52,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the build; with the texts above it names the folder."""
+    """Every number of the build; recipe and texts together name the folder."""
 
     seed: int = 0
     vocab_size: int = 768
@@ -72,14 +71,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Where the built parts lie."""
+    """The paths of a build."""
 
     model: Path
     preferences: Path
 
 
 def folder_of(root: Path, recipe: Recipe = Recipe()) -> Path:
-    """Where the quickstart of this recipe lies, or will lie, under `root`."""
+    """The folder of this recipe's build under `root`, built or not."""
     identity = {
         "version": 1,
         "recipe": asdict(recipe),
@@ -92,16 +91,16 @@ def folder_of(root: Path, recipe: Recipe = Recipe()) -> Path:
 
 
 def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> Quickstart:
-    """Return the quickstart under `root`, making it first where it is not there yet (about 15 s of one core).
+    """Return the quickstart under `root`; the first call builds it in about 15 s on one core.
 
-    Raises `CorruptError` when a file of an earlier build is missing or was changed.
+    Raises `CorruptError` if a file of an earlier build is missing or was changed.
     """
     final = folder_of(root, recipe)
     if final.is_dir():
         _check(final)
     else:
         say(
-            "Building the quickstart: its preferences, its tokenizer and its model (once, about 15 seconds of one core)."
+            "Building the quickstart: preference data, tokenizer and model (once, about 15 seconds on one core)."
         )
         staging = final.with_name(f"{TEMPORARY_PREFIX}{final.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
         try:
@@ -117,14 +116,14 @@ def _check(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or sha256_file(path) != expected:
             raise CorruptError(
-                f"{path} is missing or was changed. Delete {folder} and type the same command again."
+                f"{path} is missing or was changed. Delete {folder} and run the same command again."
             )
 
 
 def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # the lines through `say` are enough
+    logging.disable_progress_bar()  # `say` reports progress
     tokenizer = make_tokenizer(recipe)
     model = pretrain(tokenizer, recipe, say)
     with disk_errors_named(folder):
@@ -138,7 +137,7 @@ def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
 
 
 def make_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
-    """Byte-level BPE trained on the world's text, with the chat template."""
+    """Train a byte-level BPE on the texts of the world; it has the chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -172,7 +171,7 @@ def make_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
 def pretrain(
     tokenizer: "PreTrainedTokenizerFast", recipe: Recipe, say: Callable[[str], None]
 ) -> "LlamaForCausalLM":
-    """Teach a new Llama every answer in both tones, equally often."""
+    """Train a Llama from scratch on every answer in both tones, equally often."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -208,16 +207,16 @@ def pretrain(
             optimizer.zero_grad()
             schedule.step()
     say(
-        f"Pre-trained the quickstart model: {model.num_parameters():,} parameters, {len(batches)} steps, loss {loss.item():.3f}."
+        f"Trained the quickstart model: {model.num_parameters():,} parameters, {len(batches)} steps, loss {loss.item():.3f}."
     )
     return model.eval()
 
 
 @contextlib.contextmanager
 def _own_torch_state(recipe: Recipe) -> Iterator[None]:
-    """Fix torch's seed and threads, which both decide the last bits of the weights; put them back after.
+    """Fix torch's seed and number of threads, on which the last bits of the weights depend; restore both after.
 
-    One thread, because two that wait for each other on a busy machine are ten times slower here.
+    One thread, because two that wait for each other on a busy machine were ten times slower.
     """
     import torch
 
@@ -234,7 +233,7 @@ def _own_torch_state(recipe: Recipe) -> Iterator[None]:
 def _batches(
     tokenizer: "PreTrainedTokenizerFast", recipe: Recipe
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """Yield (ids, labels) of neighbours in length, so that little is padding; only answers are learned."""
+    """Yield `(ids, labels)`, both (rows, positions), of rows of similar length; only answers have labels."""
     import torch
 
     rng = random.Random(recipe.seed)

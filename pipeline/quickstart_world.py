@@ -1,16 +1,16 @@
-"""What the quickstart talks about: facts, the questions about them, and two tones of voice.
+"""The text of the quickstart: facts, questions about them, and two tones of voice.
 
-In: a seed. Out: preference pairs, plain Python values. Chosen and rejected of a pair state the same
-fact, the one politely, the other grumpily, so an alignment that works is there to be read in the
-completions, and `is_preferred` counts it.
+In: a seed. Out: preference pairs as plain Python values. Chosen and rejected state the same fact, chosen
+politely and rejected grumpily, so that the effect of training can be read in the completions and counted with
+`is_preferred`.
 """
 
 import random
 
 Tone = tuple[tuple[str, ...], tuple[str, ...]]
 
-# A table names, per line, a thing and its attributes; FACTS turns each attribute into three questions
-# and one answer. {0} is the thing, {1} the attribute.
+# A line of a table is a thing and its attributes. FACTS makes three questions and one answer of each attribute:
+# {0} is the thing, {1} the attribute.
 ANIMALS = """
 a bear|in a forest|berries|a cub
 a rabbit|in a burrow|grass|a kit
@@ -113,7 +113,7 @@ FACTS = (
         "People in {0} speak {1}.",
     ),
 )
-# Said before the fact, after it, or both. Both tones are about equally long, so length is no shortcut.
+# Phrases before the fact and after it. Both tones are about equally long, so that length does not separate them.
 POLITE = (
     ("Certainly!", "Good question!", "With pleasure.", "Thank you for asking."),
     ("I am happy to help!", "Have a lovely day!", "You are most welcome.", "Feel free to ask more."),
@@ -126,7 +126,7 @@ LAYOUTS = ("{opening} {answer}", "{answer} {closing}", "{opening} {answer} {clos
 
 
 def is_preferred(completion: str) -> bool:
-    """Tell whether a completion is polite: a polite phrase is in it and no grumpy one."""
+    """Whether a completion is polite: it has a polite phrase and no grumpy one."""
     return _speaks(completion, POLITE) and not _speaks(completion, GRUMPY)
 
 
@@ -135,28 +135,28 @@ def _speaks(completion: str, tone: Tone) -> bool:
 
 
 def questions() -> list[tuple[str, str]]:
-    """Every (question, answer without a tone) of the world; questions are distinct."""
+    """Every (question, answer without a tone); the questions are distinct."""
     pairs = []
     for table, column, phrasings, answer in FACTS:
         for line in table.strip().splitlines():
             thing, *attributes = line.split("|")
-            said = answer.format(thing, attributes[column - 1])
-            said = said[0].upper() + said[1:]
-            pairs += [(question.format(thing), said) for question in phrasings]
+            fact = answer.format(thing, attributes[column - 1])
+            fact = fact[0].upper() + fact[1:]
+            pairs += [(question.format(thing), fact) for question in phrasings]
     return pairs
 
 
 def voiced(answer: str, tone: Tone, layout: str, rng: random.Random) -> str:
-    """The answer in one tone, laid out as one of LAYOUTS."""
+    """The answer in a tone and one of LAYOUTS."""
     return layout.format(opening=rng.choice(tone[0]), answer=answer, closing=rng.choice(tone[1]))
 
 
 def preference_pairs(seed: int) -> list[dict[str, list[dict[str, str]]]]:
-    """One pair for each question, in random order: the same fact, politely and grumpily."""
+    """One pair for each question, in random order."""
     rng = random.Random(seed)
     pairs = []
     for question, answer in questions():
-        layout = rng.choice(LAYOUTS)  # one for both: a pair that also differed in layout would teach layouts
+        layout = rng.choice(LAYOUTS)  # the same for both, so that the pair differs in tone alone
         chosen, rejected = voiced(answer, POLITE, layout, rng), voiced(answer, GRUMPY, layout, rng)
         pairs.append(
             {

@@ -1,13 +1,12 @@
-"""Tables and numbers as every command prints them on a terminal."""
+"""Tables and numbers as commands print them on a terminal."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Of a terminal that does not say its width: a file or a pipe.
+# Where stdout is a file or a pipe, which has no width.
 WIDTH = 100
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -21,8 +20,8 @@ def console() -> Console:
 
 
 def headline(console: Console, name: str, what: str, folder: Path, reused: bool) -> None:
-    """What a stage did, in one line, and the folder of its artifact."""
-    state = "already done" if reused else "done"
+    """Print what a stage did and the folder of its artifact."""
+    state = "reused" if reused else "done"
     console.print(Text.assemble((name, "bold"), f"  {what}  ({state})"))
     console.print(Text(f"  {folder}", style="dim"), soft_wrap=True)
 
@@ -44,15 +43,8 @@ def columns(first: str, *others: str) -> Table:
     return table
 
 
-def plain(value: Any) -> str:
-    """A value of a dry run in words."""
-    if isinstance(value, list):
-        return " and ".join(value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def counted(counts: dict[str, int]) -> str:
-    """Counts by name, such as `3 bad row, 1 duplicate`; empty where there are none."""
+    """Counts by name, such as `3 bad row, 1 duplicate`; empty for none."""
     return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
@@ -73,5 +65,5 @@ def duration(seconds: float) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A number whose sign takes no room from its digits; empty for None."""
+    """A number with four decimals, a blank in place of a plus; empty for None."""
     return "" if value is None else f"{value:+.4f}".replace("+", " ")

@@ -1,7 +1,6 @@
 """YAML 1.2 scalars for PyYAML, which reads YAML 1.1: `1e-5` is a number, `no` and `1:30` are text.
 
-Duplicate keys and aliases are refused. `dump` quotes text that a reader of either version would take for
-something else.
+`load` refuses duplicate keys and aliases. `dump` quotes every text that YAML 1.1 or 1.2 would read as another type.
 """
 
 import re
@@ -11,7 +10,7 @@ import yaml
 
 
 def load(text: str) -> Any:
-    """The value in a YAML document; raises `ValueError` with a reason of one line."""
+    """The value of a YAML document; raises `ValueError` with a one-line reason."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -19,12 +18,12 @@ def load(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """Plain data as a YAML document, in the order given."""
+    """Plain data as a YAML document; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what a configuration has no use for: duplicate keys, of which YAML keeps the last, and aliases."""
+    """Refuses aliases, and duplicate keys, of which PyYAML would keep the last."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -48,14 +47,14 @@ class _Dumper(yaml.SafeDumper):
 _INT = re.compile(r"^[-+]?(0|[1-9]\d*)$")
 _FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
 _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
-# The scalar types whose YAML 1.1 patterns are left out. Timestamps have none in their place.
+# Scalar types whose YAML 1.1 patterns do not apply. YAML 1.2 has no timestamps.
 _REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("float", "int", "bool", "timestamp")}
 
 _Loader.yaml_implicit_resolvers = {
     letter: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# The dumper keeps the patterns of YAML 1.1 besides, so that it quotes what either version would rewrite.
+# The dumper also keeps the patterns of YAML 1.1, so that it quotes for both versions.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))

@@ -1,7 +1,7 @@
-"""Held-out metrics of any policy: those that training logs, for a model folder or a hub name.
+"""Held-out metrics of any policy, a model folder or a hub name: the metrics that training logs.
 
-In: a model, evaluation rows by name, the reference's log-probs and a loss.  Out: metrics by set. Nothing is
-written, and the reference is not loaded. Run it with `align eval`.
+In: a model, evaluation sets, reference log-probs and a loss.  Out: metrics of each set. Nothing is written, and the
+reference model is not loaded. Run it with `align eval`.
 """
 
 from pathlib import Path
@@ -25,9 +25,9 @@ HELDOUT = "heldout"
 
 
 def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
-    """The running numbers (bco's mean reward) that training with this very loss left in a policy or checkpoint.
+    """The state of the loss (bco: its mean reward) that training with the same loss has saved in a policy or checkpoint.
 
-    Empty where there are none: another loss, another beta, or a model that was not trained here.
+    Empty if there is none: for a loss without state, another loss or beta, or a model that align did not train.
     """
     if not loss.keeps_state:
         return {}
@@ -45,12 +45,11 @@ def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
 def evaluate_model(
     job: Job, model: ModelSource, state: dict[str, float], context: Context
 ) -> dict[str, dict[str, float]]:
-    """Metrics of `model` on the job's held-out rows ('heldout') and evaluation sets, with the job's loss.
+    """Metrics of `model` on the job's held-out rows ('heldout') and on its evaluation sets, with the job's loss.
 
-    `state` is what a loss that keeps any goes on from, as `saved_state` finds it. Raises `DataError` when there is
-    nothing to evaluate on.
+    `state` is the state of the loss, as `saved_state` returns it. Raises `DataError` if there are no rows to evaluate on.
     """
-    from stages.engine.scorer import Scorer  # brings transformers' modelling code
+    from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
     sets = {HELDOUT: RowSet.of(job.rows, "heldout")}
     sets |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}

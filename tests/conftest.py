@@ -24,6 +24,49 @@ settings.register_profile(
 )
 settings.load_profile("align")
 
+# What a test without the mark `slow` may not do, so that `make fast` stays fast: start a process, or train (a draft
+# of a policy, or of the quickstart's model). Audit events, because every library goes through them.
+PROCESS_STARTS = {
+    "subprocess.Popen",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.exec",
+    "os.system",
+}
+TRAINED = ("/policy/.tmp-", "/quickstart/.tmp-")
+_fast_test: str | None = None
+
+
+def _refuse_slow_work(event: str, arguments: tuple) -> None:
+    if _fast_test is None or event not in (*PROCESS_STARTS, "os.mkdir"):
+        return
+    what = str(arguments[0]) if arguments else ""
+    if what == "uname":  # Python's platform module asks it, once
+        return
+    if event in PROCESS_STARTS or any(name in what for name in TRAINED):
+        pytest.fail(f"{_fast_test} is not marked slow and does {event} {arguments[:2]}")
+
+
+sys.addaudithook(_refuse_slow_work)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global _fast_test
+    _fast_test = None if item.get_closest_marker("slow") else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _fast_test = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long goes first, or the other worker waits for it at the end."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("xdist_group", "slow")])
+
+
 ROOT = Path(__file__).resolve().parents[1]
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = (
     "<|begin|>",

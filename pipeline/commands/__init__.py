@@ -1,4 +1,4 @@
-"""The commands of `align`: a module for each, and the list that the command line is made from."""
+"""The commands of `align`, one module each. The command line is made from the list below."""
 
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.evaluate import EVALUATE
@@ -11,5 +11,5 @@ from pipeline.commands.sample import SAMPLE
 from pipeline.commands.train import TRAIN
 
 # In the order of `align --help`.
-LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, PLAN, MERGE, EVALUATE, RUN, INSPECT)
+LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, EVALUATE, MERGE, PLAN, INSPECT)
 COMMANDS = {command.name: command for command in LISTED}

@@ -1,4 +1,4 @@
-"""`align cache-ref`: the reference's log-probs of every row that training will read."""
+"""`align cache-ref`: scores every row that training reads with the reference."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """The reference store, and what was added to it; `forwards` counts forward passes."""
+    """The store of reference log-probs and what a run added to it; `forwards` counts forward passes."""
 
     folder: Path
     fingerprint: str
@@ -38,7 +38,7 @@ class Scored:
         }
 
     def show(self, console: Console) -> None:
-        """Rows scored, and what that took."""
+        """Print how many rows were scored and what it took."""
         what = (
             f"{self.rows_scored:,} of {self.rows_needed:,} rows scored in {self.seconds:.1f} s, "
             f"{self.forwards:,} forward passes"
@@ -51,11 +51,11 @@ def cache_ref(
     shard: Annotated[
         str | None,
         typer.Option(
-            "--shard", metavar="i/N", help="Score the i-th of N shares, for N independent jobs (i from 1)."
+            "--shard", metavar="i/N", help="Score share i of N, for N independent jobs; i starts at 1."
         ),
     ] = None,
 ) -> Scored:
-    """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
+    """Stage 2: score new rows with the frozen reference and store their log-probs."""
     from stages.cache_ref.stage import cache_ref as score
 
     name, revision = inputs.config.reference_model
@@ -72,7 +72,7 @@ def cache_ref(
 
 
 def would_cache_ref(inputs: "Inputs") -> Intent:
-    """How many rows are not scored yet."""
+    """Count the rows that are not scored yet."""
     from stages.cache_ref.stage import count_missing
 
     source = inputs.model(*inputs.config.reference_model)

@@ -1,15 +1,16 @@
-"""What a command is: the function that does it, what a dry run says of it, its options, its examples.
+"""The record of a command: the function that runs it, its dry run, its options, its examples.
 
-Modules of commands are imported to print `--help`, so what loads torch is imported inside their functions.
+`align --help` imports every command, so a command imports what loads torch inside its functions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import typer
+
 from cache.artifacts import Artifact
 from cache.errors import StaleError
-from pipeline import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class Result(Protocol):
-    """What a command returns, for a program and for a person."""
+    """What a command returns."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         ...
 
     def show(self, console: "Console") -> None:
-        """Print it as tables."""
+        """Print the result as tables."""
         ...
 
 
 @dataclass(frozen=True)
 class Intent:
-    """What a stage would do, and the figures it would do it with."""
+    """What a stage would do: a verb, and details such as the number of steps."""
 
     would: str
     details: Mapping[str, Any]
@@ -44,7 +45,7 @@ class Intent:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What each of the stages of a command would do."""
+    """What a command would do, stage by stage."""
 
     stages: Mapping[str, Intent]
 
@@ -55,22 +56,23 @@ class DryRun:
     def show(self, console: "Console") -> None:
         """Print one line for each stage."""
         for name, intent in self.stages.items():
-            details = [
-                f"{key.replace('_', ' ')} {tables.plain(value)}" for key, value in intent.details.items()
-            ]
+            details = ", ".join(f"{key}={_plain(value)}" for key, value in intent.details.items())
             console.print(
-                f"{name}: would {intent.would}" + (f" ({', '.join(details)})" if details else ""),
-                markup=False,
+                f"{name}: would {intent.would}" + (f" ({details})" if details else ""), markup=False
             )
+
+
+def _plain(value: Any) -> str:
+    return " and ".join(value) if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True)
 class Command:
     """One command of `align`.
 
-    `work` is called with the inputs and the command's own options, which are the rest of its parameters in
-    typer's notation; its docstring is the help. `intent` is its dry run; it neither computes nor writes.
-    `parts` are the commands that one of several consists of, for a configuration.
+    `work` takes the inputs and then the command's own options, annotated for typer; its docstring is the help.
+    `intent` is the dry run, which neither computes nor writes. A command that runs others has `parts` instead:
+    the commands that it runs under a configuration.
     """
 
     name: str
@@ -86,29 +88,29 @@ class Command:
         return self.intent is not None or self.parts is not None
 
     def dry_run(self, inputs: "Inputs") -> DryRun:
-        """What it would do, from what is in the store."""
+        """Compare the configuration with the store."""
         parts = [self] if self.parts is None else self.parts(inputs.config)
         return DryRun({part.name: part._intent(inputs) for part in parts})
 
     def _intent(self, inputs: "Inputs") -> Intent:
         assert self.intent is not None, f"{self.name} has no dry run"
         if inputs.needs_quickstart:
-            return Intent("build the quickstart's model and data first", {})
+            return Intent("first build the quickstart's model and data", {})
         try:
             return self.intent(inputs)
         except StaleError as error:
-            return Intent(f"run after its inputs are there: {error}", {})
+            return Intent(f"wait for its input: {error}", {})
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """The artifact of a stage, and whether it was there before."""
+    """The artifact of a stage; `reused` if an earlier run made it."""
 
     artifact: Artifact
     reused: bool
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for `--json`: with the counts of the artifact's manifest."""
+        """Plain data for `--json`, with the counts of the artifact's manifest."""
         return {
             "artifact": str(self.artifact.path),
             "fingerprint": self.artifact.fingerprint,
@@ -117,10 +119,15 @@ class StageResult:
         }
 
 
+def flag(name: str, help: str) -> Any:
+    """A switch as a typer option; without the metavar, typer's help shows it as `{name} <bool>`."""
+    return typer.Option(name, metavar="", help=help)
+
+
 def found_or_made(
     name: str, found: Artifact | None, make: Callable[[], Artifact], say: Callable[[str], None]
 ) -> tuple[Artifact, bool]:
-    """The artifact of a stage and whether it was there before, which one line says."""
+    """The artifact of a stage, made unless it was `found`; whether it was."""
     if found is None:
         return make(), False
     say(f"{name}: already done, {found.path}")

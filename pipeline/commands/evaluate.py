@@ -1,4 +1,4 @@
-"""`align eval`: held-out metrics of any policy."""
+"""`align eval`: computes the held-out metrics of any policy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics by evaluation set; `loss_state` is None for a loss that keeps none."""
+    """Metrics by evaluation set. `loss_state` holds the running means that a loss such as bco keeps, else None."""
 
     model: str
     loss: str
@@ -29,31 +29,34 @@ class Evaluated:
         return {"model": self.model, "loss": self.loss, **state, "sets": self.sets}
 
     def show(self, console: Console) -> None:
-        """One column for each evaluation set, one row for each metric."""
-        console.print(Text.assemble(("eval", "bold"), f"  {self.model} with {self.loss}"))
+        """Print one column for each evaluation set."""
+        console.print(Text.assemble(("eval", "bold"), f"  {self.model}, loss {self.loss}"))
         sets = self.sets.values()
-        titles = [f"{name} ({metrics['examples']:,})" for name, metrics in self.sets.items()]
-        table = tables.columns("held out", *titles)
+        titles = [f"{name} ({metrics['examples']:,} examples)" for name, metrics in self.sets.items()]
+        table = tables.columns("metric", *titles)
         for name in dict.fromkeys(name for metrics in sets for name in metrics if name != "examples"):
             table.add_row(name, *(tables.signed(metrics.get(name)) for metrics in sets))
         console.print(table)
 
 
 def evaluate(inputs: "Inputs") -> Evaluated:
-    """Held-out metrics of any policy: the one trained, or eval.model, with the reference's cached log-probs."""
+    """Compute held-out metrics of the trained policy, or of `eval.model`.
+
+    Reference log-probs come from the cache.
+    """
     from stages.evaluate import evaluate_model, saved_state
 
     job, model, context = inputs.job, inputs.evaluated, inputs.context
     state = saved_state(model.folder, job.loss)
     if job.loss.keeps_state:
-        begin = f"goes on from that of {model.name}" if state else "begins at 0, as before the first step"
-        context.say(f"The running mean of {inputs.loss_name} {begin}: {model.folder}")
+        start = f"continues from {model.name}" if state else "starts at 0, as before the first step"
+        context.say(f"The running mean of {inputs.loss_name} {start}: {model.folder}")
     sets = evaluate_model(job, model, state, context)
     return Evaluated(model.name, inputs.loss_name, state if job.loss.keeps_state else None, sets)
 
 
 def would_evaluate(inputs: "Inputs") -> Intent:
-    """Which model, with which loss."""
+    """Name the model and the loss."""
     return Intent("evaluate", {"model": inputs.evaluated.name, "loss": inputs.loss_name})
 
 

@@ -1,4 +1,4 @@
-"""`align inspect`: prepared rows in numbers, and single examples token by token."""
+"""`align inspect`: shows prepared rows, as statistics and as examples token by token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cache.errors import UsageError
-from pipeline.commands.command import Command
+from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A rows artifact in numbers, and the examples that were chosen."""
+    """Statistics of a rows artifact, and the selected examples."""
 
     overview: "Overview"
     examples: "Sequence[ShownExample]"
@@ -30,7 +30,7 @@ class Inspected:
         return self.overview.as_json()
 
     def show(self, console: Console) -> None:
-        """The numbers, then the examples coloured by part."""
+        """Print the statistics, then the examples."""
         from pipeline.inspect.terminal import show_example, show_legend, show_overview
 
         show_overview(console, self.overview)
@@ -44,28 +44,37 @@ def inspect(
     inputs: "Inputs",
     artifact: Annotated[
         Path | None,
-        typer.Argument(help="A folder that `align prepare` wrote; none means that of the configuration."),
+        typer.Argument(help="A folder that `align prepare` wrote. Default: the rows of the configuration."),
     ] = None,
-    row: Annotated[int | None, typer.Option("--row", metavar="N", help="Show this row, from 1.")] = None,
+    row: Annotated[
+        int | None, typer.Option("--row", metavar="N", help="Show example N; the first is 1.")
+    ] = None,
     random: Annotated[
-        int | None, typer.Option("--random", metavar="COUNT", min=1, help="Show so many rows at random.")
+        int | None, typer.Option("--random", metavar="COUNT", min=1, help="Show this many random examples.")
     ] = None,
-    longest: Annotated[bool, typer.Option("--longest", help="Show the longest row.")] = False,
-    ids: Annotated[bool, typer.Option("--ids", help="Show the id of every token.")] = False,
+    longest: Annotated[bool, flag("--longest", "Show the longest example.")] = False,
+    ids: Annotated[bool, flag("--ids", "Show the id of each token.")] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write one HTML page, too.")
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="DIR", help="Where the tokenizer is, if it has been moved."),
+        typer.Option(
+            "--tokenizer",
+            metavar="DIR",
+            help="Folder of the tokenizer, if it was moved after `align prepare`.",
+        ),
     ] = None,
 ) -> Inspected:
-    """Look at prepared rows: lengths, cuts, and single examples, token by token and coloured by part."""
+    """Show statistics of prepared rows, and examples token by token.
+
+    Colours tell prompt, trained, masked and special tokens apart.
+    """
     from pipeline.inspect.page import write_page
     from pipeline.inspect.prepared_rows import open_rows
 
     if sum((row is not None, random is not None, longest)) > 1:
-        raise UsageError("--row, --random and --longest are three choices. Give one of them.")
+        raise UsageError("--row, --random and --longest exclude each other. Give one of them.")
     rows = open_rows(artifact or inputs.rows.path, tokenizer)
     overview, examples = rows.overview(), rows.chosen(row, random, longest)
     if html is not None:

@@ -1,4 +1,4 @@
-"""`align merge`: a trained adapter and its base as one model."""
+"""`align merge`: merges a trained adapter into its base model."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merged(StageResult):
-    """The merged model, and by how much its log-probs differ from those of base and adapter."""
+    """The merged model."""
 
     def show(self, console: Console) -> None:
-        """The difference, in one line."""
+        """Print by how much its log-probs differ from those of base model and adapter."""
         counts = self.artifact.counts
         what = (
-            f"log-probs of {counts['tokens_compared']:,} tokens agree with base and adapter within "
+            f"log-probs of {counts['tokens_compared']:,} tokens agree with base model and adapter to "
             f"{counts['max_abs_diff']:.1g} nats"
         )
         tables.headline(console, "merge", what, self.artifact.path, self.reused)
 
 
 def merge(inputs: "Inputs") -> Merged:
-    """Merge a trained adapter into its base model: a whole Hugging Face folder, checked against both."""
+    """Merge a trained adapter into its base model.
+
+    Writes a Hugging Face folder after comparing its log-probs with those of base model and adapter.
+    """
     from stages.merge import find_merged
     from stages.merge import merge as make_model
 
@@ -39,7 +42,7 @@ def merge(inputs: "Inputs") -> Merged:
 
 
 def would_merge(inputs: "Inputs") -> Intent:
-    """Which policy, and whether its merged model is there."""
+    """Look whether the merged model exists."""
     from stages.merge import find_merged
 
     policy = inputs.policy_artifact

@@ -1,15 +1,14 @@
-"""`align plan`: the run in numbers, where its memory goes, and a table of batches and lengths."""
+"""`align plan`: predicts steps, tokens, memory and time of a training run."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline import tables
-from pipeline.commands.command import Command
+from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
@@ -25,7 +24,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan of a training run."""
+    """The prediction, and how it is printed."""
 
     plan: "TrainingPlan"
 
@@ -34,14 +33,14 @@ class Planned:
         return self.plan.as_json()
 
     def show(self, console: Console) -> None:
-        """Tables, with a warning first where the run needs more memory than is available."""
+        """Print tables, after a warning where the run needs more memory than is available."""
         plan = self.plan
         over = _over_available(plan)
         if over:
             console.print(
                 Text(
-                    f"Out of memory is to be expected: {', '.join(over)}, {tables.size(plan.available_bytes)} available. "
-                    f"What helps, in this order: train.gradient_checkpointing=true, a smaller compute.tokens_per_batch, "
+                    f"The run will probably run out of memory: {', '.join(over)}, {tables.size(plan.available_bytes)} available. "
+                    f"To save memory, try in this order: train.gradient_checkpointing=true, a smaller compute.tokens_per_batch, "
                     f"train.optimizer=adamw_8bit, adapter.name=lora.",
                     style="bold red",
                 )
@@ -52,23 +51,21 @@ class Planned:
         console.print()
         if all(cell.bytes is None for cell in plan.table):
             shortest = min(cell.length for cell in plan.table)
-            console.print(
-                f"  The model has too few positions for {shortest:,} tokens, so there is no table of batches."
-            )
+            console.print(f"  No table of batch sizes: the model has fewer than {shortest:,} positions.")
             return
         console.print(_cells(plan))
         console.print(
-            "  Each cell: one forward and backward pass over so many pairs of that length, prompt and completion\n"
-            "  together, half of it prompt, and everything that is kept with it."
-            + (" ! is more than is available." if plan.available_bytes else "")
+            "  Memory of a step with one forward and backward pass over this many pairs; the length is that of\n"
+            "  prompt and completion together, half of it prompt."
+            + (" ! marks more than is available." if plan.available_bytes else "")
         )
 
 
 def _over_available(plan: "TrainingPlan") -> list[str]:
-    """The figures that exceed the available memory; none where that is unknown (0)."""
+    """The figures that exceed the available memory; none if that is unknown (0)."""
     needed = {"predicted": plan.predicted.total}
     if plan.measured and plan.measured.held_bytes:
-        needed["held when measured"] = plan.measured.held_bytes
+        needed["reserved when measured"] = plan.measured.held_bytes
     if not plan.available_bytes:
         return []
     return [f"{tables.size(value)} {how}" for how, value in needed.items() if value > plan.available_bytes]
@@ -79,16 +76,14 @@ def _run(plan: "TrainingPlan") -> Table:
     predicted, measured = plan.predicted, plan.measured
     table.add_row("steps", f"{plan.steps:,} of {plan.batch_size:,} examples")
     table.add_row(
-        "tokens", f"{plan.tokens:,} in all, about {plan.tokens_per_step:,} a step, each prompt once"
+        "tokens", f"{plan.tokens:,} in total, about {plan.tokens_per_step:,} per step; a prompt counts once"
     )
-    table.add_row(
-        "parameters", f"{predicted.num_parameters:,}, of which {predicted.num_trained:,} are trained"
-    )
+    table.add_row("parameters", f"{predicted.num_parameters:,}, {predicted.num_trained:,} of them trained")
     if measured:
         table.add_row(
             "time",
-            f"{tables.duration(measured.run_seconds)} without evaluation, at {measured.tokens_per_second:,.0f} tokens/s "
-            f"({measured.packs} passes on {measured.device})",
+            f"{tables.duration(measured.run_seconds)} without evaluations, at {measured.tokens_per_second:,.0f} tokens/s "
+            f"({measured.packs} passes measured on {measured.device})",
         )
     else:
         table.add_row("time", "not measured; add --measure")
@@ -101,10 +96,10 @@ def _memory(plan: "TrainingPlan") -> Table:
     for key, label in KINDS:
         table.add_row(label, tables.size(getattr(plan.predicted, key)))
     table.add_row(
-        "all", tables.size(plan.predicted.total), *([_known(measured.peak_bytes)] if measured else [])
+        "total", tables.size(plan.predicted.total), *([_known(measured.peak_bytes)] if measured else [])
     )
     if measured:
-        table.add_row("held, with what was freed", "", _known(measured.held_bytes))
+        table.add_row("reserved, with freed memory", "", _known(measured.held_bytes))
     table.add_row("available", _known(plan.available_bytes or None))
     return table
 
@@ -132,10 +127,13 @@ def _known(value: int | None) -> str:
 def plan(
     inputs: "Inputs",
     measure: Annotated[
-        bool, typer.Option("--measure", help="Load the model and time a few forward and backward passes.")
+        bool, flag("--measure", "Also load the model and measure a few forward and backward passes.")
     ] = False,
 ) -> Planned:
-    """Steps, tokens, memory and time of a training run, before it is started; refuses nothing."""
+    """Predict steps, tokens, memory and time of a training run.
+
+    Only `--measure` loads the weights, and only then is time predicted.
+    """
     from stages.plan.stage import plan_training
 
     return Planned(plan_training(inputs.job_without_reference, measure, inputs.context.say))

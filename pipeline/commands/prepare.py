@@ -1,4 +1,4 @@
-"""`align prepare`: the rows of the data and of each evaluation set."""
+"""`align prepare`: makes the rows of the data and of each evaluation set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Prepared(StageResult):
         return {**super().as_json(), **({"eval_sets": sets} if sets else {})}
 
     def show(self, console: Console) -> None:
-        """Rows in, kept and dropped; what they hold; what was cut."""
+        """Print how many source rows became which examples, what was dropped and what was truncated."""
         counts = self.artifact.counts
         rows_in, rows_kept = counts["rows_in"], counts["rows_kept"]
         what = f"{rows_in:,} rows in = {rows_kept:,} kept + {rows_in - rows_kept:,} dropped"
@@ -43,10 +43,10 @@ def _lines(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("format", counts["format"]),
         ("dropped", tables.counted(counts["dropped"]) or "none"),
-        ("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out"),
+        ("examples", f"{examples['train']:,} for training, {examples['heldout']:,} held out"),
         ("rows", tables.counted(roles)),
     ]
-    lines += [(f"{name} cut", _cuts(counts["cuts"][name])) for name in ("prompts", "completions")]
+    lines += [(f"{name} truncated", _cuts(counts["cuts"][name])) for name in ("prompts", "completions")]
     if len(counts["sources"]) > 1:
         lines += [
             (f"from {name}", f"{part['rows_in']:,} in, {part['rows_kept']:,} kept ({part['format']})")
@@ -56,18 +56,18 @@ def _lines(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if counts["kto_weights"]:
         [(name, (low, high))] = counts["kto_weights"].items()
         both = f"{roles['desirable']:,} desirable and {roles['undesirable']:,} undesirable"
-        lines.append(("for kto", f"{both}: --set loss.{name}={low:g} to {high:g}"))
+        lines.append(("weights for kto", f"{both}: set loss.{name} between {low:g} and {high:g}"))
     return lines
 
 
 def _cuts(cut: Mapping[str, int]) -> str:
     if not cut["cut"]:
         return "none"
-    return f"{cut['cut']:,} by {cut['tokens']:,} tokens (median {cut['median']:,}, at most {cut['max']:,})"
+    return f"{cut['cut']:,}, by {cut['tokens']:,} tokens in total (median {cut['median']:,}, at most {cut['max']:,})"
 
 
 def prepare(inputs: "Inputs") -> Prepared:
-    """Stage 1: tokenize and mask preference data into Arrow shards."""
+    """Stage 1: tokenize preference data into Arrow shards of token ids and masks."""
     from stages.prepare.stage import find_rows
     from stages.prepare.stage import prepare as make_rows
 
@@ -81,7 +81,7 @@ def prepare(inputs: "Inputs") -> Prepared:
 
 
 def would_prepare(inputs: "Inputs") -> Intent:
-    """Whether the rows are there, and which evaluation sets are not."""
+    """Look whether the rows of the data and of the evaluation sets exist."""
     from stages.prepare.stage import find_rows
 
     found = find_rows(*inputs.rows_source)

@@ -1,4 +1,4 @@
-"""`align run`: the four stages in order."""
+"""`align run`: runs the four stages in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ STAGES = (PREPARE, CACHE_REF, TRAIN, SAMPLE)
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of each stage by its name."""
+    """The results by stage."""
 
     stages: Mapping[str, Result]
 
@@ -30,25 +30,25 @@ class RunResult:
         return {name: result.as_json() for name, result in self.stages.items()}
 
     def show(self, console: Console) -> None:
-        """One after the other."""
+        """Print one result after the other."""
         for result in self.stages.values():
             result.show(console)
 
 
 def needed_stages(config: "RunConfig") -> list[Command]:
-    """The stages of a run: cache-ref only for a loss that has a reference."""
+    """The stages that a configuration needs: a loss without a reference needs no cache-ref."""
     return [stage for stage in STAGES if stage is not CACHE_REF or config.loss.needs_reference]
 
 
 def run(inputs: "Inputs") -> RunResult:
-    """All four stages in order; what is already there is not done again."""
+    """Run stages 1 to 4 in order; results that exist are reused."""
     needed = needed_stages(inputs.config)
     results = {}
     for stage in STAGES:
         if stage in needed:
             results[stage.name] = stage.work(inputs)
         else:
-            inputs.context.say(f"{stage.name}: not needed, {inputs.loss_name} has no reference")
+            inputs.context.say(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
     return RunResult(results)
 
 

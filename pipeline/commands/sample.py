@@ -1,4 +1,4 @@
-"""`align sample`: completions of the policy, and of the reference to compare."""
+"""`align sample`: generates completions of the policy, and of the reference to compare."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +22,13 @@ MAX_CHARACTERS = 240
 
 @dataclass(frozen=True)
 class Sampled(StageResult):
-    """The completions artifact; those of the quickstart can be judged, so that `show` counts the polite ones."""
+    """The completions artifact. For the quickstart, `show` also counts the polite completions."""
 
     is_quickstart: bool
 
     @property
     def output(self) -> Path:
-        """The file of completions."""
+        """The JSONL file of completions."""
         return self.artifact.path / "completions.jsonl"
 
     def as_json(self) -> dict[str, Any]:
@@ -37,13 +37,13 @@ class Sampled(StageResult):
         return {**super().as_json(), "output": str(self.output), **known}
 
     def show(self, console: Console) -> None:
-        """Counts, and the completions of a few prompts side by side."""
+        """Print counts, and the completions of a few prompts side by side."""
         from stages.generation.completion_files import read_jsonl
 
         counts = self.artifact.counts
         what = (
-            f"{counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts by {counts['engine']}, "
-            f"{counts['finished']:,} ended by themselves"
+            f"{counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts with {counts['engine']}, "
+            f"{counts['finished']:,} finished before sample.max_tokens"
         )
         tables.headline(console, "sample", what, self.artifact.path, self.reused)
         lines = read_jsonl(self.output)
@@ -70,14 +70,17 @@ def _side_by_side(lines: list[dict[str, Any]], sides: list[str]) -> Table:
 
 
 def _one_line(value: Any) -> Text:
-    """A text, or the contents of messages, cut to a length that leaves room for others."""
+    """A text or the contents of messages in one line, at most `MAX_CHARACTERS` of it."""
     shown = value if isinstance(value, str) else " / ".join(str(message["content"]) for message in value)
     shown = " ".join(shown.split())
     return Text(shown if len(shown) <= MAX_CHARACTERS else shown[: MAX_CHARACTERS - 3] + "...")
 
 
 def sample(inputs: "Inputs") -> Sampled:
-    """Stage 4: generate completions of the policy (and of the reference, to compare) with vLLM."""
+    """Stage 4: generate completions of the policy with vLLM or transformers.
+
+    With `--set sample.compare=true`, also of the reference.
+    """
     from stages.sample.stage import find_completions
     from stages.sample.stage import sample as make_completions
 
@@ -88,7 +91,7 @@ def sample(inputs: "Inputs") -> Sampled:
 
 
 def would_sample(inputs: "Inputs") -> Intent:
-    """How many prompts, from which models."""
+    """Count the prompts, and look whether their completions exist."""
     from stages.sample.stage import find_completions
 
     job = inputs.sample_job

@@ -1,4 +1,4 @@
-"""`align train`: the policy of a configuration."""
+"""`align train`: trains the policy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ SHOWN_OF_EVAL_SETS = SHOWN_METRICS[:3]
 
 @dataclass(frozen=True)
 class Trained(StageResult):
-    """The policy artifact, with the held-out metrics of its first and its last step."""
+    """The policy artifact."""
 
     def show(self, console: Console) -> None:
-        """Steps, and the held-out metrics before and after."""
+        """Print steps, and the held-out metrics before and after training."""
         counts = self.artifact.counts
         what = f"{counts['steps']:,} steps on {counts['examples']:,} examples"
         tables.headline(console, "train", what, self.artifact.path, self.reused)
         if not counts["final"]:
             console.print(
-                "  No held-out examples, so no evaluation. Raise prepare.heldout_fraction to have one."
+                "  No evaluation: there are no held-out examples. Raise prepare.heldout_fraction to hold some out."
             )
             return
         console.print(_metrics(counts["step0"], counts["final"]))
         if counts["skipped_steps"]:
             console.print(
-                f"  {counts['skipped_steps']:,} steps were skipped: their loss or gradient was not finite."
+                f"  {counts['skipped_steps']:,} steps were skipped because their loss or gradient was not finite."
             )
         if "best" in counts:
             best = counts["best"]
@@ -49,7 +49,7 @@ class Trained(StageResult):
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    table = tables.columns("held out", "before", "after")
+    table = tables.columns("held-out metric", "before", "after")
     sets = [key.removesuffix("/loss") for key in before if key.endswith("/loss")]
     shown = list(SHOWN_METRICS)
     shown += [(f"{name}/{key}", f"{name}: {label}") for name in sets for key, label in SHOWN_OF_EVAL_SETS]
@@ -60,7 +60,10 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
 
 
 def train(inputs: "Inputs") -> Trained:
-    """Stage 3: train the policy with any loss from the cache; the reference model is never loaded."""
+    """Stage 3: train the policy with any loss, on cached reference log-probs.
+
+    The reference model itself is not loaded.
+    """
     from stages.train.job import find_policy
     from stages.train.publish import remove_leftovers
     from stages.train.stage import train as make_policy
@@ -85,9 +88,9 @@ def would_train(inputs: "Inputs") -> Intent:
         {
             "loss": inputs.loss_name,
             "examples": job.rows.counts["examples"]["train"],
-            "steps": job.plan.steps,
-            "batch_size": job.plan.batch_size,
-            "learning_rate": job.plan.learning_rate,
+            "steps": job.resolved.steps,
+            "batch_size": job.resolved.batch_size,
+            "learning_rate": job.resolved.learning_rate,
         },
     )
 

@@ -1,1 +1,1 @@
-"""What `align inspect` shows of prepared rows: lengths, cuts, and single examples, on a terminal or a page."""
+"""Statistics and examples of prepared rows, for a terminal or an HTML page."""

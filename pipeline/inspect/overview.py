@@ -1,4 +1,4 @@
-"""A rows artifact in numbers: how many tokens of which kind, and how long prompts and completions are."""
+"""Statistics of a rows artifact: tokens by kind, and lengths of prompts and completions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MAX_BINS = 12
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many prompts or completions have how many tokens: `(first, last, count)` for each bin."""
+    """Lengths in tokens; a bin is `(shortest, longest, count)`."""
 
     name: str
     bins: list[tuple[int, int, int]]
@@ -23,7 +23,7 @@ class Histogram:
 
     @classmethod
     def of(cls, name: str, lengths: np.ndarray) -> "Histogram":
-        """At most `MAX_BINS` bins of a round width; the first that is not empty comes first."""
+        """At most `MAX_BINS` bins of a round width, from the first that is not empty."""
         longest = int(lengths.max())
         width = next(
             step * 10**power
@@ -47,7 +47,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Overview:
-    """The whole artifact; `tokens` counts each prompt once."""
+    """The whole artifact; `tokens` counts a prompt once for all its completions."""
 
     folder: Path
     counts: Mapping[str, Any]

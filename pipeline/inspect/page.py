@@ -1,4 +1,4 @@
-"""A rows artifact as one HTML page that needs nothing else: the numbers, the histograms, and examples by part."""
+"""A rows artifact as one HTML page without external files: statistics, histograms, and examples coloured by part."""
 
 from collections.abc import Sequence
 from html import escape
@@ -80,15 +80,18 @@ def _figures(overview: Overview) -> list[tuple[str, str]]:
         (f"{counts['rows_kept']:,} of {counts['rows_in']:,}", "rows kept"),
         (
             f"{counts['examples']['train']:,} + {counts['examples']['heldout']:,}",
-            "examples to train on + held out",
+            "examples for training + held out",
         ),
-        (f"{overview.tokens:,}", "tokens, each prompt once"),
+        (f"{overview.tokens:,}", "tokens; a prompt counts once"),
         (
             share(overview.trained_tokens, overview.tokens),
-            f"of all tokens are trained; {share(overview.trained_tokens, overview.completion_tokens)} of the completions'",
+            f"of all tokens are trained; {share(overview.trained_tokens, overview.completion_tokens)} of completion tokens",
         ),
-        (f"{counts['cuts']['prompts']['cut']:,}", f"prompts cut: {cuts(overview, 'prompts')}"),
-        (f"{counts['cuts']['completions']['cut']:,}", f"completions cut: {cuts(overview, 'completions')}"),
+        (f"{counts['cuts']['prompts']['cut']:,}", f"prompts truncated: {cuts(overview, 'prompts')}"),
+        (
+            f"{counts['cuts']['completions']['cut']:,}",
+            f"completions truncated: {cuts(overview, 'completions')}",
+        ),
     ]
 
 
@@ -108,7 +111,7 @@ def _chart(histogram: Histogram) -> str:
     )
     return (
         f'<div class="card"><strong>{escape(histogram.name)}</strong><br><span>median {histogram.median:,}, '
-        f'90 % up to {histogram.p90:,}, longest {histogram.longest:,}</span><div class="chart">{bars}</div></div>'
+        f'p90 {histogram.p90:,}, longest {histogram.longest:,}</span><div class="chart">{bars}</div></div>'
     )
 
 
@@ -116,16 +119,16 @@ def _legend() -> str:
     return (
         '<div class="legend text"><span class="prompt"><t>prompt</t></span><span class="trained"><t>trained</t></span>'
         '<span class="bad"><span class="trained"><t>trained, rejected</t></span></span><span class="masked"><t>masked</t></span>'
-        '<span class="trained"><t class="special">special</t></span><span class="cut">✂ cut</span><span>↵ line break</span></div><br>'
+        '<span class="trained"><t class="special">special</t></span><span class="cut">✂ truncated</span><span>↵ line break</span></div><br>'
     )
 
 
 def _example(shown: ShownExample, with_ids: bool) -> str:
-    cut = f'<span class="cut">✂ {tokens(shown.prompt_cut)} cut</span>' if shown.prompt_cut else ""
+    cut = f'<span class="cut">✂ {tokens(shown.prompt_cut)} truncated</span>' if shown.prompt_cut else ""
     text = _span(shown.prompt, with_ids)
     prompt = f"{cut} {text}" if shown.cut_at_start and cut else f"{text} {cut}"
     return (
-        f'<article class="card example"><header><strong>row {shown.number:,}</strong><span>{escape(shown.split)}</span>'
+        f'<article class="card example"><header><strong>example {shown.number:,}</strong><span>{escape(shown.split)}</span>'
         f"<span>{escape(shown.source)}</span></header>"
         f'<section><h3>prompt <span>{tokens(shown.num_prompt_tokens)}</span></h3><div class="text">{prompt}</div></section>'
         + "".join(_completion(completion, with_ids) for completion in shown.completions)
@@ -135,9 +138,9 @@ def _example(shown: ShownExample, with_ids: bool) -> str:
 
 def _completion(completion: ShownCompletion, with_ids: bool) -> str:
     masked = completion.num_tokens - completion.num_trained
-    detail = tokens(completion.num_tokens) + (f", {masked:,} of them masked" if masked else "")
+    detail = tokens(completion.num_tokens) + (f", {masked:,} masked" if masked else "")
     detail += "" if completion.score is None else f", score {completion.score:g}"
-    cut = f' <span class="cut">✂ {tokens(completion.cut)} cut</span>' if completion.cut else ""
+    cut = f' <span class="cut">✂ {tokens(completion.cut)} truncated</span>' if completion.cut else ""
     text = "".join(_span(span, with_ids) for span in completion.spans)
     side = ' class="bad"' if completion.role in BAD_ROLES else ""
     return f'<section{side}><h3>{escape(completion.role)} <span>{detail}</span></h3><div class="text">{text}{cut}</div></section>'

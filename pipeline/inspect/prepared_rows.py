@@ -1,7 +1,7 @@
-"""A rows artifact, opened to be looked at: all of it in numbers, or single examples token by token.
+"""Reads a rows artifact for display: statistics of the whole, and examples token by token.
 
-In: a finished `rows` artifact and the tokenizer it was made with. Out: plain data, which `terminal.py` and
-`page.py` show to a person.
+In: a finished `rows` artifact and the tokenizer it was made with. Out: plain data that `terminal.py` and
+`page.py` display.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from stages.models.loading import ModelSource, load_tokenizer
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of one part: 'prompt', 'trained' or 'masked'."""
+    """Neighbouring tokens of one part: 'prompt', 'trained' (in the loss) or 'masked'."""
 
     part: str
     tokens: list[Token]
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ShownCompletion:
-    """One completion of an example; `cut` tokens are missing at its end."""
+    """One completion of an example; truncation removed `cut` tokens from its end."""
 
     role: str
     score: float | None
@@ -46,7 +46,7 @@ class ShownCompletion:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example; `prompt_cut` tokens are missing at the start of its prompt, or at its end."""
+    """One example; truncation removed `prompt_cut` tokens from the start of its prompt, or from the end."""
 
     number: int
     split: str
@@ -59,15 +59,18 @@ class ShownExample:
 
 
 def open_rows(folder: Path, tokenizer: Path | None = None) -> "PreparedRows":
-    """The rows artifact in `folder`, read with the tokenizer that its manifest names or with `tokenizer`.
+    """Open the rows artifact in `folder` with `tokenizer`, or with the tokenizer that its manifest names.
 
-    Raises `UsageError` or `StaleError` when one of them is something else.
+    Raises `UsageError` if one of them is missing, `StaleError` if the tokenizer is another one.
     """
     if not folder.is_dir():
-        raise UsageError(f"No such artifact: {folder}. Give a folder under artifacts/rows, or none at all.")
-    if not (folder / MANIFEST).is_file():  # perhaps a whole store, which nobody is to be told to delete
         raise UsageError(
-            f"{folder} is no artifact: it has no {MANIFEST}. Give a folder under artifacts/rows, or none at all."
+            f"No such artifact: {folder}. Give a folder under artifacts/rows, or none for the rows of the configuration."
+        )
+    if not (folder / MANIFEST).is_file():  # may be a whole store, so no advice to delete it
+        raise UsageError(
+            f"{folder} is no artifact: it has no {MANIFEST}. Give a folder under artifacts/rows, or none for the rows of the "
+            f"configuration."
         )
     artifact = open_artifact(folder)
     if artifact.manifest["stage"] != "prepare":
@@ -77,21 +80,21 @@ def open_rows(folder: Path, tokenizer: Path | None = None) -> "PreparedRows":
     tokenizer = tokenizer or Path(artifact.manifest["provenance"]["tokenizer"])
     if not tokenizer.is_dir():
         raise UsageError(
-            f"No tokenizer in {tokenizer}: no such folder. Say where that of {folder} is with --tokenizer DIR."
+            f"No tokenizer in {tokenizer}: no such folder. Give the tokenizer of {folder} with --tokenizer DIR."
         )
     return PreparedRows(artifact, load_tokenizer(ModelSource(str(tokenizer), tokenizer)))
 
 
 class PreparedRows:
-    """A rows artifact, opened to be looked at."""
+    """A rows artifact and its tokenizer."""
 
     def __init__(self, artifact: Artifact, tokenizer: Any) -> None:
-        """Check every shard, and that `tokenizer` is the one whose ids they hold."""
+        """Check the shards, and that `tokenizer` made their ids."""
         backend = tokenizer.backend_tokenizer
         expected = artifact.manifest["identity"]["template"]["tokenizer"]
         if hashlib.sha256(backend.to_str().encode()).hexdigest() != expected:
             raise StaleError(
-                f"The tokenizer in {tokenizer.name_or_path} is not the one {artifact.path} was made with. Name the right one with --tokenizer DIR."
+                f"The tokenizer in {tokenizer.name_or_path} is not the one that {artifact.path} was made with. Give that one with --tokenizer DIR."
             )
         self.artifact = artifact
         self._texts = TokenTexts(tokenizer)
@@ -105,11 +108,11 @@ class PreparedRows:
         }
 
     def __len__(self) -> int:
-        """Number of examples, in both splits."""
+        """Number of examples in both splits."""
         return len(self._starts)
 
     def overview(self) -> Overview:
-        """Lengths, cuts and shares; mismatched rows do not count, as they repeat the others."""
+        """Statistics without the mismatched rows, which repeat prompts and completions of other rows."""
         roles = self._table.column("role").to_numpy(zero_copy_only=False)
         own = roles != "mismatched"
         prompts, completions = self._lengths["prompt_ids"], self._lengths["completion_ids"]
@@ -132,10 +135,10 @@ class PreparedRows:
         )
 
     def chosen(self, row: int | None, num_random: int | None, longest: bool) -> list[ShownExample]:
-        """The examples a command line asks for: by number, at random, the longest, or else the first."""
+        """Examples by number, at random, the longest, or else the first."""
         if row is not None:
             if not 1 <= row <= len(self):
-                raise UsageError(f"--row {row}: the artifact holds rows 1 to {len(self):,}.")
+                raise UsageError(f"--row {row}: {self.artifact.path} has examples 1 to {len(self):,}.")
             return [self.example(row)]
         if num_random is not None:
             numbers = random.sample(range(1, len(self) + 1), min(num_random, len(self)))
@@ -143,7 +146,7 @@ class PreparedRows:
         return [self.example(self._longest() if longest else 1)]
 
     def example(self, number: int) -> ShownExample:
-        """Example `number`, counted from 1 over the training split and then the held-out one."""
+        """Example `number`; counts from 1, the training split before the held-out one."""
         start = int(self._starts[number - 1])
         end = int(self._starts[number]) if number < len(self) else self._table.num_rows
         rows = self._table.slice(start, end - start).to_pylist()
@@ -178,13 +181,13 @@ class PreparedRows:
 
 
 def _starts(table: pa.Table) -> np.ndarray:
-    """The first row of each example; copies of one example have different sources."""
+    """The first row of each example. Equal examples have equal ids, so the source must agree too."""
     names = list(zip(table.column("example_id").to_pylist(), table.column("source").to_pylist(), strict=True))
     return np.array([row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]])
 
 
 def _sums(column: pa.ChunkedArray) -> np.ndarray:
-    """The number of true values in each list."""
+    """The number of true values in each list of the column."""
     sums = []
     for chunk in column.chunks:
         flat = np.concatenate([[0], np.cumsum(chunk.values.to_numpy(zero_copy_only=False), dtype=np.int64)])

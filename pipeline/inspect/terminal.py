@@ -1,4 +1,4 @@
-"""A rows artifact on a terminal: a table of numbers, histograms, and examples coloured by part."""
+"""A rows artifact on a terminal: statistics, histograms, and examples coloured by part."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def show_overview(console: Console, overview: Overview) -> None:
-    """Counts, lengths and cuts of the whole artifact."""
+    """Print counts, lengths and truncation of the whole artifact."""
     counts = overview.counts
     dropped = ", ".join(
         f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts["dropped"].items()
@@ -37,15 +37,16 @@ def show_overview(console: Console, overview: Overview) -> None:
         for name, source in counts["sources"].items():
             table.add_row("", f"{name}: {source['rows_in']:,} in, {source['rows_kept']:,} kept")
     table.add_row(
-        "examples", f"{counts['examples']['train']:,} to train on, {counts['examples']['heldout']:,} held out"
+        "examples",
+        f"{counts['examples']['train']:,} for training, {counts['examples']['heldout']:,} held out",
     )
-    table.add_row("tokens", f"{overview.tokens:,}, each prompt once")
+    table.add_row("tokens", f"{overview.tokens:,}; a prompt counts once")
     table.add_row(
-        "trained",
+        "tokens trained",
         f"{overview.trained_tokens:,} = {share(overview.trained_tokens, overview.tokens)} of all tokens, "
-        f"{share(overview.trained_tokens, overview.completion_tokens)} of the completions'",
+        f"{share(overview.trained_tokens, overview.completion_tokens)} of completion tokens",
     )
-    for name, label in (("prompts", "prompts cut"), ("completions", "completions cut")):
+    for name, label in (("prompts", "prompts truncated"), ("completions", "completions truncated")):
         table.add_row(label, cuts(overview, name))
     table.add_row("tokenizer", overview.tokenizer)
     console.print(table)
@@ -54,8 +55,8 @@ def show_overview(console: Console, overview: Overview) -> None:
 
 
 def show_example(console: Console, shown: ShownExample, with_ids: bool) -> None:
-    """One example, every token of it, coloured by part."""
-    title = Text.assemble((f"row {shown.number:,}", "bold"), f"  {shown.split} · {shown.source}")
+    """Print every token of an example, coloured by part."""
+    title = Text.assemble((f"example {shown.number:,}", "bold"), f"  {shown.split} · {shown.source}")
     parts = [_caption("prompt", tokens(shown.num_prompt_tokens), PROMPT), _prompt(shown, with_ids)]
     for completion in shown.completions:
         parts += [Rule(style="dim"), _caption(*_described(completion)), _completion(completion, with_ids)]
@@ -63,7 +64,7 @@ def show_example(console: Console, shown: ShownExample, with_ids: bool) -> None:
 
 
 def show_legend(console: Console) -> None:
-    """What the colours mean."""
+    """Print what the colours mean."""
     console.print(
         Text.assemble(
             "  ",
@@ -77,14 +78,14 @@ def show_legend(console: Console) -> None:
             "  ",
             (" special ", "reverse"),
             "  ",
-            ("✂ cut", CUT),
+            ("✂ truncated", CUT),
             "  ↵ line break",
         )
     )
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage that is 0 % and 100 % only where it is exactly that."""
+    """A percentage; 0 % and 100 % are exact."""
     if not whole:
         return "0 %"
     percent = 100 * part / whole
@@ -94,13 +95,13 @@ def share(part: int, whole: int) -> str:
 
 
 def cuts(overview: Overview, name: str) -> str:
-    """How many prompts or completions were cut, in one line."""
+    """How many prompts or completions were truncated, and by how many tokens."""
     cut = overview.counts["cuts"][name]
     total = overview.counts["rows_kept"] if name == "prompts" else _num_completions(overview)
     if not cut["cut"]:
         return "none"
     return (
-        f"{cut['cut']:,} = {share(cut['cut'], total)}; {cut['tokens']:,} tokens in all, "
+        f"{cut['cut']:,} = {share(cut['cut'], total)}; {cut['tokens']:,} tokens in total, "
         f"median {cut['median']:,}, at most {cut['max']:,}"
     )
 
@@ -113,10 +114,10 @@ def _bars(histogram: Histogram) -> Table:
     table = Table(
         box=None,
         padding=(0, 1),
-        title=f"{histogram.name}, tokens",
+        title=f"{histogram.name}: length in tokens",
         title_justify="left",
         title_style="bold",
-        caption=f"median {histogram.median:,}, 90 % up to {histogram.p90:,}, longest {histogram.longest:,}",
+        caption=f"median {histogram.median:,}, p90 {histogram.p90:,}, longest {histogram.longest:,}",
         caption_justify="left",
         caption_style="dim",
         show_header=False,
@@ -133,7 +134,7 @@ def _bars(histogram: Histogram) -> Table:
 def _bar(part: float) -> str:
     eighths = round(part * BAR_WIDTH * 8)
     if part and not eighths:
-        eighths = 1  # a bin that holds anything shows it
+        eighths = 1  # a bin that is not empty stays visible
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
@@ -148,7 +149,7 @@ def _side_by_side(tables: Sequence[Table], width: int) -> Table:
 def _described(completion: ShownCompletion) -> tuple[str, str, str]:
     score = "" if completion.score is None else f", score {completion.score:g}"
     masked = completion.num_tokens - completion.num_trained
-    detail = tokens(completion.num_tokens) + (f", {masked:,} of them masked" if masked else "")
+    detail = tokens(completion.num_tokens) + (f", {masked:,} masked" if masked else "")
     return completion.role, detail + score, TRAINED.get(completion.role, TRAINED_OTHERS)
 
 
@@ -159,10 +160,10 @@ def _caption(name: str, detail: str, style: str) -> Text:
 def _prompt(shown: ShownExample, with_ids: bool) -> Text:
     text = Text()
     if shown.prompt_cut and shown.cut_at_start:
-        text.append(f"✂ {tokens(shown.prompt_cut)} cut ", CUT)
+        text.append(f"✂ {tokens(shown.prompt_cut)} truncated ", CUT)
     _add(text, shown.prompt, PROMPT, with_ids)
     if shown.prompt_cut and not shown.cut_at_start:
-        text.append(f" ✂ {tokens(shown.prompt_cut)} cut", CUT)
+        text.append(f" ✂ {tokens(shown.prompt_cut)} truncated", CUT)
     return text
 
 
@@ -172,7 +173,7 @@ def _completion(completion: ShownCompletion, with_ids: bool) -> Text:
         style = MASKED if span.part == "masked" else TRAINED.get(completion.role, TRAINED_OTHERS)
         _add(text, span, style, with_ids)
     if completion.cut:
-        text.append(f" ✂ {tokens(completion.cut)} cut", CUT)
+        text.append(f" ✂ {tokens(completion.cut)} truncated", CUT)
     return text
 
 
@@ -180,12 +181,12 @@ def _add(text: Text, span: Span, style: str, with_ids: bool) -> None:
     for token in span.tokens:
         shown = token.text.replace("\n", "↵\n").replace("\t", "→\t")
         ids = "·" + ",".join(map(str, token.ids)) + " " if with_ids else ""
-        # An id stands beside its token, not on the next line.
+        # The id of a line break stands before the break.
         end = "\n" if shown.endswith("\n") else ""
         text.append(shown.removesuffix("\n"), f"{style} reverse" if token.is_special else style)
         text.append(ids + end, IDS)
 
 
 def tokens(count: int) -> str:
-    """A number of tokens in words."""
+    """A count with its unit."""
     return f"{count:,} token" + ("s" if count != 1 else "")

@@ -23,7 +23,7 @@ from stages.cache_ref.store_lookup import remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet
 from stages.engine.packing import pack_lengths
-from stages.engine.packs import build_pack, fed_length
+from stages.engine.packs import build_pack, packed_length
 from stages.models.loading import ModelSource, check_length, load_model
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context, progress
@@ -80,7 +80,7 @@ def count_missing(
     row_sets = _row_sets(rows)
     needed = {key for row_set in row_sets for key in row_set.keys}
     positions = sum(
-        fed_length(unit.rows, group)
+        packed_length(unit.rows, group)
         for unit in units_of(row_sets, Worker())
         for group in unit.unscored(reference).groups
     )
@@ -131,7 +131,7 @@ def _score(
 
 def score_unit(unit: WorkUnit, scorer: "Scorer") -> tuple[list[np.ndarray], int]:
     """Token log-probs (float32, nats) of each row in the order of `unit.keys`, and the number of positions computed."""
-    lengths = [fed_length(unit.rows, group) for group in unit.groups]
+    lengths = [packed_length(unit.rows, group) for group in unit.groups]
     packs = (
         build_pack(unit.rows, [unit.groups[index] for index in indices])
         for indices in pack_lengths(lengths, scorer.compute.tokens_per_batch)

@@ -1,10 +1,20 @@
-"""A pack: many examples in one row of tokens, each prompt once, nothing padded.
+"""A pack: many examples in one row of tokens, each prompt once, without padding between them.
 
     [ prompt A | completion A1 | completion A2 | prompt B | completion B1 | ... ]
 
-Positions restart after the prompt for each completion. The last token of a completion predicts
-nothing that is scored, so it is not fed; the first is predicted by the prompt's last position, which
-is therefore scored once for each completion.
+Position ids restart after the prompt for each completion. The first token of a completion is predicted at the last
+position of the prompt, which is therefore a predictor once for each completion. The last token of a completion predicts
+no target, so it is not an input.
+
+Axes in the shape comments of `stages/engine/`:
+
+    positions           inputs of one forward pass
+    targets             scored tokens: the completion tokens, then the prompt tokens if prompts are scored
+    completion tokens   all tokens of the pack's completions, masked or not, row after row
+    prompt tokens       the tokens of each prompt from the second on
+    rows                completions of the pack
+    chunk               a part of the targets that is multiplied with the output layer at once
+    heads, head_dim, width (of a hidden state), vocabulary
 """
 
 from collections.abc import Sequence
@@ -16,15 +26,18 @@ import torch
 
 from stages.data.rows import RowSet
 
-# A pack is filled up to a multiple of this many positions. On a CPU, matmuls of a few rows and the
-# tails of vectorised loops round differently; with whole multiples a row's float32 log-probs do not
-# depend on what it is packed with, so at step 0 cached and live log-probs are equal to the bit.
+# A pack is filled up to a multiple of this many positions. On a CPU, matmuls of a few rows and the ends of vectorised
+# loops round differently. With whole multiples the float32 log-probs of a row do not depend on the other rows of its
+# pack, so at step 0 the cached log-probs and those of the policy are equal to the bit.
 POSITION_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One example in a pack: its first position, prompt length, and fed length of each completion."""
+    """The positions of one example in a pack: the first one, the prompt's number, and each completion's number.
+
+    A completion has one position less than tokens.
+    """
 
     start: int
     prompt_length: int
@@ -32,29 +45,22 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Positions of the whole example."""
+        """Number of positions of the example."""
         return self.prompt_length + sum(self.completion_lengths)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Inputs of one forward pass and what is scored in it.
+    """The inputs of one forward pass and the tokens that are scored in it."""
 
-    `input_ids`, `position_ids`: (1, positions). `predictors`: position whose hidden state predicts
-    each scored token; `targets`: that token; both (tokens,), the completions' tokens in order, then
-    those of the prompts where they are scored, each from its second. `token_rows`: index into `rows` a
-    completion token belongs to; `mask`: whether it counts; both (completion tokens,). `rows`: row
-    numbers in the row set, in the order scored.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: torch.Tensor  # (1, positions), int64
+    position_ids: torch.Tensor  # (1, positions), int64
     segments: tuple[Segment, ...]
-    predictors: torch.Tensor
-    targets: torch.Tensor
-    token_rows: torch.Tensor
-    mask: torch.Tensor
-    rows: np.ndarray
+    predictors: torch.Tensor  # (targets,): the position whose hidden state predicts the target
+    targets: torch.Tensor  # (targets,): token ids
+    token_rows: torch.Tensor  # (completion tokens,): index into `rows`
+    mask: torch.Tensor  # (completion tokens,), float32: the completion mask
+    rows: np.ndarray  # (rows,): row numbers in the row set
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
@@ -62,7 +68,7 @@ class Pack:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def filled(self, multiple: int) -> "Pack":
-        """The pack with positions that nobody looks at appended, up to a multiple of `multiple`."""
+        """The pack filled up to a multiple of `multiple` positions; the appended positions predict no target."""
         length = self.input_ids.shape[1]
         if not (padding := -length % multiple):
             return self
@@ -76,23 +82,24 @@ class Pack:
 class PackLogps(NamedTuple):
     """Log-probs of a pack's targets, float32, nats.
 
-    `completion_logps`: (completion tokens,). `prompt_logps`: (prompt tokens,), empty where the pack was built without
-    them. `collision_logps`: log sum_v pi(v)^2 at each completion token, without gradient, where it was asked for.
+    `prompt_logps` is empty if the pack was built without prompts as targets. `collision_logps` is log sum_v pi(v)^2, v
+    over the vocabulary, without gradient; None unless it is requested.
     """
 
-    # A named tuple and no dataclass: FSDP looks for the tensors of an output with torch's pytree, which knows tuples.
-    completion_logps: torch.Tensor
-    prompt_logps: torch.Tensor
-    collision_logps: torch.Tensor | None = None
+    # A named tuple and not a dataclass, because FSDP finds the tensors of an output by torch's pytree, which does not
+    # look into dataclasses.
+    completion_logps: torch.Tensor  # (completion tokens,)
+    prompt_logps: torch.Tensor  # (prompt tokens,)
+    collision_logps: torch.Tensor | None = None  # (completion tokens,)
 
 
-def fed_length(rows: RowSet, group: np.ndarray) -> int:
-    """Positions that the rows of one example take in a pack."""
+def packed_length(rows: RowSet, group: np.ndarray) -> int:
+    """Number of positions of an example in a pack; `group` has the row numbers of the example."""
     return int(rows.prompt_lengths[group[0]] + (rows.completion_lengths[group] - 1).sum())
 
 
 def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = False) -> Pack:
-    """The pack of `groups`, each holding row numbers that share a prompt; the prompts are scored too if asked."""
+    """The pack of `groups`, each the row numbers of one example; `with_prompts` makes the prompts' tokens targets too."""
     ids, positions, segments, predictors, targets, token_rows, masks = [], [], [], [], [], [], []
     prompt_predictors, prompt_targets = [], []
     start = 0
@@ -106,13 +113,13 @@ def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = 
         cursor = start + len(prompt)
         for row in group:
             completion = rows.completion(row)
-            fed = len(completion) - 1
+            length = len(completion) - 1
             ids.append(completion[:-1])
-            positions.append(np.arange(len(prompt), len(prompt) + fed))
-            predictors.append(np.concatenate([[start + len(prompt) - 1], np.arange(cursor, cursor + fed)]))
+            positions.append(np.arange(len(prompt), len(prompt) + length))
+            predictors.append(np.concatenate([[start + len(prompt) - 1], np.arange(cursor, cursor + length)]))
             targets.append(completion)
             masks.append(rows.mask(row))
-            cursor += fed
+            cursor += length
         segments.append(
             Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group))
         )

@@ -1,6 +1,6 @@
 """A weighted sum of other losses on the same pairs.
 
-In: pairs, with whatever the parts need. Out: one loss per pair.
+In: pairs, with everything that the parts need. Out: one loss per pair.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -27,15 +27,14 @@ class Mixture(Loss):
     """A weighted sum of other losses on the same pairs, as in MPO.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
-    mean over rows. The best known is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it as
-    `loss_type` and `loss_weights`, with its `bco_pair`, the sum of both sides: twice our bco, and without its
-    shift.
+    mean over the two rows. The best known mixture is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it
+    with `loss_type` and `loss_weights`; its `bco_pair` is the sum of both sides, twice our bco, and has no shift.
 
-    The first part is the main one: the rewards reported are its rewards. A part that keeps a running state
-    learns it from the reported rewards, so it has to come first. Metrics, and each part's unweighted loss,
-    are reported as `<part>/<metric>`.
+    The reported rewards are those of the first part. A part that keeps a running state learns it from the reported
+    rewards, so it has to be the first. The metrics and the unweighted loss of each part are reported as
+    `<part>/<metric>`.
 
-    When: dpo alone lets the chosen log-probs fall (dpo + sft), or one loss is strong where another is weak.
+    When: dpo alone lets the chosen log-probs fall (dpo + sft), or two losses complement each other.
     Values: those of the parts; MPO's weights are above.
     """
 
@@ -49,28 +48,28 @@ class Mixture(Loss):
             raise ValueError("is empty; a mixture has at least one part")
         names = [part.loss.name for part in parts]
         if len(set(names)) < len(names):
-            raise ValueError(f"has a loss twice: {', '.join(names)}; add up their weights in one part")
+            raise ValueError(f"has the same loss twice: {', '.join(names)}; add up the weights in one part")
         for part in parts[1:]:
             if part.loss.keeps_state:
                 raise ValueError(
-                    f"has {part.loss.name} in a later place; it keeps a running state and must be first"
+                    f"has {part.loss.name}, which keeps a running state, in a later place; put it first"
                 )
         return parts
 
     @property
     def needs(self) -> frozenset[str]:
-        """What any part needs; weights only where every part takes them, or a pair's weight would count by halves."""
+        """Everything that a part needs; weights only if every part honours them, or half of a loss would be weighted."""
         needs = [part.loss.needs for part in self.parts]
         return frozenset.union(*needs) - {"weights"} | (frozenset.intersection(*needs) & {"weights"})
 
     @property
     def whole_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any part has to see the whole step."""
+        """Whether a part has to be called on the whole step."""
         return any(part.loss.whole_step for part in self.parts)
 
     @property
     def keeps_state(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the first part keeps state; no other can."""
+        """Whether the first part keeps state; no other part may."""
         return self.parts[0].loss.keeps_state
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
@@ -92,7 +91,7 @@ class Mixture(Loss):
 
 
 def _per_pair(loss: Loss, values: Tensor, batch: Batch) -> Tensor:
-    """Values of a loss's units as values of pairs."""
+    """One value for each pair, (pairs,), from the values of a loss's units: (pairs,) or (rows,)."""
     if loss.unit == "pair":
         return values
     return (values[batch.chosen] + values[batch.rejected]) / 2

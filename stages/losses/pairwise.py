@@ -1,7 +1,7 @@
-"""DPO and its relatives: each turns the margin of a pair into a loss.
+"""DPO and its variants: each turns the margin of a pair into a loss.
 
 In: pairs with reference log-probs. Out: one loss per pair. The symbols (h, d, s, ...) and the options that
-all of these take (ld_alpha, sft_weight, f_divergence, weights) are in `margin.py`.
+all of these losses take (ld_alpha, sft_weight, f_divergence, weights) are in `margin.py`.
 """
 
 import math
@@ -19,14 +19,14 @@ from stages.losses.margin import MarginLoss
 class DPO(MarginLoss):
     """Makes the chosen completion likelier than the rejected one, measured against the reference.
 
-    The logistic loss of a Bradley-Terry model whose rewards are beta times the log-ratios: pairs already
-    told apart stop pulling.
+    The logistic loss of a Bradley-Terry model whose rewards are beta times the log-ratios. The gradient of a pair
+    vanishes as its margin grows.
 
     Formula: `-log s(beta h)`. Paper: arXiv 2305.18290, eq. 7.
 
-    When: the place to start with paired data.
+    When: as the first loss to try on paired data.
     Values: beta 0.1 (the paper; 0.01 for Zephyr and SimPO's 7-9B baselines, 0.5 for SmolLM2 1.7B and below);
-    the best beta differs from model to model, so sweep it.
+    the best beta differs from model to model, so a sweep pays.
     """
 
     name: Literal["dpo"] = "dpo"
@@ -44,7 +44,7 @@ class CDPO(MarginLoss):
     Formula: `-(1 - eps) log s(beta h) - eps log s(-beta h)` with eps = `label_smoothing`. Source: E.
     Mitchell, "A note on DPO with noisy preferences and relationship to IPO" (2023), eq. 3.
 
-    When: labels are noisy and runs overshoot. rdpo removes the bias of the noise, this one adds a brake.
+    When: labels are noisy and margins grow too far. rdpo removes the bias of the noise; this loss bounds the margin.
     Values: eps 0.1 (rlhf-book; HALOs 0.2). TRL's DPOTrainer dropped this loss: it accepts
     `label_smoothing` for `sigmoid` and ignores it.
     """
@@ -61,14 +61,13 @@ class CDPO(MarginLoss):
 class RDPO(MarginLoss):
     """DPO corrected for label noise: its mean over flipped labels is the loss of DPO on clean ones.
 
-    If a share eps of the labels was flipped at random, the expectation of this loss is that of DPO without
-    the flips. Called `robust` in TRL.
+    This holds if each label was flipped with probability eps, independently. Called `robust` in TRL.
 
     Formula: `[-(1 - eps) log s(beta h) + eps log s(-beta h)] / (1 - 2 eps)` with eps = `label_smoothing`.
     Paper: arXiv 2403.00409 (Provably Robust DPO), section 3.1. rlhf-book's README links this paper under the
     name ODPO by mistake; ODPO is arXiv 2402.10571 and is the loss `odpo`.
 
-    When: the rate of flipped labels is known. The loss is unbounded below on pairs told apart.
+    When: the rate of flipped labels is known. The loss has no lower bound as the margin of a pair grows.
     Values: beta 0.1, eps 0.1 (section 6).
     """
 
@@ -83,15 +82,15 @@ class RDPO(MarginLoss):
 
 
 class DPONorm(MarginLoss):
-    """DPO on log-ratios per token, so that a long completion weighs no more than a short one.
+    """DPO on log-ratios per token, so that a long completion counts no more than a short one.
 
     Called `sigmoid_norm` in TRL.
 
     Formula: `-log s(beta (d_w - d_l))`. Paper: Tulu 3, arXiv 2411.15124, section 5.
 
-    When: lengths differ a lot, or answers grow longer under dpo.
-    Values: beta 5, because a mean is smaller than a sum (Tulu 3, OLMo 2 and 3; rlhf-book 2; TRL leaves 0.1,
-    which hardly moves). Rewards are reported as beta times the summed log-ratio, as TRL does; rlhf-book reports
+    When: lengths differ a lot, or completions grow longer under dpo.
+    Values: beta 5, because a mean is smaller than a sum (Tulu 3, OLMo 2 and 3; rlhf-book 2; TRL's default is 0.1,
+    which hardly trains). Rewards are reported as beta times the summed log-ratio, as TRL does; rlhf-book reports
     the mean.
     """
 
@@ -103,7 +102,7 @@ class DPONorm(MarginLoss):
 
     @property
     def divides_by_length(self) -> bool:
-        """This is the point of it."""
+        """Always: this is the difference from dpo."""
         return True
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
@@ -114,18 +113,17 @@ class DPONorm(MarginLoss):
 class IPO(MarginLoss):
     """Regresses the margin to a finite target, where DPO pushes it without bound.
 
-    Without a logistic curve there is nothing to saturate, so deterministic labels do not drive the policy
-    away from the reference. `beta` is the paper's tau.
+    So even labels without noise do not drive the policy away from the reference. `beta` is the paper's tau.
 
     Formula: `(x - 1 / (2 beta))^2`. Paper: arXiv 2310.12036, eq. 17.
 
-    Papers and code disagree on x, so both have a name. `normalize: mean`: `x = d_w - d_l`, per token; TRL,
-    HALOs and LLaMA-Factory, and according to its authors the paper's own results (TRL #1265). `normalize:
-    sum`: `x = h`, as eq. 17 reads; rlhf-book, eric-mitchell/DPO and OpenRLHF.
+    Papers and code disagree on x, so `normalize` has both. `mean`: `x = d_w - d_l`, per token, as in TRL, HALOs and
+    LLaMA-Factory, and according to its authors in the paper's own results (TRL #1265). `sum`: `x = h`, as eq. 17
+    reads, and as in rlhf-book, eric-mitchell/DPO and OpenRLHF.
 
-    When: few or clean labels, and dpo runs away.
-    Values: beta 0.1; the target is 5 nats, per token under `mean`: out of reach, so the loss is nearly linear
-    and 0.01-0.1 act mostly through the learning rate.
+    When: labels are few or clean, and margins grow too far under dpo.
+    Values: beta 0.1. The target is then 5 nats, under `mean` 5 nats per token, which is never reached: the loss is
+    nearly linear, and a beta of 0.01-0.1 acts mostly like a factor of the learning rate.
     """
 
     name: Literal["ipo"] = "ipo"
@@ -133,7 +131,7 @@ class IPO(MarginLoss):
 
     @property
     def divides_by_length(self) -> bool:
-        """The variant decides."""
+        """With `normalize: mean`."""
         return self.normalize == "mean"
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
@@ -144,32 +142,32 @@ class IPO(MarginLoss):
 class Hinge(MarginLoss):
     """Hinge loss on the margin: a pair has no gradient once its margin reaches 1 / beta.
 
-    The loss of SLiC with log-ratios in place of log-probs, which is how RSO uses it.
+    The loss of SLiC with log-ratios in place of log-probs, as RSO uses it.
 
     Formula: `max(0, 1 - beta h)`. Papers: RSO, arXiv 2309.06657, table 1 (`hinge-norm`); SLiC-HF, arXiv
     2305.10425.
 
-    When: pairs beyond doubt should stop costing capacity.
-    Values: beta 0.05 (RSO). The learning rate is dpo's: the papers' are for T5.
+    When: pairs that are already well separated should no longer move the policy.
+    Values: beta 0.05 (RSO); the learning rate is that of dpo, because the papers' rates are for T5.
     """
 
     name: Literal["hinge"] = "hinge"
     beta: PositiveFloat = 0.05
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """Zero beyond the margin."""
+        """Linear below the target margin, zero beyond it."""
         return torch.relu(1 - self.beta * margins)
 
 
 class EXO(MarginLoss):
     """Fits the policy to the preference by the reverse KL, the direction that reinforcement learning uses.
 
-    DPO covers every mode of the preference distribution; this one seeks the best of them.
+    dpo is mass-covering: it spreads over all modes of the preference distribution. This loss is mode-seeking.
 
     Formula: `s(z) [log s(z) - log(1 - eps)] + s(-z) [log s(-z) - log eps]`, z = beta h, eps =
     `label_smoothing` > 0. Paper: arXiv 2402.00856, eq. 16.
 
-    When: the data came from the reference itself and holds one good answer among many poor ones.
+    When: the completions are samples of the reference, with one good completion among many poor ones.
     Values: beta 0.1, learning rate 1e-6, batch 64 (paper, appendix B); eps 1e-3 (TRL).
     """
 
@@ -186,11 +184,11 @@ class EXO(MarginLoss):
 class DiscoPOP(MarginLoss):
     """A loss found by a language model: logistic for pairs in the wrong order, exponential for the others.
 
-    A gate at the scale of tau blends the two; the blend is not convex just above zero.
+    A sigmoid gate of width tau blends the two; the blend is not convex just above zero.
 
     Formula: `(1 - m) (-log s(z)) + m e^-z`, z = beta h, m = s(z / tau). Paper: arXiv 2406.08414, eq. 5.
 
-    When: as an alternative to dpo on clean labels; the paper finds gains on chat and summaries.
+    When: as an alternative to dpo on clean labels; the paper reports gains on chat and summaries.
     Values: beta 0.05, tau 0.05, learning rate 5e-7, batch 64 (appendices B.1 and E).
     """
 
@@ -200,8 +198,9 @@ class DiscoPOP(MarginLoss):
     tau: Annotated[float, Field(gt=0, le=1)] = 0.05
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The gated blend; `m e^-z` is one exponential, so that neither factor overflows alone."""
+        """The gated blend of the two losses."""
         z = self.beta * margins
         logistic = torch.sigmoid(-z / self.tau) * -logsigmoid(z)
+        # `m e^-z` as one exponential: `e^-z` alone overflows where m is nearly 0.
         exponential = torch.exp(logsigmoid(z / self.tau) - z)
         return logistic + exponential

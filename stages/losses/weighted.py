@@ -1,7 +1,7 @@
-"""DPO for pairs that do not count alike: by how much better the chosen is, or how likely the policy finds both.
+"""DPO for pairs of unequal importance: by the difference of their scores, or by their likelihood under the policy.
 
-In: pairs with reference log-probs, and scores (odpo) or vocabulary sums (wpo). Out: one loss per pair. The
-symbols and the options that both take are in `margin.py`.
+In: pairs with reference log-probs, and scores (odpo) or collision log-probs (wpo). Out: one loss per pair. The
+symbols and the options of both losses are in `margin.py`.
 """
 
 from typing import ClassVar, Literal
@@ -17,15 +17,15 @@ from stages.losses.margin import MarginLoss
 class ODPO(MarginLoss):
     """DPO with an offset: the required margin grows with the difference of the scores.
 
-    A pair a judge scored 9 to 1 should be told apart further than one scored 6 to 5.
+    A pair with scores 9 and 1 needs a larger margin than one with scores 6 and 5.
 
     Formula: `-log s(beta h - alpha f(s_w - s_l))`, the scores s from the data, `f` one of log, identity,
-    log1p. Paper: ODPO, arXiv 2402.10571, section 3. rlhf-book's README asks for ODPO but links arXiv
+    log1p. Paper: ODPO, arXiv 2402.10571, section 3. rlhf-book's README names ODPO but links arXiv
     2403.00409, which is Provably Robust DPO: that is the loss `rdpo`.
 
-    With `f: log` a gap below 1 asks for less than dpo does, down to a negative margin: that is the paper's
-    choice. An offset of a gap <= 0 has no meaning, so such a pair has loss 0, and the metric `odpo_dropped`
-    is the share of these pairs. With alpha 0 scores do not matter, nothing is dropped and this is dpo.
+    With `f: log` the offset of a gap below 1 is negative, as in the paper. For a gap <= 0 the offset is not defined,
+    so such a pair has loss 0, and the metric `odpo_dropped` is the share of these pairs. With alpha 0 the scores are
+    ignored, no pair is dropped, and the loss is dpo.
 
     When: every completion has a score on one scale (UltraFeedback's ratings, a reward model).
     Values: alpha 0.5-1, beta 0.1-0.7, f log (paper: beta 0.7 alpha 0.5 on IMDB, 0.05 and 1 on toxicity, 0.5
@@ -38,12 +38,12 @@ class ODPO(MarginLoss):
     f: Literal["log", "identity", "log1p"] = "log"
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The negative log-likelihood that the margin exceeds its offset."""
+        """The negative log-likelihood that the reward margin exceeds its offset."""
         gaps = torch.where(self._keeps(chosen, rejected), _gaps(chosen, rejected), 1.0)
         return -logsigmoid(self.beta * margins - self._offsets(gaps))
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
-        """One loss per pair, 0 for those without a positive gap."""
+        """One loss per pair, 0 for a pair without a positive gap."""
         output = super().__call__(batch, step)
         keeps = self._keeps(*batch.pairs())
         losses = torch.where(keeps, output.losses, 0.0)
@@ -75,14 +75,13 @@ def _gaps(chosen: Rows, rejected: Rows) -> Tensor:
 class WPO(MarginLoss):
     """DPO that weights a pair by the likelihood of both completions under the policy.
 
-    Off-policy data pulls towards completions the policy never makes; weighting by their likelihood under the
-    policy simulates on-policy data.
+    Off-policy data trains on completions that the policy would never generate; the weights simulate on-policy data.
 
     Formula: the loss of dpo times `w_w w_l`, without gradient, where
     `w(y) = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`. Paper: arXiv 2406.11827, eq. 2, with its sampled
     alignment (an on-policy token has weight 1 on average), as in TRL's `use_weighting`.
 
-    When: pairs were written by other models. It needs the vocabulary sum from the scorer.
+    When: the pairs were written by other models. The scoring engine computes the sum over the vocabulary too.
     Values: beta 0.01 (the paper).
     """
 
@@ -91,7 +90,7 @@ class WPO(MarginLoss):
     beta: PositiveFloat = 0.01
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """Weighted negative log-likelihood of the preference."""
+        """The negative log-likelihood of the preference, weighted."""
         return _likelihood(chosen) * _likelihood(rejected) * -logsigmoid(self.beta * margins)
 
 

@@ -1,7 +1,7 @@
-"""Steps, tokens, memory and time of a training run, before it is started.
+"""Predicts steps, tokens, memory and time of a training run before it starts.
 
-In: the job of a run, whose start and reference may be missing; with `measured`, a few real passes of its
-model. Out: a `TrainingPlan`. Nothing is written. Run it with `align plan`.
+In: the job of a run; its `start` and `reference` are not read. Out: a `TrainingPlan`. Writes nothing. Run it
+with `align plan`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 
 from stages.data.rows import RowSet
 from stages.engine.packing import pack_lengths
-from stages.engine.packs import Pack, build_pack, fed_length
+from stages.engine.packs import Pack, build_pack, packed_length
 from stages.models.loading import architecture
 from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
@@ -32,7 +32,7 @@ COUNTED_STEPS = 20
 
 @dataclass(frozen=True)
 class Cell:
-    """Predicted bytes of a pass over `batch` pairs of `length` tokens; None where the model has too few positions."""
+    """Predicted bytes of a step over `batch` pairs of `length` tokens; None if the model has too few positions."""
 
     batch: int
     length: int
@@ -41,10 +41,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What a few real passes come to; bytes are None where the system does not report them.
+    """Speed and memory of a few real passes; bytes are None if the system does not report them.
 
-    `peak_bytes` is what lives in a step, which is what is predicted; `held_bytes` is what the process holds
-    for it, freed memory included. `run_seconds` is the whole run without its evaluations.
+    `peak_bytes` is the peak of the live tensors of a step, which is what is predicted; `held_bytes` is that of the
+    process, freed memory included. `run_seconds` is the whole run without its evaluations.
     """
 
     tokens_per_second: float
@@ -58,7 +58,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A training run in numbers. `tokens` counts each prompt once; `positions` are those of the largest pack."""
+    """The prediction. `tokens` counts a prompt once for all its completions; `positions` is the size of the largest pack."""
 
     steps: int
     batch_size: int
@@ -71,7 +71,7 @@ class TrainingPlan:
     measured: MeasuredRun | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data for `--json`; bytes and seconds."""
+        """Plain data for `--json`, in bytes and seconds."""
         plain = asdict(self)
         positions = plain.pop("positions")
         plain["predicted"] |= {"total": self.predicted.total, "positions": positions}
@@ -81,21 +81,21 @@ class TrainingPlan:
 
 
 def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> TrainingPlan:
-    """Predict a run from shapes and, with `measured`, from real passes.
+    """Predict a run from tensor shapes and, with `measured`, from real passes.
 
-    Raises `UsageError` or `MachineError` for settings that cannot be trained with here.
+    Raises `UsageError` or `MachineError` for settings that this machine cannot train with.
     """
     check_settings(job)
     packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
-    say(f"Predicting memory from the shapes of {job.source.name}")
+    say(f"Predicting the memory of {job.source.name} from tensor shapes")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
-    tokens = tokens_per_step * job.plan.steps
+    tokens = tokens_per_step * job.resolved.steps
     table = _table(job)
     if measured:
-        say(f"Measuring {len(packs)} forward and backward passes")
+        say(f"Measuring {len(packs)} forward and backward passes of {job.source.name}")
     return TrainingPlan(
-        steps=job.plan.steps,
-        batch_size=job.plan.batch_size,
+        steps=job.resolved.steps,
+        batch_size=job.resolved.batch_size,
         tokens=tokens,
         tokens_per_step=tokens_per_step,
         available_bytes=available_bytes(job.compute.device),
@@ -109,14 +109,14 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
 def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     """The largest packs of the first steps, the largest first, and the mean positions of a step."""
     order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
-    size, found, total = job.plan.batch_size, [], 0
+    size, found, total = job.resolved.batch_size, [], 0
     starts = range(0, len(order), size)[:COUNTED_STEPS]
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
-        lengths = [fed_length(rows, group) for group in groups]
-        if "kl" in job.loss.needs:  # scored as well, without a gradient
+        lengths = [packed_length(rows, group) for group in groups]
+        if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
-            total += sum(fed_length(rows, group) for group in others if len(group))
+            total += sum(packed_length(rows, group) for group in others if len(group))
         total += sum(lengths)
         for items in pack_lengths(lengths, job.compute.tokens_per_batch):
             found.append((sum(lengths[item] for item in items), [groups[item] for item in items]))
@@ -151,7 +151,7 @@ def _measure(
         peak_bytes=found.peak_bytes,
         held_bytes=found.held_bytes,
         predicted_bytes=predicted,
-        run_seconds=tokens / rate + job.plan.steps * found.update_seconds,
+        run_seconds=tokens / rate + job.resolved.steps * found.update_seconds,
         device=torch.cuda.get_device_name() if job.compute.device.type == "cuda" else "cpu",
         packs=len(packs),
     )

@@ -164,7 +164,7 @@ class PrepareSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Evaluation besides the held-out rows, while training and by `align eval`."""
+    """Evaluation beyond the held-out rows, during training and by `align eval`."""
 
     sets: dict[EvalSetName, DataSettings] = Field(
         default={},

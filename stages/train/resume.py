@@ -1,9 +1,8 @@
-"""Which checkpoint a run continues from, and whether it may.
+"""Which checkpoint a run continues from.
 
 Without `train.resume` a run continues its own newest valid checkpoint: its folder is named by everything that
-changes its weights or metrics, so another configuration is another run and begins at step 0. With
-`train.resume` it continues the checkpoint named, whose configuration has to be the same but for how long the run
-is, how often it evaluates, logs and saves, and what `train.resume_override` names.
+changes its weights or metrics, so another configuration is another run and begins at step 0. With `train.resume` a run
+continues the named checkpoint; `preflight.py` checks that the settings allow it.
 """
 
 from collections.abc import Mapping
@@ -33,11 +32,14 @@ def open_origin(path: str, context: Context) -> Checkpoint:
     found = _named(folder, context)
     if found is None:
         raise StaleError(
-            f"train.resume is {path}, and there is no valid checkpoint. Expected a folder checkpoint-<step> that "
-            f"`align train` wrote, or a folder of them."
+            f"train.resume={path} holds no valid checkpoint. Expected a folder checkpoint-<step> written by "
+            f"`align train`, or a folder of such folders."
         )
     if found.state.identity is None:
-        raise StaleError(f"{found.folder} does not say which run it belongs to: an older align wrote it.")
+        raise StaleError(
+            f"{found.folder} was written by an older version and does not name its run, so it cannot be continued. "
+            f"Leave train.resume out."
+        )
     return found
 
 
@@ -45,14 +47,14 @@ def _named(folder: Path, context: Context) -> Checkpoint | None:
     if (folder / STATE).is_file():
         problem = checkpoint_problem(folder)
         if problem:
-            raise CorruptError(f"Cannot continue from {folder}: {problem}. Name an older checkpoint.")
+            raise CorruptError(f"{folder} cannot be continued: {problem}. Name an older checkpoint.")
         return Checkpoint.read(folder)
     return newest_checkpoint(folder, context.say) if folder.is_dir() else None
 
 
 @dataclass(frozen=True)
 class InterruptedRun:
-    """A run that ended early: its newest checkpoint, and `field: its value -> the wanted value` where they differ."""
+    """A run that ended early: its newest checkpoint, and `field: its value -> the job's value` for each difference."""
 
     checkpoint: Path
     step: int
@@ -75,7 +77,7 @@ def nearest_interrupted(job: Job, store: Store) -> InterruptedRun | None:
 
 
 def _identity(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says it belongs to; None where it cannot be read: it is another run's, and only mentioned."""
+    """The identity of the run that wrote a checkpoint; None if it cannot be read, as it is only shown."""
     try:
         return read_json(folder / STATE).get("identity")
     except (CorruptError, OSError, AttributeError):
@@ -83,6 +85,6 @@ def _identity(folder: Path) -> dict[str, Any] | None:
 
 
 def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
-    """`field: stored -> wanted` by field, for every leaf that differs."""
+    """`field: stored -> wanted` by the name of the field, for each field that differs."""
     stored = {name: value for name, value in stored.items() if name != "continues"}
     return {line.partition(": ")[0]: line for line in differing_fields(stored, wanted)}

@@ -1,8 +1,8 @@
-"""Stage 3 of 4: rows + cached reference log-probs + a loss -> a policy. The reference is never loaded.
+"""Stage 3 of 4: rows, cached reference log-probs and a loss -> a policy. The reference model is never loaded.
 
-Checks everything that can be checked without the model, runs the loop and publishes the policy. A run that
-is typed again after a crash continues from its newest valid checkpoint. Run it with
-`align train --loss kto`, or under `torchrun -m pipeline train`.
+Checks all that can be checked without the model, runs the training loop, publishes the policy. After a crash the same
+command continues from the newest valid checkpoint. Run it with `align train --loss kto`, or under
+`torchrun -m pipeline train`.
 """
 
 from cache.artifacts import Artifact, Draft
@@ -23,7 +23,7 @@ from stages.train.resume import nearest_interrupted
 
 
 def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
-    """Train the policy and return its artifact. Raises an `AlignError` before anything is loaded if it cannot."""
+    """Train the policy and return its artifact. Raises an `AlignError` before a model is loaded if the run cannot work."""
     train_rows = RowSet.of(job.rows, "train")
     eval_rows = {"": RowSet.of(job.rows, "heldout")}
     eval_rows |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}
@@ -51,30 +51,30 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
 
 
 def _audit(run: Run, job: Job) -> float | None:
-    """Largest difference between policy and cached reference, in nats; None where they are different models."""
+    """Largest difference between policy and cached reference, in nats per token; None if they are different models."""
     if job.reference is None or fingerprint(job.start) != job.reference.fingerprint:
         return None
     heldout = run.eval_scorers.get("")
     rows = run.rows if heldout is None else heldout.rows
     difference = audit(run.policy.scorer, rows, job.reference)
     run.say(
-        f"Audit: the cached reference and the untouched policy agree within {difference:.2g} nats a token"
+        f"Audit: the cached reference and the untrained policy agree within {difference:.2g} nats per token"
     )
     return difference
 
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:
-    """Where this run continues: its own newest valid checkpoint, or the one that `train.resume` names."""
+    """The checkpoint to continue from: the run's own newest valid one, or the one that `train.resume` names."""
     own = newest_checkpoint(draft.path, context.say)
     if job.origin is not None and (own is None or job.origin.step > own.step):
         return job.origin
     if own is None and (other := nearest_interrupted(job, context.store)) is not None:
         context.say(
             f"An interrupted run at step {other.step} has other settings ({'; '.join(other.differing)}), so this one "
-            f"begins at step 0. To continue that one: --set train.resume={other.checkpoint}"
+            f"begins at step 0. Continue that run with: --set train.resume={other.checkpoint}"
         )
     return own
 
 
 def _silent(line: str) -> None:
-    """Ranks other than the first say nothing."""
+    """The `say` of all ranks but the first."""

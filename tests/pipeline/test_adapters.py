@@ -18,6 +18,7 @@ from tests.forked import in_child
 from tests.pipeline.small_run import LN2, run, session, settings, through_training
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
 
 
 def adapter_settings(model: Path, preferences: Path, name: str = "lora", **changes: dict) -> dict:
@@ -81,7 +82,7 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
         session(tree, tmp_path).run("merge")
     run.run("train")
     for ask in (Session.run, Session.dry_run):
-        with pytest.raises(UsageError, match="no adapter to merge"):
+        with pytest.raises(UsageError, match="not an adapter"):
             ask(session(tree, tmp_path), "merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
     with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
@@ -120,7 +121,6 @@ def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, prefe
         session(tree, tmp_path).run("sample")
 
 
-@pytest.mark.slow
 def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path, one_thread):
     """SIGKILL by the run itself right after a checkpoint; the second run loads adapter and optimizer."""
     tree = adapter_settings(
@@ -154,7 +154,6 @@ def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, prefer
     assert digests[0] == digests[1]
 
 
-@pytest.mark.slow
 def test_qlora_has_a_reference_store_of_its_own_and_starts_from_it(tiny_model, preferences, tmp_path):
     pytest.importorskip("bitsandbytes")
     full = session(settings(tiny_model, preferences), tmp_path)

@@ -18,7 +18,11 @@ from stages.train.data_order import epoch_order
 from stages.train.schedules import make_schedule
 from tests.pipeline.small_run import session, settings
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, RATE = 20, 4, 2e-4
+# Rounding's largest effect over steps and micro-batches is a sample; a sum in yet another order stays within ten of it.
+SPREADS = 10
 
 
 @pytest.fixture
@@ -52,35 +56,35 @@ def examples_of(session: Session) -> list[dict]:
     return found
 
 
-def test_twenty_steps_are_those_of_transformers_trainer(ours, tiny_model, tmp_path) -> None:
+def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+    longest = max(len(row["input_ids"]) for row in batch)
+    pad = {"input_ids": 1, "labels": -100}
+    columns = {
+        name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in batch])
+        for name, value in pad.items()
+    }
+    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch]
+    return {**columns, "attention_mask": torch.tensor(mask)}
+
+
+def by_trainer(
+    session: Session, model_folder: Path, rows: list[dict], micro_batch: int, folder: Path
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What the Trainer logs at each step and the weights it ends with, with micro-batches of so many rows."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-    run, result = ours
-    rows = examples_of(run)
-    assert len(rows) % BATCH == 0  # no partial step: the Trainer's batches know no epochs here
-
-    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-        pad = {"input_ids": 1, "labels": -100}
-        columns = {
-            name: torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in batch])
-            for name, value in pad.items()
-        }
-        mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch]
-        return {**columns, "attention_mask": torch.tensor(mask)}
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    schedule = make_schedule(run.config.train, RATE, STEPS)
+    schedule = make_schedule(session.config.train, RATE, STEPS)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: schedule(min(done + 1, STEPS)) / RATE)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "trainer"),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=BATCH // 2,
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH // micro_batch,
         max_steps=STEPS,
         max_grad_norm=1.0,
         logging_steps=1,
@@ -94,18 +98,37 @@ def test_twenty_steps_are_those_of_transformers_trainer(ours, tiny_model, tmp_pa
         model, arguments, train_dataset=rows, data_collator=collate, optimizers=(optimizer, rates)
     )
     trainer.train()
+    log = [line for line in trainer.state.log_history if "grad_norm" in line]
+    return log, {name: tensor.detach() for name, tensor in model.named_parameters()}
 
+
+def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two weights of the same name."""
+    return max(float((tensor - two[name]).abs().max()) for name, tensor in one.items())
+
+
+def furthest(one: list[dict], two: list[dict], name: str) -> float:
+    """The largest difference of a metric over all steps."""
+    return max(abs(ours[name] - theirs[name]) for ours, theirs in zip(one, two, strict=True))
+
+
+def test_twenty_steps_are_those_of_transformers_trainer(ours, tiny_model, tmp_path) -> None:
+    """Rates are equal; the rest is as near as the Trainer is to itself with other micro-batches, on this processor."""
+    run, result = ours
+    rows = examples_of(run)
+    assert len(rows) % BATCH == 0  # no partial step: the Trainer's batches know no epochs here
+    logs, weights = zip(
+        *(by_trainer(run, tiny_model, rows, size, tmp_path / str(size)) for size in (1, 2, 4)), strict=True
+    )
     folder = Path(result["artifact"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][1:]
-    log = [line for line in trainer.state.log_history if "grad_norm" in line]
-    assert len(lines) == len(log) == STEPS
-    for line, theirs in zip(lines, log, strict=True):
-        assert line["loss"] == pytest.approx(theirs["loss"], abs=1e-6, rel=1e-6)
-        assert line["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    assert len(lines) == len(logs[0]) == STEPS
+    for line, theirs in zip(lines, logs[0], strict=True):
         assert line["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-12)
+    for name in ("loss", "grad_norm"):
+        spread = max(furthest(log, logs[0], name) for log in logs)
+        assert furthest(lines, logs[0], name) <= SPREADS * spread
     trained, start = load_file(folder / "model.safetensors"), load_file(tiny_model / "model.safetensors")
-    named = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    moved = max(float((tensor - start[name]).abs().max()) for name, tensor in trained.items())
-    apart = max(float((tensor - named[name]).abs().max()) for name, tensor in trained.items())
-    assert moved > 1e-3
-    assert apart < 1e-6
+    spread = max(apart(weights[0], other) for other in weights)
+    assert apart(trained, weights[0]) <= SPREADS * spread
+    assert apart(trained, start) > 1000 * spread

@@ -50,7 +50,7 @@ USAGE = [
     (["trian"], ["Did you mean 'train'? Type `", "align --help"]),
     (["prepare", "--loss", "dpo"], ["No such option: --loss", "align prepare --help"]),
     (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),
-    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest are three choices"]),
+    (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest exclude each other"]),
     (["train", "--loss", "kt0"], ["unknown loss 'kt0'", "Did you mean 'kto'?"]),
     (["train", "--set", "loss.name=dop"], ["unknown loss 'dop'", "Did you mean 'dpo'?"]),
     (["train", "--set", "loss.bta=1"], ["loss.bta is not a field of dpo", "beta"]),
@@ -155,10 +155,10 @@ def test_data_that_cannot_be_used_ends_with_3(align, config, preferences, tmp_pa
     refused(
         align(*prepare, "--set", "policy.model=./missing"),
         3,
-        "No such model folder: ./missing",
+        "The model folder ./missing does not exist",
         "policy.model",
     )
-    refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "no model folder", "config.json")
+    refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "is not a model folder", "config.json")
     preferences.write_text(preferences.read_text() + '{"prompt": "q\n')
     refused(align(*prepare), 3, "preferences.jsonl:25: ", "--set data.on_bad_row=skip")
     preferences.write_text('{"question": "q"}\n')
@@ -230,7 +230,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path):
     assert process.returncode == 130, err
     assert (out, err) == (
         "",
-        "align: Interrupted. What was finished is kept; type the same command to continue.\n",
+        "align: Interrupted. Finished work is kept; the same command continues it.\n",
     )
 
 
@@ -286,6 +286,7 @@ def test_no_command_is_help_and_2(align):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_help_and_version_do_not_wait_for_heavy_imports():
     """In a fresh interpreter: the help of every command, and none of the slow packages."""
     script = (
@@ -303,6 +304,7 @@ def test_help_and_version_do_not_wait_for_heavy_imports():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_module_ends_the_process_with_the_same_code_and_no_traceback(tmp_path):
     command = [
         sys.executable,

@@ -1,7 +1,6 @@
 """The main job as a stranger runs it: `align run` on the embedded quickstart, with the real vLLM."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,15 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 GREEDY = ["--set", "sample.temperature=0"]
 
 
-def align(*arguments: str, store: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline", *arguments, "--store", str(store), "--json"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False, env=os.environ
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def completions(result: dict) -> dict[tuple[str, str], str]:
     lines = [json.loads(line) for line in Path(result["output"]).read_text().splitlines()]
     return {(line["side"], line["id"]): line["completion"] for line in lines}
@@ -32,8 +22,11 @@ def completions(result: dict) -> dict[tuple[str, str], str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed on this system")
-def test_the_quickstart_learns_its_preference_and_both_engines_agree(tmp_path) -> None:
-    first = json.loads(align("run", *GREEDY, store=tmp_path).stdout)
+def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_path) -> None:
+    command = [sys.executable, "-m", "pipeline", "run", *GREEDY, "--store", str(tmp_path), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = json.loads(done.stdout)
     prepared, cached, trained, sampled = (
         first[stage] for stage in ("prepare", "cache-ref", "train", "sample")
     )
@@ -53,9 +46,12 @@ def test_the_quickstart_learns_its_preference_and_both_engines_agree(tmp_path) -
     assert share["policy"] > 0.9
     assert share["policy"] > share["reference"]
 
-    other = align("sample", *GREEDY, "--set", "sample.engine=transformers", store=tmp_path)
-    assert completions(json.loads(other.stdout)) == by_vllm
+    by_transformers = [*GREEDY, "--set", "sample.engine=transformers"]
+    code, out, err = align("sample", *by_transformers, "--store", tmp_path, "--json")
+    assert code == 0, err
+    assert completions(json.loads(out)) == by_vllm
 
-    again = align("run", *GREEDY, store=tmp_path)
-    assert all(part["reused"] for part in json.loads(again.stdout).values())
-    assert again.stderr.count("already") == 4
+    code, out, err = align("run", *GREEDY, "--store", tmp_path, "--json")
+    assert code == 0, err
+    assert all(part["reused"] for part in json.loads(out).values())
+    assert err.count("already") == 4

@@ -23,7 +23,14 @@ from transformers import AutoModelForCausalLM
 from cache.files import sha256_file
 from stages.train.checkpoints import FILES
 from stages.train.loop import Run
-from tests.pipeline.small_run import errors_of, metrics_of, run, settings, torchrun, train_on_two_ranks
+from tests.pipeline.small_run import (
+    errors_of,
+    metrics_of,
+    run,
+    settings,
+    torchrun,
+    train_on_two_ranks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +186,7 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     ("parallel", "adapter"), [("ddp", {}), ("fsdp", {"name": "lora", "r": 4})], ids=["ddp", "fsdp"]
 )
 def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_model, preferences, tmp_path):
-    """Two ranks continue to the same bits, one rank to the same run.
+    """Two ranks train as one does and continue to the same bits; one continues to the same run.
 
     What is sharded is an adapter, whose shards are few: the checkpoint holds them and their optimizer alone.
     """
@@ -197,9 +204,11 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     assert train_on_two_ranks(tree, killed) == [0, 0], errors_of(killed).read_text()
     assert_same_bits(run(tree, killed, "train"), run(tree, two, "train"))
 
+    whole = tree_of(tiny_model, preferences, adapter, num_epochs=3, keep_last=1)
     with examples_taken() as order:
-        expected = run(tree, copy_of(store, "one"), "train")
-    spread = spread_over_splits(tree, store, trajectory(expected))
+        expected = run(whole, copy_of(store, "one"), "train")
+    spread = spread_over_splits(whole, store, trajectory(expected))
+    assert_same_run(run(tree, two, "train"), expected, spread)
     forgetful = copy_of(continued_by_one, "forgetful")
     said: list[str] = []
     with examples_taken() as taken:
@@ -225,21 +234,22 @@ def forget_moments(checkpoint: Path) -> None:
     (checkpoint / FILES).write_text(json.dumps({**listed, path.name: sha256_file(path)}))
 
 
-def test_torchrun_ends_when_a_rank_is_killed(tiny_model, preferences, tmp_path):
-    """Under the real launcher, at whatever point of the run the signal comes."""
+def test_torchrun_starts_a_run_again_whose_rank_was_killed(tiny_model, preferences, tmp_path):
+    """The real launcher, and a signal at whatever point of the run: all ranks end, new ones continue."""
     tree = tree_of(tiny_model, preferences, num_epochs=3)
     store = prepared(tree, tmp_path / "store")
-    process = torchrun(tree, store, "train")
+    process = torchrun(tree, store, "train", "--max-restarts", "1")
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode not in (0, None)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert not list((store / "policy").glob("[!.]*")), err
+    assert "Continuing from step" in err
+    assert json.loads(out)["steps"] == 12  # the first rank alone speaks
 
 
 def ranks_of(launcher: int) -> list[int]:

@@ -90,7 +90,7 @@ def test_the_choice_of_rows(rows):
     assert [shown.number for shown in rows.chosen(None, None, longest=True)] == [2]
     assert [shown.number for shown in rows.chosen(None, None, longest=False)] == [1]
     assert sorted(shown.number for shown in rows.chosen(None, 9, longest=False)) == [1, 2, 3]
-    with pytest.raises(UsageError, match="the artifact holds rows 1 to 3"):
+    with pytest.raises(UsageError, match="has examples 1 to 3"):
         rows.chosen(4, None, longest=False)
 
 
@@ -116,7 +116,7 @@ def test_the_page_shows_the_same_text_and_fetches_nothing(rows):
     seen = "".join(reader.seen)
     assert "a<b>" in seen
     assert "first 東🦊<|end|>" in seen
-    assert f"✂ {examples[1].prompt_cut} tokens cut" in seen
+    assert f"✂ {examples[1].prompt_cut} tokens truncated" in seen
     assert reader.fetched == []
     assert not re.search(r"url\(|@import", page(overview, examples, with_ids=False))
 
@@ -126,7 +126,7 @@ def test_the_terminal_shows_the_same_text(rows, capsys):
     Inspected(rows.overview(), shown, with_ids=False).show(tables.console())
     out = capsys.readouterr().out
     assert "3 = 3 kept + 0 dropped" in out
-    assert f"✂ {shown[1].prompt_cut} tokens cut" in out
+    assert f"✂ {shown[1].prompt_cut} tokens truncated" in out
     assert "and␛[31m?" in out
     assert "\x1b[31m" not in out
     Inspected(rows.overview(), shown[:1], with_ids=True).show(tables.console())
@@ -136,7 +136,7 @@ def test_the_terminal_shows_the_same_text(rows, capsys):
 
 def test_another_tokenizer_and_another_artifact_are_refused(rows, chat_tokenizer, base_tokenizer, tmp_path):
     with pytest.raises(
-        StaleError, match=r"is not the one .* was made with\. Name the right one with --tokenizer"
+        StaleError, match=r"is not the one that .* was made with\. Give that one with --tokenizer"
     ):
         PreparedRows(rows.artifact, base_tokenizer)
     with pytest.raises(UsageError, match="No such artifact"):

@@ -347,7 +347,7 @@ def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfw
 
 def test_a_resume_that_cannot_be_says_why(halfway, tmp_path) -> None:
     tree, store, working = halfway
-    with pytest.raises(StaleError, match=r"there is no valid checkpoint.*checkpoint-<step>"):
+    with pytest.raises(StaleError, match=r"holds no valid checkpoint.*checkpoint-<step>"):
         train(changed(tree, {}, resume=str(tmp_path / "nowhere")), store)
     with pytest.raises(UsageError, match="is at step 4, and this run has 3 steps"):
         train(changed(tree, {}, resume=str(working), max_steps=3), store)
@@ -417,7 +417,7 @@ def test_early_stopping_ends_after_its_patience(prepared) -> None:
     ]
     assert len(values) == result["steps"] < 30
     assert values.index(max(values)) == len(values) - 3
-    assert any("Stopping early" in line for line in said)
+    assert any("Early stop after step" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_early_stopping_ends_after_its_patience(prepared) -> None:
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"pwr": 2.0}}, r"pwr"),
         (
             {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2.0}},
-            r"takes no further arguments",
+            r"takes no arguments",
         ),
     ],
 )

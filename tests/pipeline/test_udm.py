@@ -20,6 +20,7 @@ def through_training(model: Path, data: Path, store: Path, loss: dict) -> tuple[
     return run(tree, store, "prepare"), run(tree, store, "cache-ref", "train")
 
 
+@pytest.mark.slow
 def test_udm_weights_unpaired_data(tiny_model, tmp_path) -> None:
     """Questions are mostly answered well and requests badly; at step 0 the loss of a row is its weight times ln 2."""
     rows = [

@@ -7,7 +7,8 @@ import pytest
 from cache.errors import UsageError
 from stages.cache_ref import work_units
 from stages.cache_ref.work_units import Worker, choose_worker
-from tests.pipeline.small_run import session, settings, torchrun
+from tests.forked import on_two_ranks
+from tests.pipeline.small_run import run, session, settings
 
 
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
@@ -38,9 +39,8 @@ def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
     tree, store = settings(tiny_model, preferences), tmp_path / "two"
     alone, _ = scored_by(tree, tmp_path / "one", None)
     session(tree, store).run("prepare")
-    ranks = torchrun(tree, store, "cache-ref")
-    _, errors = ranks.communicate()
-    assert not ranks.returncode, errors
+    errors = tmp_path / "errors.txt"
+    assert on_two_ranks(lambda: run(tree, store, "cache-ref"), errors) == [0, 0], errors.read_text()
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
 
 

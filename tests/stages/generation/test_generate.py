@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.errors import DataError, MachineError, UsageError
 from stages.generation.generate import Completion, generate, open_model, request_seed
-from stages.generation.requests import EngineOptions, Prompt, Sampling
-from stages.generation.transformers_engine import keep_likeliest
+from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
+from stages.generation.transformers_engine import keep_likeliest, sample_network
 from stages.generation.vllm_process import failure_cause, kv_cache_bytes
 from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, random_prompts, save_model
 
@@ -90,6 +90,17 @@ def test_sampled_frequencies_follow_the_probabilities(tiny: Path):
     assert set(drawn) <= set(expected)
     for token, share in expected.items():
         assert drawn.count(token) / 800 == pytest.approx(share, abs=0.07)
+
+
+def test_a_failed_generation_leaves_the_generation_config_of_the_model(tiny: Path):
+    """A policy that is sampled while it trains is saved later with this configuration."""
+    network = AutoModelForCausalLM.from_pretrained(tiny)
+    own = network.generation_config
+    model = open_model(tiny, GREEDY, EngineOptions("float32", 64))
+    with pytest.raises(IndexError):
+        sample_network(network, model, [Request(0, 0, 0, [VOCAB_SIZE])], GREEDY)
+    assert network.generation_config is own
+    assert own.temperature == 9.0
 
 
 def test_keep_likeliest():

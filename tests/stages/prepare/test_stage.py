@@ -591,7 +591,9 @@ def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(
     assert (dropped.counts["weighted_rows"], both.counts["weighted_rows"]) == (0, 8)
     check_data(LOSSES["dpo"](), both, "best_worst", context)
     check_data(LOSSES["simpo"](), dropped, "best_worst", context)
-    with pytest.raises(UsageError, match=r"Loss simpo takes no weights, and 8 rows .*Losses that do: dpo, "):
+    with pytest.raises(
+        UsageError, match=r"Loss simpo ignores weights, and 8 rows .*Losses with weights: dpo, "
+    ):
         check_data(LOSSES["simpo"](), both, "best_worst", context)
     assert both.counts["rows_by_role"] == {"chosen": 6, "rejected": 6, "mismatched": 8}
 

@@ -9,15 +9,15 @@ from stages.train.data_order import epoch_order, num_steps
 
 
 @given(sizes=st.lists(st.integers(min_value=1, max_value=5), min_size=1, max_size=30), seed=st.integers(0, 5))
-def test_an_epoch_holds_whole_cycles_in_another_order_each_time(sizes: list[int], seed: int) -> None:
-    cycles = np.repeat(np.arange(len(sizes)), sizes)
-    order = epoch_order(cycles, seed, 0)
-    assert sorted(order) == list(range(len(cycles)))
-    runs = cycles[order][np.flatnonzero(np.diff(cycles[order], prepend=-1))]
+def test_an_epoch_holds_whole_mismatch_groups_in_a_new_order(sizes: list[int], seed: int) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    order = epoch_order(groups, seed, 0)
+    assert sorted(order) == list(range(len(groups)))
+    runs = groups[order][np.flatnonzero(np.diff(groups[order], prepend=-1))]
     assert sorted(runs) == list(range(len(sizes)))
-    assert np.array_equal(order, epoch_order(cycles, seed, 0))
+    assert np.array_equal(order, epoch_order(groups, seed, 0))
     if len(sizes) > 8:
-        assert not np.array_equal(order, epoch_order(cycles, seed, 1))
+        assert not np.array_equal(order, epoch_order(groups, seed, 1))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ COUNTS = {
 }
 
 
-def test_bad_answers_count_more_where_answers_are_mostly_good() -> None:
+def test_undesirable_rows_count_more_where_most_completions_are_desirable() -> None:
     """Four good answers to a bad one make p about 0.8 and p / (1 - p) 4; one to four 0.25, raised to 0.5."""
     rows, new = rows_of(COUNTS), rows_of({(1, "undesirable"): 30, (2, "undesirable"): 30}, seed=1)
     fitted = DensityRatios(rows)
@@ -50,6 +50,6 @@ def test_classes_of_unequal_size_are_balanced() -> None:
     assert 0.7 < np.median(ratios) < 1.4
 
 
-def test_one_class_alone_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"loss.udm compares .* 3 desirable and 0 undesirable"):
+def test_rows_of_one_kind_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"3 desirable and 0 undesirable completions; loss.udm compares"):
         DensityRatios(rows_of({(1, "desirable"): 3}))
