@@ -44,8 +44,8 @@ def open_reference(
         names = {*now, *note["files"]}
         changed = ", ".join(sorted(name for name in names if now.get(name) != note["files"].get(name)))
         raise StaleError(
-            f"The model {source_name} has changed since its log-probs were cached (size or date of {changed}). "
-            f"Look whether its content did, which costs nothing if not, with: {context.command('cache-ref')}"
+            f"The files of the model {source_name} have changed since its log-probs were cached (size or date of {changed}). "
+            f"Compare their content, and score again only where it changed, with: {context.command('cache-ref')}"
         )
     return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
 

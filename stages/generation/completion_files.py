@@ -1,6 +1,6 @@
-"""Completions as the files that people and evaluation tools read.
+"""Completions in files that people and evaluation tools read.
 
-In:  `CompletionRecord`s and a path.  Out: our own JSONL, or AlpacaEval's JSON, written whole or not at all.
+In: `CompletionRecord`s and a path. Out: JSONL with all fields, or AlpacaEval's JSON, written whole or not at all.
 """
 
 import json
@@ -16,7 +16,7 @@ from stages.data.messages import Message
 
 @dataclass(frozen=True)
 class CompletionRecord:
-    """One completion with where it comes from; the fields are the keys of a line of our JSONL.
+    """One completion with its origin; the fields are the keys of a line in `completions.jsonl`.
 
     `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator"); `side` is
     policy, reference, or model where `sample.model` named it.
@@ -54,7 +54,7 @@ def write_alpaca_eval(records: Sequence[CompletionRecord], path: Path, dataset: 
     generators = sorted({record.model for record in records})
     if len(generators) > 1:
         raise DataError(
-            f"AlpacaEval's file holds one generator, these records have {', '.join(generators)}: write one file each."
+            f"AlpacaEval's file has one generator, but these records have {', '.join(generators)}: write one file for each."
         )
     rows = [
         {

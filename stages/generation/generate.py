@@ -6,8 +6,8 @@ Out: for each model one `Completion` per (prompt, sample), in prompt order then 
 Every (row, sample) is its own request with a seed hashed from (run seed, row id, sample index), so a
 completion does not depend on which other prompts are sampled with it: exactly on the transformers
 engine, and up to the rounding of a batched forward on vLLM (none seen in float32 on a CPU; on CUDA set
-VLLM_BATCH_INVARIANT=1). Text never goes to an engine and never comes from one: both take ids and return
-ids, and where a completion ends, why, and what it reads as is decided here, once.
+VLLM_BATCH_INVARIANT=1). Both engines take token ids and return token ids; the end of a completion, its finish reason
+and its text are determined here, for both.
 """
 
 import hashlib
@@ -56,15 +56,15 @@ def generate(
     options: EngineOptions,
     say: Callable[[str], None],
 ) -> tuple[str, list[list[Completion]]]:
-    """Sample several models on the same prompts with one engine; returns it and the completions of each.
+    """Sample several models on the same prompts with one engine; returns its name and the completions of each model.
 
     On a CPU this takes about half the time of a call for each model, because vLLM is imported once.
-    `auto` takes vLLM and falls back to transformers with one line through `say`; every model is then
-    sampled by transformers, so what is compared always comes from one engine.
+    `auto` takes vLLM and falls back to transformers with one line through `say`; then every model is
+    sampled by transformers, so that compared completions always come from one engine.
 
     Raises:
-        DataError: a model folder or a prompt cannot be used; nothing has been started yet.
-        MachineError: `vllm` was asked for and is not installed or does not run.
+        DataError: a model folder or a prompt cannot be used; raised before an engine is started.
+        MachineError: `engine` is `vllm`, which is not installed or does not run.
     """
     opened = [open_model(path, sampling, options) for path in models]
     for model in opened:
@@ -95,10 +95,10 @@ def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     if adapter is not None:
         require_peft()
         path = base_of(path).folder
-    words = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
+    tokenizer_folder = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
         if (path / "generation_config.json").is_file():
             declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
@@ -121,14 +121,12 @@ def check_prompts(prompts: Sequence[Prompt], model: Model) -> None:
     One such prompt would abort vLLM's whole call, after the half minute it takes to start.
     """
     if not prompts:
-        raise DataError("There is no prompt to sample: the held-out rows or the file of prompts are empty.")
+        raise DataError("There is no prompt to sample: the held-out rows or the file of prompts is empty.")
     vocab_size = model.config.get_text_config().vocab_size
     for prompt in prompts:
         ids = prompt.ids
         if not ids:
-            raise DataError(
-                f"Row {prompt.id} has an empty prompt; sampling needs at least one token to start from."
-            )
+            raise DataError(f"Row {prompt.id} has an empty prompt; sampling needs at least one token.")
         if len(ids) > model.max_length - 1:
             raise DataError(
                 f"Row {prompt.id}: the prompt has {len(ids)} tokens; at most {model.max_length - 1} leave room for "
@@ -139,7 +137,7 @@ def check_prompts(prompts: Sequence[Prompt], model: Model) -> None:
             outside = next(token for token in ids if not 0 <= token < vocab_size)
             raise DataError(
                 f"Row {prompt.id}: token id {outside} is not in the vocabulary of {model.path} ({vocab_size} ids). "
-                f"The prompts were made with another tokenizer: run `align prepare` with this model."
+                f"The prompts were made with another tokenizer. Run `align prepare` with this model."
             )
 
 
@@ -180,7 +178,7 @@ def _why_no_vllm() -> str | None:
 
 
 def as_completion(model: Model, request: Request, token_ids: list[int]) -> Completion:
-    """What an engine's token ids mean: their text, and whether a stop token ended them."""
+    """The completion of an engine's token ids: their text, and whether a stop token ended them."""
     stopped = bool(token_ids) and token_ids[-1] in model.stop_token_ids
     text = _continuation(model.tokenizer, request.prompt_ids, token_ids[:-1] if stopped else token_ids)
     return Completion(

@@ -34,7 +34,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what the engines would each read in their own way."""
+        """Raise `UsageError` for values that the engines would treat differently."""
         allowed = {
             "temperature": (
                 self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
@@ -74,7 +74,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to make: what an engine needs to know of it."""
+    """One completion to generate: its place among the prompts and samples, its seed, and the prompt's ids."""
 
     prompt_index: int
     sample_index: int
@@ -84,9 +84,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder with what sampling asks of it; `max_length` in tokens, `stop_token_ids` ends a completion.
+    """A model folder opened for sampling: `max_length` in tokens, and the ids that end a completion.
 
-    `adapter` is a folder of peft's whose base model is in `path`.
+    `adapter` is a peft folder whose base model is in `path`.
     """
 
     path: Path

@@ -2,11 +2,11 @@
 
 In:  a model folder and requests (prompt ids, seed).  Out: the token ids of each completion.
 
-A completion must not depend on its neighbours in the batch. Seeds are not enough for that: the shape of
-a matrix product decides how it rounds, and with batches padded to their longest prompt 4 of 15 bfloat16
-completions of 24 tokens came out differently in other company. So every batch has NUM_ROWS rows and is
-padded to a width that follows from the request alone; a batch that is not full is filled up with copies
-of its first request. Then a request meets the same shapes whatever it is sampled with.
+A completion must not depend on the other rows of its batch. Seeds are not enough for that: the shape of
+a matrix product decides how it rounds. With batches padded to their longest prompt, 4 of 15 bfloat16
+completions of 24 tokens changed with the other rows of the batch. So every batch has NUM_ROWS rows and is
+padded to a width that depends on the request alone; a batch that is not full is filled up with copies
+of its first request. Then the shapes of a request are the same in every batch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ WIDTH_STEP = 32
 def run_transformers(
     model: Model, requests: list[Request], sampling: Sampling, options: EngineOptions
 ) -> list[list[int]]:
-    """Token ids of each request's completion, up to and with its stop token; memory is released on return."""
+    """Token ids of each request's completion, including its stop token; memory is released on return."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,13 +44,13 @@ def run_transformers(
 def sample_network(
     network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool = False
 ) -> tuple[list[list[int]], list[bool]]:
-    """As `run_transformers`, with a loaded network, and whether all scores of each completion were finite.
+    """As `run_transformers`, with a loaded network; also whether all scores of each completion were finite.
 
-    `in_step`: all ranks sample the same, and none ends before the others.
+    `in_step`: all ranks sample the same requests, and none stops before the others.
     """
     from transformers import GenerationConfig
 
-    # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
+    # `generate` takes what its argument leaves open from here, such as the model's own temperature or penalties.
     own_config, network.generation_config = network.generation_config, GenerationConfig()
     try:
         return _sample_groups(network, model, requests, sampling, in_step)
@@ -111,14 +111,16 @@ def _sample_batch(
     for row, request in enumerate(requests):
         ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
         mask[row, width - len(request.prompt_ids) :] = 1
-    # With do_sample off, `generate` takes the largest score; `SeededNoise` makes that a sample.
+    # With do_sample off, `generate` takes the largest score; with `SeededNoise` that is a sample.
     config = GenerationConfig(
         max_new_tokens=budget, do_sample=False, eos_token_id=stop or None, pad_token_id=0
     )
     noise = (
         [] if sampling.temperature == 0 else [SeededNoise([request.seed for request in requests], sampling)]
     )
-    with torch.no_grad():  # not inference_mode: what a forward pass leaves in a model may be trained on
+    with (
+        torch.no_grad()
+    ):  # not inference_mode: tensors that a forward pass leaves in the model may be trained on
         whole = network.generate(
             ids.to(network.device),
             attention_mask=mask.to(network.device),
@@ -135,7 +137,7 @@ def _up_to_stop(ids: list[int], stop: list[int]) -> list[int]:
 
 
 class FiniteScores:
-    """Passes scores on and notes which rows had any that is NaN or infinite."""
+    """A logits processor that changes nothing and records which rows had a NaN or infinite score."""
 
     def __init__(self, rows: int) -> None:
         """Begin with all rows finite."""
@@ -149,9 +151,9 @@ class FiniteScores:
 
 
 class SeededNoise:
-    """Scores whose maximum is a sample: probabilities over exponential noise from each row's own generator.
+    """A logits processor whose scores have a sample as their maximum: probabilities over exponential noise.
 
-    The argmax of p / Exp(1) is distributed as p (the Gumbel trick, as vLLM samples on a GPU). The noise
+    Each row has a generator of its own. The argmax of p / Exp(1) is distributed as p (the Gumbel trick, as vLLM samples on a GPU). The noise
     is drawn on the CPU, so that a seed means the same on every device.
     """
 
@@ -175,7 +177,7 @@ class SeededNoise:
 
 
 def keep_likeliest(logits: "torch.Tensor", top_k: int, top_p: float) -> "torch.Tensor":
-    """Set all but the likeliest logits (row, vocab) to -inf, by vLLM's rules.
+    """Set all but the most likely logits (row, vocab) to -inf, by vLLM's rules.
 
     top_k comes first, and ties with the k-th logit stay; then the fewest tokens whose probability
     reaches top_p, never less than one.

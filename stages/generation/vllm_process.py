@@ -1,10 +1,10 @@
-"""Runs vLLM in a process of its own and leaves nothing behind: no memory, no process, no folder.
+"""Runs vLLM in a process of its own, and leaves no memory, process or folder behind.
 
 In:  models, requests (prompt ids, seeds).  Out: the token ids of each completion, for each model.
 
-The exit of a process is the only sure release of what vLLM takes. The worker leads a process group;
-the group is killed when this side is interrupted, and it kills itself when this side dies (its standard
-input is a pipe that only closes then), so there are no orphans even after `kill -9`.
+Only the exit of a process surely releases all that vLLM takes. The worker leads a process group; the group is killed
+when this process is interrupted, and it kills itself when this process dies (its standard input is a pipe that only
+closes then), so there are no orphans even after `kill -9`.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ LAST_CHARACTERS = 600
 def run_vllm(
     models: list[Model], requests: list[Request], sampling: Sampling, options: EngineOptions
 ) -> list[list[list[int]]]:
-    """Token ids of every request's completion, for each model, up to and with its stop token.
+    """Token ids of every request's completion, for each model, including its stop token.
 
     Raises `MachineError` with the worker's last lines when it fails.
     """
     import torch
 
-    # One process can hold one engine after the other on a CPU: 3 to 4 seconds instead of a whole start.
+    # On a CPU one process can run one engine after the other: 3 to 4 seconds instead of a whole start.
     # On CUDA, and with several workers, only the exit frees the memory that the next one needs.
     share = not torch.cuda.is_available() and options.tensor_parallel_size == 1
     completions = []
@@ -73,17 +73,17 @@ def kv_cache_bytes(model: Model, options: EngineOptions) -> int:
 
 
 def lora_rank(adapter: Path) -> int:
-    """The smallest rank that vLLM provides for and that holds this adapter; raises `MachineError` for one it cannot run."""
+    """The smallest of vLLM's LoRA ranks that fits this adapter; raises `MachineError` for an adapter that vLLM cannot run."""
     config = adapter_config(adapter)
     ranks = [rank for rank in LORA_RANKS if rank >= config["r"]]
     if config.get("use_dora") or not ranks:
-        what = (
+        limit = (
             "no DoRA adapters"
             if config.get("use_dora")
             else f"adapters up to rank {LORA_RANKS[-1]}, and this one has {config['r']}"
         )
         raise MachineError(
-            f"vLLM runs {what} ({adapter}). Sample with --set sample.engine=transformers, or run `align merge` with the "
+            f"vLLM runs {limit} ({adapter}). Sample with --set sample.engine=transformers, or run `align merge` with the "
             f"arguments of `align train` and sample the folder it names: --set sample.model=FOLDER"
         )
     return ranks[0]
@@ -122,7 +122,7 @@ def _run_worker(
         raise
     if code != 0 or not result_path.is_file():
         raise MachineError(
-            f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Mend that, or "
+            f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Fix that, or "
             f"sample without vLLM: --set sample.engine=transformers"
         )
     completions = read_json(result_path)["completions"]
@@ -160,7 +160,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def failure_cause(log: str) -> str:
-    """One line of what went wrong, from the end of a worker's log: its last exceptions, else its last lines."""
+    """The cause of a failure in one line, from the end of a worker's log: its last exceptions, else its last lines."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     causes = [found[0] for line in lines if VLLM_SYMPTOM not in line and (found := EXCEPTION.search(line))]
     shown = list(dict.fromkeys(causes))[-LAST_CAUSES:] or lines[-LAST_LINES:]

@@ -21,14 +21,14 @@ from cache.files import read_json, write_bytes
 
 
 def main(request_path: Path, result_path: Path) -> None:
-    """Complete the request for every model and write the result."""
+    """Generate the completions of every model and write them."""
     _die_with_parent()
     request = read_json(request_path)
     _set_environment()
     completions = []
     for model in request["models"]:
         completions.append(_complete(model, request))
-        gc.collect()  # the engine holds itself in cycles; the next one needs its memory
+        gc.collect()  # the engine is in reference cycles, and the next one needs its memory
     write_bytes(result_path, json.dumps({"completions": completions}).encode())
 
 
@@ -68,7 +68,7 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
             max_tokens=sampling["max_tokens"],
             seed=row["seed"],
             stop_token_ids=model["stop_token_ids"],
-            # The list above holds every end token; what else vLLM would find in the folder does not count.
+            # The list above has every end token, so vLLM need not look for more in the folder.
             ignore_eos=True,
             detokenize=False,
         )
@@ -80,22 +80,22 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
 
 
 def _set_environment() -> None:
-    """Settle what vLLM reads from the environment while it is imported."""
+    """Set the environment variables that vLLM reads while it is imported."""
     import torch
 
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
-        # A second process per engine, which imports everything again, is of use only to a GPU.
+        # A second process for the engine, which imports everything again, helps only on a GPU.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # It kills the engine on a CPU, where results do not depend on the batch anyway.
+        # This setting stops the engine on a CPU, where results do not depend on the batch anyway.
         os.environ.pop("VLLM_BATCH_INVARIANT", None)
 
 
 def _die_with_parent() -> None:
     """Kill this process group once standard input closes, which it does when the parent is gone.
 
-    Only a group that this process leads: started by hand, it would take the shell with it.
+    Only if this process leads the group: otherwise, started by hand, it would kill the shell too.
     """
 
     def wait() -> None:

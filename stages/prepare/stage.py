@@ -2,8 +2,8 @@
 
 Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
 with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used).
-Its identity is the sources' content, the tokenizer, the template and the limits; rows in = rows kept + rows dropped, by
-reason. Memory does not grow with the data: it holds a few batches and one shard of each split. Run it with
+Its identity is the content of the sources, the tokenizer, the template and the settings. Rows in = rows kept + rows
+dropped, counted by reason. Memory does not grow with the data: it holds a few batches and one shard of each split. Run it with
 `align prepare`.
 """
 
@@ -61,7 +61,7 @@ def rows_identity(
 
 
 def artifact_name(data: DataSettings) -> str:
-    """A readable name for the artifact folder, from the source's name."""
+    """A readable name for the artifact folder, from the names of the sources."""
     paths = [source.data.path for source in sources_of(data)]
     stem = "-".join(Path(path).name.split(".")[0] for path in paths)
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem)[:40] or "rows"
@@ -170,7 +170,7 @@ def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: 
             lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
             first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
             raise DataError(
-                f"{first['location']}: {first['problem']}, and so in {dropped:,} of {counts.rows_in[source.name]:,} rows of {source.name}. Say in YAML which columns hold text (data.columns), or convert them."
+                f"{first['location']}: {first['problem']}; the same in {dropped:,} of {counts.rows_in[source.name]:,} rows of {source.name}. Map the columns that have text in YAML (data.columns), or convert the values to text."
             )
 
 
@@ -190,7 +190,7 @@ def _choose_format(data: DataSettings) -> type[Format]:
         )
     if all(row.value is None for row in head):
         raise DataError(
-            f"{head[0].location}: {head[0].problem}. No row at the beginning of the file could be read."
+            f"{head[0].location}: {head[0].problem}. None of the first {len(head)} rows could be read."
         )
     return detect_format(data.format, head)
 
@@ -207,13 +207,13 @@ def _announce(
             )
     if len({format_.holds_ids for format_ in formats.values()}) > 1:
         context.say(
-            "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
+            "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
         )
     for note in template.renderer.notes():
         context.say(note)
 
 
 def _stream(data: DataSettings, gathered_by: str | None) -> Iterator[SourceRow]:
-    """The rows of a source under the names of its format, or lists made of those that share a prompt."""
+    """The rows of a source with the column names of its format; gathered into lists where the format needs it."""
     rows = renamed(read_source(data), data.columns)
     return rows if gathered_by is None else gather(rows, gathered_by)

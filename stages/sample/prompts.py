@@ -1,4 +1,4 @@
-"""The prompts that are sampled: those of the held-out rows, or those of a file through the same template.
+"""The prompts to sample: those of the held-out rows, or those of a file, rendered with the same template.
 
 In: a rows artifact or a path, and the policy's template. Out: `Prompt`s with token ids.
 """
@@ -21,7 +21,7 @@ from stages.tokenization.template import Template
 
 
 def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
-    """Each distinct held-out prompt once, in the order of the rows."""
+    """Each different held-out prompt once, in the order of the rows."""
     heldout = RowSet.of(rows, "heldout")
     prompts: dict[tuple[int, ...], Prompt] = {}
     for start in heldout.starts:
@@ -33,7 +33,7 @@ def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
 
 
 def file_prompts(path: str, template: Template) -> list[Prompt]:
-    """The prompts of a file; raises `DataError` naming the row that has none."""
+    """The prompts of a file; raises `DataError` naming the first row without one."""
     if not Path(path).expanduser().is_file():
         raise DataError(
             f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."

@@ -1,7 +1,7 @@
 """Stage 4 of 4: a policy -> completions, in files that people and evaluation tools read.
 
-Prompts are those of the held-out rows, token for token as the policy was evaluated on, or come from
-a file through the same template. Writes `completions/<model>-<fingerprint>` with `completions.jsonl`
+Prompts are those of the held-out rows, with the token ids of the evaluation, or come from a file, rendered with the
+same template. Writes `completions/<model>-<fingerprint>` with `completions.jsonl`
 (every completion) and for each model an `alpaca_eval-<side>.json`. Run it with `align sample`.
 """
 
@@ -29,7 +29,7 @@ STAGE_VERSION = 1
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What is sampled: models by side (policy, reference, or the one that is named), prompts, how."""
+    """What is sampled and how: models by side (policy, reference, or model for a named one), prompts, settings."""
 
     models: Mapping[str, ModelSource]
     prompts: list[Prompt]
@@ -61,12 +61,12 @@ class SampleJob:
 
     @property
     def name(self) -> str:
-        """Readable part of the artifact's folder name: the first model's."""
+        """Readable part of the artifact's folder name, from the first model."""
         return next(iter(self.models.values())).short_name
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are drawn."""
+        """The sampling parameters."""
         settings = self.settings
         return Sampling(
             settings.temperature,

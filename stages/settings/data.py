@@ -78,16 +78,16 @@ class FilterSettings(Settings):
     """Rows that are dropped on purpose, each counted by its reason."""
 
     min_prompt_tokens: PositiveInt | None = Field(
-        default=None, description="tokens of the prompt before truncation"
+        default=None, description="minimum tokens of the prompt before truncation"
     )
     max_prompt_tokens: PositiveInt | None = Field(
-        default=None, description="tokens of the prompt before truncation"
+        default=None, description="maximum tokens of the prompt before truncation"
     )
     min_completion_tokens: PositiveInt | None = Field(
-        default=None, description="tokens of every completion before truncation"
+        default=None, description="minimum tokens of every completion before truncation"
     )
     max_completion_tokens: PositiveInt | None = Field(
-        default=None, description="tokens of every completion before truncation"
+        default=None, description="maximum tokens of every completion before truncation"
     )
     min_score_gap: NonNegativeFloat | None = Field(
         default=None,

@@ -1,7 +1,6 @@
-"""fastokens in place of tokenizers: the same ids from the same tokenizer.json, several times as fast, and checked.
+"""fastokens instead of tokenizers: the same ids from the same tokenizer.json, several times as fast, and checked.
 
-Every sixteenth text of a batch, its first among them, is encoded by tokenizers as well; ids that differ end
-the stage, so that no row is made that tokenizers would not have made.
+The first and every sixteenth text of a batch are encoded by tokenizers as well; if the ids differ, the stage stops.
 """
 
 from collections.abc import Sequence
@@ -14,15 +13,15 @@ INSTEAD = "Use --set prepare.tokenizer=tokenizers."
 
 
 class FastokensBackend:
-    """Encodes batches as the `tokenizers.Tokenizer` it is made of does."""
+    """Encodes batches like the `tokenizers.Tokenizer` that it is built from."""
 
     def __init__(self, backend: Any) -> None:
-        """Raises `MachineError` without fastokens, and `DataError` when it cannot read the tokenizer."""
+        """Raises `MachineError` when fastokens is not installed, and `DataError` when it cannot read the tokenizer."""
         try:
             import fastokens  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise MachineError(
-                f"prepare.tokenizer=fastokens needs the package fastokens: pip install -e '.[fast]'. Or leave it out: {INSTEAD}"
+                f"prepare.tokenizer=fastokens needs the package fastokens: pip install -e '.[fast]'. Without it: {INSTEAD}"
             ) from error
         try:
             self._quick = fastokens.Tokenizer.from_json_str(backend.to_str())
@@ -33,7 +32,7 @@ class FastokensBackend:
         self._backend = backend
 
     def encode_batch_fast(self, texts: Sequence[str], add_special_tokens: bool) -> list[Any]:
-        """Encodings with `ids`; raises `DataError` when the two libraries do not agree."""
+        """Encodings with `ids`; raises `DataError` when the two libraries disagree."""
         found = self._quick.encode_batch(list(texts), add_special_tokens)
         sample = list(range(0, len(texts), CHECKED_EVERY))
         expected = self._backend.encode_batch_fast(

@@ -1,4 +1,4 @@
-"""Chat templates by name, for models that have none of their own, and the choice of one.
+"""Chat templates by name, for models without one, and the choice of the template to use.
 
 plain   hh-rlhf's transcript style, which needs no special tokens but end of sequence
 chatml  OpenAI's and Qwen's: <|im_start|>role ... <|im_end|>
@@ -55,9 +55,9 @@ ROLE_MARKS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
 
 def choose_source(tokenizer: Any, choice: str) -> tuple[str, str, bool]:
-    """The template's source, what to call it, and whether plain text is joined without it.
+    """The template's source, its name in messages, and whether plain text is joined without it.
 
-    `choice` is auto, chat, a name of `NAMED`, or the path of a Jinja file. Raises `DataError` when it cannot be had.
+    `choice` is auto, chat, a name of `NAMED`, or the path of a Jinja file. Raises `DataError` when there is no such template.
     """
     if choice in ("auto", "chat") and tokenizer.chat_template:
         return _own_template(tokenizer), f"the chat template of {tokenizer.name_or_path}", False
@@ -74,25 +74,25 @@ def choose_source(tokenizer: Any, choice: str) -> tuple[str, str, bool]:
         return path.read_text(encoding="utf-8"), f"the template {path}", False
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"prepare.template={choice}: neither a readable file ({error}) nor one of auto, chat, {', '.join(NAMED)}."
+            f"prepare.template={choice} is neither a readable file ({error}) nor one of auto, chat, {', '.join(NAMED)}."
         ) from error
 
 
 def marks_of(source: str) -> set[str]:
-    """The marks a template writes, which begin and end turns even where they are no special tokens."""
+    """The marks with which a template begins and ends turns; they need not be special tokens."""
     if source == PLAIN_TEMPLATE:
         return set(PLAIN_MARKS)
     marks = set(MARK.findall(source))
-    # '<|' + role + '|>' is spelled out of parts.
+    # A template may concatenate the mark: '<|' + role + '|>'.
     return marks | set(ROLE_MARKS) if re.search(r"""['"]<\|['"]\s*[+~]""", source) else marks
 
 
 def _own_template(tokenizer: Any) -> str:
-    """The source of a tokenizer's template; of several, the one called default."""
+    """The source of a tokenizer's template; of several, the one named default."""
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise DataError(
-            f"{tokenizer.name_or_path} has several chat templates and none is called default "
+            f"{tokenizer.name_or_path} has several chat templates and none is named default "
             f"({', '.join(tokenizer.chat_template)}). Leave one in the model folder, or use --set prepare.template=plain."
         ) from error

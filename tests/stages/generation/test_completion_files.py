@@ -65,7 +65,7 @@ def test_alpaca_eval_is_an_array_with_one_output_per_prompt(tmp_path):
 
 
 def test_alpaca_eval_refuses_two_models(tmp_path):
-    with pytest.raises(DataError, match="one generator, these records have a, b"):
+    with pytest.raises(DataError, match="one generator, but these records have a, b"):
         write_alpaca_eval([record(model="b"), record(model="a")], tmp_path / "x.json", dataset="heldout")
     assert not list(tmp_path.iterdir())
 

@@ -131,7 +131,7 @@ def test_rows_of_true_or_false_are_listed_and_stop_nothing_unless_they_are_the_c
     assert json.loads(listed)["location"] == "rows.jsonl:5"
     data = DataSettings(path=write(tmp_path / "column.jsonl", [*pairs(4), *[flagged] * 5]).path)
     with pytest.raises(
-        DataError, match=r"column\.jsonl:5: chosen: expected text, found True, and so in 5 of 9"
+        DataError, match=r"column\.jsonl:5: chosen: expected text, found True; the same in 5 of 9"
     ):
         prepare(data, EVERYTHING_FITS, base, context)
 
@@ -382,7 +382,7 @@ def test_what_does_not_change_the_rows_does_not_change_the_identity(
         ("rows.jsonl", "", "holds no rows"),
         ("rows.json", "[]", "holds no rows"),
         ("rows.jsonl", "\n\n", "holds no rows"),
-        ("rows.jsonl", "no\nno\n", r"rows\.jsonl:1: .*No row at the beginning of the file could be read"),
+        ("rows.jsonl", "no\nno\n", r"rows\.jsonl:1: .*None of the first"),
         ("rows.jsonl", '{"question": "q"}\n', r"rows\.jsonl:1: a row with columns question has a prompt and no answers"),
         ("rows.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n', r"no usable training row among 1 \(1 identical_completions\)"),
     ],

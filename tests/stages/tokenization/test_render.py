@@ -158,7 +158,7 @@ def test_a_template_may_be_a_file(chat_tokenizer, tmp_path):
         == Template(chat_tokenizer, "auto", True).identity()
     )
     with pytest.raises(
-        DataError, match=r"prepare\.template=nope: neither a readable file .*chatml, zephyr, tulu"
+        DataError, match=r"prepare\.template=nope is neither a readable file .*chatml, zephyr, tulu"
     ):
         Template(chat_tokenizer, "nope", True)
     path.write_text("{% for m in messages %}")

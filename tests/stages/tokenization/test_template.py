@@ -313,7 +313,7 @@ def test_a_prompt_without_tokens_is_refused(chat_tokenizer):
 def test_of_several_chat_templates_the_default_is_taken(chat, chat_tokenizer):
     several = {"tool_use": "other", "default": chat_tokenizer.chat_template}
     assert with_template(chat_tokenizer, several).identity() == chat.identity()
-    with pytest.raises(DataError, match=r"several chat templates and none is called default \(one, two\)"):
+    with pytest.raises(DataError, match=r"several chat templates and none is named default \(one, two\)"):
         with_template(chat_tokenizer, {"one": "1", "two": "2"})
 
 
