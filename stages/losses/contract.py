@@ -84,12 +84,14 @@ class Step:
 
     `kl`: mean policy-minus-reference log-ratio over the step's mismatched rows, not clamped, without
     gradient (needs_mismatched). `tokens_per_pair`: mean number of kept chosen tokens in the step.
-    `state`: a loss's persistent numbers from earlier steps, see `Loss.next_state`.
+    `state`: a loss's persistent numbers from earlier steps, see `Loss.next_state`. `training`: whether the rows
+    are part of them; those of an evaluation are not.
     """
 
     kl: Tensor | None = None
     tokens_per_pair: float = 1.0
     state: dict[str, float] = field(default_factory=dict)
+    training: bool = True
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the loss on fixed examples, taken as one step, and how they depend on length."""
     groups = [scorer.pairs.fed(example) for example in examples]
-    facts = _facts(scorer, loss, examples, state)
+    facts = replace(_facts(scorer, loss, examples, state), training=False)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
     output = loss(batch, facts)
     totals = Totals()

@@ -164,6 +164,19 @@ def test_evaluation_is_a_step_without_a_gradient(made) -> None:
         assert {key: evaluated[key] for key in stepped} == pytest.approx(stepped, rel=1e-5, abs=1e-6)
 
 
+def test_evaluating_more_examples_changes_no_loss_of_those_before(made) -> None:
+    """bco's delta is the training steps' mean reward: two halves' held-out losses are the whole's."""
+    rows, reference = made
+    loss = parse_loss({"name": "bco"})
+    scorer = Scorer(make_model(0), Compute(torch.device("cpu"), torch.float32, 200), print)
+    row_scorer = RowScorer(scorer, rows, reference, loss, World())
+    state = {"reward_sum": 3.0, "reward_count": 20.0}
+    parts = [range(4), range(4, 16), range(16)]
+    first, second, whole = (evaluate(row_scorer, loss, part, state) for part in parts)
+    assert [part["delta"] for part in (first, second, whole)] == pytest.approx([0.15] * 3)
+    assert whole["loss"] == pytest.approx((first["loss"] + 3 * second["loss"]) / 4, rel=1e-6)
+
+
 def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
     """The protection is needed: aot's ranks within micro-batches give another gradient."""
     rows, reference = made
