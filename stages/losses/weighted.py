@@ -7,6 +7,7 @@ symbols and the options that both take are in `margin.py`.
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import StrictBool
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -24,8 +25,9 @@ class ODPO(MarginLoss):
     2403.00409, which is Provably Robust DPO: that is the loss `rdpo`.
 
     With `f: log` a gap below 1 asks for less than dpo does, down to a negative margin: that is the paper's
-    choice. An offset of a gap <= 0 has no meaning, so such a pair has loss 0, and the metric `odpo_dropped`
-    is the share of these pairs. With alpha 0 scores do not matter, nothing is dropped and this is dpo.
+    choice. An offset of a gap <= 0 has no meaning, so the preference of such a pair has loss 0 (the NLL of
+    `sft_weight` stays), and the metric `odpo_dropped` is the share of these pairs. With alpha 0 scores do not
+    matter, nothing is dropped and this is dpo.
 
     When: every completion has a score on one scale (UltraFeedback's ratings, a reward model).
     Values: alpha 0.5-1, beta 0.1-0.7, f log (paper: beta 0.7 alpha 0.5 on IMDB, 0.05 and 1 on toxicity, 0.5
@@ -38,17 +40,16 @@ class ODPO(MarginLoss):
     f: Literal["log", "identity", "log1p"] = "log"
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The negative log-likelihood that the margin exceeds its offset."""
-        gaps = torch.where(self._keeps(chosen, rejected), _gaps(chosen, rejected), 1.0)
-        return -logsigmoid(self.beta * margins - self._offsets(gaps))
+        """The negative log-likelihood that the margin exceeds its offset, 0 without a positive gap."""
+        keeps = self._keeps(chosen, rejected)
+        gaps = torch.where(keeps, _gaps(chosen, rejected), 1.0)
+        return torch.where(keeps, -logsigmoid(self.beta * margins - self._offsets(gaps)), 0.0)
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
-        """One loss per pair, 0 for those without a positive gap."""
+        """One loss per pair."""
         output = super().__call__(batch, step)
-        keeps = self._keeps(*batch.pairs())
-        losses = torch.where(keeps, output.losses, 0.0)
-        dropped = (~keeps).to(output.losses.dtype)
-        return LossOutput(losses, output.rewards, output.metrics | {"odpo_dropped": dropped})
+        dropped = (~self._keeps(*batch.pairs())).to(output.losses.dtype)
+        return LossOutput(output.losses, output.rewards, output.metrics | {"odpo_dropped": dropped})
 
     def _keeps(self, chosen: Rows, rejected: Rows) -> Tensor:
         gaps = _gaps(chosen, rejected)
@@ -78,16 +79,23 @@ class WPO(MarginLoss):
     Off-policy data pulls towards completions the policy never makes; weighting by their likelihood under the
     policy simulates on-policy data.
 
-    Formula: the loss of dpo times `w_w w_l`, without gradient, where
+    Formula: the loss of dpo times `min(1, w_w w_l)`, without gradient, where
     `w(y) = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`. Paper: arXiv 2406.11827, eq. 2, with its sampled
-    alignment (an on-policy token has weight 1 on average), as in TRL's `use_weighting`.
+    alignment (an on-policy token has weight 1 on average).
+
+    The bound of 1 is that of the authors' code (wzhouad/WPO, run_wpo.py). `clamp_weights: false` leaves it
+    out, as TRL's `use_weighting` does; then pairs of the policy's own likeliest tokens count most, since a greedy
+    token is never below the expected probability `sum_v pi(v)^2`.
 
     When: pairs were written by other models. It needs the vocabulary sum from the scorer.
-    Values: beta 0.01 (the paper).
+    Values: beta 0.01, batch 128; learning rate 1e-6 and 2 epochs for Llama-3-8B-Instruct, 5e-7 and 1 epoch for
+    Mistral-7B (authors' training_configs).
     """
 
     name: Literal["wpo"] = "wpo"
+    batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 0.01
+    clamp_weights: StrictBool = True
 
     @property
     def needs_vocab_sum(self) -> bool:
@@ -96,7 +104,8 @@ class WPO(MarginLoss):
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
         """Weighted negative log-likelihood of the preference."""
-        return _likelihood(chosen) * _likelihood(rejected) * -logsigmoid(self.beta * margins)
+        weights = _likelihood(chosen) * _likelihood(rejected)
+        return (weights.clamp(max=1) if self.clamp_weights else weights) * -logsigmoid(self.beta * margins)
 
 
 def _likelihood(rows: Rows) -> Tensor:

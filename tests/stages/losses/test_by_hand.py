@@ -82,9 +82,17 @@ def test_odpo(triple, block, expected):
 def test_odpo_drops_pairs_without_a_gap_and_says_how_many(triple):
     """Gaps 4, 0 and -1: only the first pair has a loss, 2 of 3 are dropped."""
     scored = with_rows(triple, scores=[5, 1, 0, 1, 1, 1])
-    output = parse_loss({"name": "odpo", "beta": 1, "sft_weight": 1})(scored, Step())
-    assert output.losses.tolist() == close(1.1816115, 0, 0)
+    output = parse_loss({"name": "odpo", "beta": 1})(scored, Step())
+    assert output.losses.tolist() == close(0.1816115, 0, 0)
     assert output.metrics["odpo_dropped"].tolist() == [0, 1, 1]
+
+
+def test_odpo_keeps_the_nll_of_a_pair_whose_preference_it_drops(triple):
+    """-a_w = 1, 1, 6 are the metric's pairs and the loss's: only the preference has no meaning without a gap."""
+    scored = with_rows(triple, scores=[5, 1, 0, 1, 1, 1])
+    output = parse_loss({"name": "odpo", "beta": 1, "sft_weight": 1})(scored, Step())
+    assert output.losses.tolist() == close(1.1816115, 1, 6)
+    assert output.metrics["nll"].tolist() == close(1, 1, 6)
 
 
 def test_hinge(triple):
@@ -145,6 +153,17 @@ def test_wpo(triple):
     assert losses_of(batch, name="wpo", beta=1) == close(0.0242937, 0.1732868, 3.0485874)
 
 
+def test_wpo_bounds_the_product_of_the_weights_not_each_of_them(triple):
+    """Chosen 4, 2, 1, rejected 1/2, 1/4, 4: products 2, 1/2 and 4, bounded to 1, 1/2, 1; or not, as in TRL."""
+    half = 0.6931471805599453
+    batch = with_rows(
+        triple, collision_logps=[-1 - 2 * half, -1 - half, -6, -1.25 + half, -2 + 2 * half, -1.5 - 2 * half]
+    )
+    assert losses_of(batch, name="wpo", beta=1) == close(0.0485874, 0.3465736, 3.0485874)
+    as_trl = {"name": "wpo", "beta": 1, "clamp_weights": False}
+    assert losses_of(batch, **as_trl) == close(0.0971747, 0.3465736, 12.1943495)
+
+
 def test_ld_alpha(triple):
     """Shared lengths 2, 2, 1. Log-ratios up to there: chosen 1, 1, -1, rejected -1, 0, 0; half of the rest
     (0, -1, 0 and -1, 0, 2) is added: 1, 0.5, -1 and -1.5, 0, 1; margins 2.5, 0.5, -2."""
@@ -202,6 +221,16 @@ def test_bco(triple):
     output = parse_loss({"name": "bco", "beta": 1})(triple, step)
     assert output.losses.tolist() == close(0.474077, 0.974077, 1.7014133, 0.0788897, 0.474077, 1.7014133)
     assert output.metrics["delta"].tolist() == [0.5] * 6
+
+
+def test_bco_evaluates_with_the_mean_of_the_training_steps_alone(triple):
+    """delta = 6 / 6 = 1 whatever is evaluated: -log s(D - 1) at 1, 0, -1 and -log s(1 - D) at -2, 0, 2."""
+    step = Step(state={"reward_sum": 6.0, "reward_count": 6.0}, training=False)
+    expected = close(0.6931472, 1.3132617, 2.126928, 0.0485874, 0.3132617, 1.3132617)
+    assert losses_of(triple, step, name="bco", beta=1) == expected
+    first = dataclasses.replace(triple, rejected=triple.rejected[:1], chosen=triple.chosen[:1])
+    output = parse_loss({"name": "bco", "beta": 1})(first, dataclasses.replace(step, state={}))
+    assert output.metrics["delta"].tolist() == [0] * 6
 
 
 def test_simpo(triple):

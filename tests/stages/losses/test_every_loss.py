@@ -18,6 +18,7 @@ VARIANTS = [
     {"name": "odpo", "f": "identity"},
     {"name": "odpo", "f": "log1p"},
     {"name": "wpo", "ld_alpha": 0.5, "sft_weight": 1},
+    {"name": "wpo", "clamp_weights": False},
     {"name": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.7},
     {"name": "simpo", "label_smoothing": 0.1},
     {"name": "alphapo", "alpha": -0.5},
