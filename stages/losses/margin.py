@@ -10,15 +10,12 @@ reference's, n_w, n_l their token counts; D = L - R, d = D / n, h = D_w - D_l; s
 import math
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
-
-# exp(80) is the last round number whose square root, sums and differences are safe in float32.
-_MAX_EXPONENT = 80.0
+from stages.losses.numerics import expm1
 
 
 class MarginLoss(Loss):
@@ -35,7 +32,9 @@ class MarginLoss(Loss):
       near the reference (f-DPO, arXiv 2309.16240, table 1). forward_kl: `1 - e^-D`; js_divergence: `log 2 +
       log s(D)`; alpha_divergence: `(e^((c - 1) D) - 1) / (c - 1)` with c the `f_alpha_divergence_coef` in (0,
       1): c towards 1 is reverse_kl, 0 is forward_kl. TRL's c is 1 - alpha of the paper; at the usual 0.5 they
-      agree. Exponents stop at 80, so a hopeless row is infinite nowhere.
+      agree. Beyond an exponent of 20 the two exponentials go on along their tangent: scores, their squares and
+      slopes are finite in float32 for any completion, and a row is pulled back however far it has fallen. TRL
+      stops exponents at 80, where squares are infinite (ipo) and slopes 0.
     - a weight in the data multiplies the whole loss of its pair (the chosen row's weight counts).
 
     The reported rewards are `beta * D`, never divided by a length and without these options, as in TRL, so
@@ -109,10 +108,10 @@ class MarginLoss(Loss):
             case "reverse_kl":
                 return logratios
             case "forward_kl":
-                return -torch.expm1((-logratios).clamp(max=_MAX_EXPONENT))
+                return -expm1(-logratios)
             case "js_divergence":
                 return math.log(2) + logsigmoid(logratios)
             case "alpha_divergence":
                 assert self.f_alpha_divergence_coef is not None
                 slope = self.f_alpha_divergence_coef - 1
-                return torch.expm1((slope * logratios).clamp(max=_MAX_EXPONENT)) / slope
+                return expm1(slope * logratios) / slope

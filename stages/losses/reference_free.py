@@ -7,15 +7,12 @@ beyond the pair's.
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
-
-# Log-odds need p < 1: the nearest mean log-prob to 0 whose odds float32 still tells apart well.
-_MAX_MEAN_LOGP = -1e-6
+from stages.losses.numerics import expm1, log_odds
 
 
 class SimPO(Loss):
@@ -64,6 +61,9 @@ class ORPO(Loss):
     TRL does: `NLL_w = -(log p(prompt) + L_w) / (prompt tokens + n_w)`. TRL averages the
     NLL over the tokens of a micro-batch, here each pair counts the same.
 
+    The odds of a completion that is all but certain are taken to their limit, as in liger and LLaMA-Factory;
+    tunix stops at p = 1 - 1e-7. p = 1, where theirs are infinite, counts as the nearest number below.
+
     The metrics are `nll` and `log_odds_ratio` = `o_w - o_l` (TRL logs this as `log_odds_chosen`, and its
     `log_odds_ratio` is the log-sigmoid of it).
 
@@ -87,7 +87,7 @@ class ORPO(Loss):
         """One loss per pair."""
         chosen, rejected = batch.pairs()
         nll = self._nll(chosen)
-        log_odds_ratio = _log_odds(chosen.mean_logps) - _log_odds(rejected.mean_logps)
+        log_odds_ratio = log_odds(chosen.mean_logps) - log_odds(rejected.mean_logps)
         losses = nll - self.beta * logsigmoid(log_odds_ratio)
         metrics = {"nll": nll.detach(), "log_odds_ratio": log_odds_ratio.detach()}
         return LossOutput(losses, self.beta * batch.rows.mean_logps.detach(), metrics)
@@ -98,12 +98,6 @@ class ORPO(Loss):
         assert chosen.prompt_logps is not None, "prompt_logps is not in the needs of the loss"
         assert chosen.num_prompt_tokens is not None, "num_prompt_tokens is not in the needs of the loss"
         return -(chosen.prompt_logps + chosen.logps) / (chosen.num_prompt_tokens + chosen.num_tokens)
-
-
-def _log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) for log p, exact near both ends."""
-    logps = mean_logps.clamp(max=_MAX_MEAN_LOGP)
-    return logps - torch.log(-torch.expm1(logps))
 
 
 class CPO(Loss):
@@ -142,7 +136,8 @@ class AlphaPO(Loss):
     Formula: `-log s(beta (r_w - r_l) - gamma)`, `r = (1 - p^-alpha) / alpha`, p = e^a. Paper: arXiv
     2501.03884, section 3.
 
-    gamma is the paper's, not divided by beta as simpo's `gamma_beta_ratio` is.
+    gamma is the paper's, not divided by beta as simpo's `gamma_beta_ratio` is. Where `-alpha a` exceeds 20,
+    which takes a large alpha or a hopeless completion, r goes on along its tangent and stays finite.
 
     When: simpo lowers the chosen log-probs too far, or overfits.
     Values: alpha 0.25, beta 2.5, gamma 0.1, learning rate 7e-7 (paper, table 3, Mistral-Instruct), batch 128
@@ -166,7 +161,7 @@ class AlphaPO(Loss):
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
-        rewards = self.beta * -torch.expm1(-self.alpha * batch.rows.mean_logps) / self.alpha
+        rewards = self.beta * -expm1(-self.alpha * batch.rows.mean_logps) / self.alpha
         margins = rewards[batch.chosen] - rewards[batch.rejected]
         return LossOutput(-logsigmoid(margins - self.gamma), rewards.detach())
 

@@ -127,6 +127,9 @@ def test_orpo_and_cpo_add_the_same_nll(batch):
     [
         # p = e^-1e-4: 1 - p = 1e-4 - 5e-9 + ..., so log(p / (1 - p)) = -1e-4 + log(1e4) + 5e-5.
         (-1e-4, math.log(1e4) - 5e-5),
+        # p = e^-x for small x: 1 - p = x, beyond what tunix (1e-7) tells apart.
+        (-1e-8, math.log(1e8)),
+        (-1e-30, math.log(1e30)),
         (-math.log(2), 0.0),
         # p = e^-50: log(1 - p) vanishes.
         (-50.0, -50.0),
@@ -148,6 +151,73 @@ def test_orpo_of_a_certain_completion_is_finite(pairs):
     output.losses.sum().backward()
     assert torch.isfinite(output.losses).all()
     assert torch.isfinite(logps.grad).all()
+
+
+@pytest.mark.parametrize("logps", [(-1e-9, -0.7), (-0.7, -1e-9), (-1e-9, -1e-7)])
+def test_orpo_near_certainty_has_the_slope_of_its_formula_in_float64(pairs, logps):
+    """d/da log(p / (1 - p)) = 1 / (1 - p), which is 1 / x at p = e^-x; liger and LLaMA-Factory have no clamp."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = torch.tensor(logps, dtype=dtype, requires_grad=True)
+        batch = pairs([0.0], [0.0], dtype=dtype)
+        rows = dataclasses.replace(batch.rows, logps=leaf)
+        if dtype == torch.float32:
+            parse_loss({"name": "orpo"})(
+                dataclasses.replace(batch, rows=rows), Step()
+            ).losses.sum().backward()
+        else:
+            odds = leaf - torch.log(-torch.expm1(leaf))
+            (-leaf[0] + 0.1 * torch.log1p(torch.exp(odds[1] - odds[0]))).backward()
+        found.append(leaf.grad.double())
+    equal(found[0], found[1], tolerance=1e-5)
+
+
+FORWARD = {"f_divergence": "forward_kl"}
+ALPHA = {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.1}
+
+
+@pytest.mark.parametrize(
+    "block", [{"name": "ipo", **FORWARD}, {"name": "ipo", **ALPHA}, {"name": "dpo", **FORWARD}]
+)
+@pytest.mark.parametrize("logps", [(-50.0, -60.0), (-95.0, -90.0), (-5000.0, -200.0)])
+def test_divergences_are_finite_and_pull_back_far_from_the_reference(pairs, block, logps):
+    """Squares of e^50 and slopes beyond a bound: a loss that is a number and, in the wrong order, a slope."""
+    batch = pairs([0.0], [0.0], [0.0], [0.0], num_tokens=([1], [1]), dtype=torch.float32)
+    leaf = torch.tensor(logps, requires_grad=True)
+    losses = parse_loss(block)(
+        dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, logps=leaf)), Step()
+    )
+    losses.losses.sum().backward()
+    assert torch.isfinite(losses.losses).all()
+    assert torch.isfinite(leaf.grad).all()
+    if logps[0] < logps[1]:
+        assert leaf.grad[0] < 0
+
+
+@pytest.mark.parametrize("divergence", [FORWARD, ALPHA])
+def test_divergences_are_the_paper_s_up_to_an_exponent_of_20(pairs, divergence):
+    """1 - e^-D and (e^((c - 1) D) - 1) / (c - 1) in float64, at D = -19 and -3."""
+    coefficient = divergence.get("f_alpha_divergence_coef", 0.0)
+    margin = (math.exp((coefficient - 1) * -3) - math.exp((coefficient - 1) * -19)) / (coefficient - 1)
+    batch = pairs([-3.0], [-19.0], [0.0], [0.0])
+    expected = torch.tensor([(margin - 5) ** 2], dtype=torch.float64)
+    equal(losses(batch, {"name": "ipo", "normalize": "sum", **divergence}), expected)
+
+
+@pytest.mark.parametrize("alpha", [25.0, 1e4, -25.0])
+@pytest.mark.parametrize("mean_logps", [(-5.0, -8.0), (-8.0, -5.0), (-1e-7, -900.0)])
+def test_alphapo_is_finite_for_any_alpha(pairs, alpha, mean_logps):
+    """p^-alpha is infinite in float32 from alpha a = -89 on."""
+    leaf = torch.tensor(mean_logps, requires_grad=True)
+    batch = pairs([0.0], [0.0], dtype=torch.float32)
+    alphapo = parse_loss({"name": "alphapo", "alpha": alpha})
+    output = alphapo(dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, logps=leaf)), Step())
+    output.losses.sum().backward()
+    assert torch.isfinite(output.losses).all()
+    assert torch.isfinite(output.rewards).all()
+    assert torch.isfinite(leaf.grad).all()
+    if alpha > 0 and mean_logps[0] < mean_logps[1]:
+        assert leaf.grad[0] < 0
 
 
 def test_sft_is_the_mean_over_tokens(batch):
