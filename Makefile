@@ -11,7 +11,7 @@ LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))
 UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=auto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check style bench clean
+.PHONY: help install demo test check style docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ check: $(READY) ## lint, format and types
 style: $(READY) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY) ## write the lists that the documents repeat from the code
+	$(BIN)/python docs/generate.py
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }

@@ -66,7 +66,7 @@ def main() -> None:
 def measure(pairs: Path, model: Path, store: Path, dtype: str) -> dict[str, Any]:
     """Seconds of the stage, by what they were spent on."""
     from pipeline.config import build_config
-    from pipeline.run import Session
+    from pipeline.session import Session
     from stages.cache_ref import stage as cache_ref
     from stages.engine import scorer as scoring
 
@@ -89,7 +89,7 @@ def measure(pairs: Path, model: Path, store: Path, dtype: str) -> dict[str, Any]
     for (owner, name, function), (_, _, label) in zip(originals, patches, strict=True):
         setattr(owner, name, clock.around(label, function))
     began = time.perf_counter()
-    result = session.run("cache-ref")
+    result = session.run("cache-ref").as_json()
     total = time.perf_counter() - began
     for owner, name, function in originals:
         setattr(owner, name, function)

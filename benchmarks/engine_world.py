@@ -73,7 +73,7 @@ def build_world(
 ) -> World:
     """Prepare a dataset for a model of `vocabulary` ids; nothing is made twice."""
     from pipeline.config import build_config
-    from pipeline.run import Session
+    from pipeline.session import Session
     from stages.data.rows import RowSet
 
     model_folder = make_model(data, vocabulary)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
-from pipeline.run import Session
+from pipeline.session import Session
 from stages.losses import LOSSES
 
 LEARNING_RATE, BATCH, EPOCHS, HELDOUT = 3e-4, 32, 3, 0.2
@@ -99,9 +99,9 @@ def run(data: Path, block: dict, seed: int, store: Path) -> dict:
     )
     session = Session(config, store, say=lambda line: None)
     session.run("prepare")
-    forwards = session.run("cache-ref")["forwards"] if config.loss.needs_reference else 0
+    forwards = session.run("cache-ref").as_json()["forwards"] if config.loss.needs_reference else 0
     began = time.monotonic()
-    result = session.run("train")
+    result = session.run("train").as_json()
     return {**result, "forwards": forwards, "seconds": time.monotonic() - began}
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.record import RESULTS, write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
-from pipeline.run import Session
+from pipeline.session import Session
 from stages.train import loop
 from stages.train import stage as training
 from stages.train.audit import audit
@@ -75,7 +75,7 @@ def train(settings: dict, store: Path) -> list[dict]:
     session = Session(build_config(settings), store, say=lambda line: None)
     for stage in ("prepare", "cache-ref"):
         session.run(stage)
-    result = session.run("train")
+    result = session.run("train").as_json()
     print(store.name, result["final"]["loss"], result["final"]["rewards/accuracies"], flush=True)
     return read_metrics(Path(result["artifact"]) / "metrics.jsonl")
 

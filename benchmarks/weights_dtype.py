@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.record import write_results
 from benchmarks.stories import stories
 from pipeline.config import build_config
-from pipeline.run import Session
+from pipeline.session import Session
 from stages.data.rows import RowSet
 from stages.engine.scorer import Scorer
 from stages.losses import parse_loss

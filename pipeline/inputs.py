@@ -4,7 +4,9 @@ In: a `RunConfig` and the stages' surroundings. Out: what the stages are handed.
 `StaleError` that names the command which makes it.
 """
 
+from dataclasses import replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
 from cache.errors import StaleError, UsageError
@@ -25,6 +27,16 @@ from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
 QUICKSTART = "quickstart"
+
+
+class RowsSource(NamedTuple):
+    """What a rows artifact is made from, as `find_rows` and `prepare` take it."""
+
+    data: DataSettings
+    settings: PrepareSettings
+    template: Template
+    context: Context
+    filter_: FilterSettings
 
 
 class Inputs:
@@ -86,34 +98,36 @@ class Inputs:
         quick = settings.tokenizer == "fastokens"
         return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
 
+    @property
+    def rows_source(self) -> RowsSource:
+        """What the training and held-out rows are made from."""
+        return RowsSource(self.data, self.config.prepare, self.template, self.context, self.config.filter)
+
+    @property
+    def eval_sources(self) -> dict[str, RowsSource]:
+        """What the named evaluation sets are made from: prepared like the training rows, none held out or filtered."""
+        settings = self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
+        return {
+            name: RowsSource(data, settings, self.template, self.context, NOTHING_FILTERED)
+            for name, data in self.config.eval.sets.items()
+        }
+
     @cached_property
     def rows(self) -> Artifact:
         """The prepared rows; raises `StaleError` when they are not there."""
         if self.needs_quickstart:  # then there are none of it, and to look for them would build it
             raise self._no_rows(self.data_name)
-        return self._rows_of(self.data, self.config.prepare, self.data_name, self.config.filter)
-
-    @property
-    def eval_prepare(self) -> PrepareSettings:
-        """How evaluation sets are prepared: as the training rows, none of them set apart."""
-        return self.config.prepare.model_copy(update={"heldout_fraction": 0.0})
+        return self._find_rows(self.rows_source, self.data_name)
 
     @cached_property
     def eval_sets(self) -> dict[str, Artifact]:
         """The prepared rows of the named evaluation sets; raises `StaleError` when they are not there."""
         return {
-            name: self._rows_of(data, self.eval_prepare, f"eval.sets.{name}")
-            for name, data in self.config.eval.sets.items()
+            name: self._find_rows(source, f"eval.sets.{name}") for name, source in self.eval_sources.items()
         }
 
-    def _rows_of(
-        self,
-        data: DataSettings,
-        settings: PrepareSettings,
-        what: str,
-        filter_: FilterSettings = NOTHING_FILTERED,
-    ) -> Artifact:
-        rows = find_rows(data, settings, self.template, self.context, filter_)
+    def _find_rows(self, source: RowsSource, what: str) -> Artifact:
+        rows = find_rows(*source)
         if rows is None:
             raise self._no_rows(what)
         return rows
@@ -124,31 +138,35 @@ class Inputs:
         )
 
     @cached_property
+    def job_without_reference(self) -> Job:
+        """What a training run computes with, but not what it starts from and is compared to."""
+        config = self.config
+        return Job(
+            self.rows, self.policy_source, {}, None, config.loss, config.train, self.compute, config.adapter
+        )
+
+    @cached_property
     def job(self) -> Job:
         """What a training run is made from; raises `StaleError` where a part is missing."""
-        config = self.config
-        rows = self.rows
+        settings, job = self.config.train, self.job_without_reference
         start = reference_identity(self.policy_source, self.compute)
-        reference: RefLogps | None = None
-        if config.loss.needs_reference:
-            name, revision = config.reference_model
-            is_start = (name, revision) == (config.policy.model, config.policy.revision)
-            reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
-            if is_start:  # the content of the weights is known, which says more than their dates
-                check_same_model(reference, start, self.context)
-        return Job(
-            rows,
-            self.policy_source,
-            start,
-            reference,
-            config.loss,
-            config.train,
-            self.compute,
-            config.adapter,
+        return replace(
+            job,
+            start=start,
+            reference=self._reference(start) if self.config.loss.needs_reference else None,
             eval_sets=self.eval_sets,
-            origin=None if config.train.resume is None else open_origin(config.train.resume, self.context),
-            pool=None if config.train.sample_steps is None else self._pool,
+            origin=None if settings.resume is None else open_origin(settings.resume, self.context),
+            pool=None if settings.sample_steps is None else self._pool,
         )
+
+    def _reference(self, start: dict[str, Any]) -> RefLogps:
+        """The reference's log-probs; `start` identifies the policy before training."""
+        name, revision = self.config.reference_model
+        is_start = (name, revision) == (self.config.policy.model, self.config.policy.revision)
+        reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
+        if is_start:  # the content of the weights is known, which says more than their dates
+            check_same_model(reference, start, self.context)
+        return reference
 
     @property
     def _pool(self) -> PromptPool:

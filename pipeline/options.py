@@ -1,7 +1,7 @@
-"""The options that every command takes, said once: how they read in `--help`, and what they select."""
+"""The options that commands share: how they read in `--help`, and the configuration they select."""
 
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.artifacts import DEFAULT_STORE
+from pipeline.commands.command import Command
 
 if TYPE_CHECKING:
-    from pipeline.run import Session
+    from pipeline.session import Session
 
 
 @dataclass(frozen=True)
-class Common:
-    """The shared options, in the order of the help; one that a command leaves out keeps its default."""
+class SharedOptions:
+    """In the order of the help; an option that a command does not take keeps its default."""
 
     loss: Annotated[
         str | None,
@@ -44,19 +45,17 @@ class Common:
         bool, typer.Option("--json", help="Print one JSON object on stdout and everything else on stderr.")
     ] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False
-    # Read from sys.argv by `main`, which also catches what goes wrong before options are known.
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False
 
-    def session(self, shard: str | None = None) -> "Session":
+    def session(self) -> "Session":
         """The configuration selected, over the store; raises `UsageError` where it is not a valid one."""
         from pipeline.config import load_config
-        from pipeline.run import Session
+        from pipeline.session import Session
 
         config = load_config(self.config or [], self.set_ or [], self.loss)
-        return Session(config, self.store, self._arguments(), self.loss, shard=shard)
+        return Session(config, self.store, self._arguments(), self.loss)
 
     def _arguments(self) -> str:
-        """The arguments that select this configuration, for commands that errors suggest."""
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
@@ -64,28 +63,26 @@ class Common:
         return shlex.join(parts)
 
 
-def with_common_options(body: Callable[..., None], without: Collection[str]) -> Callable[..., None]:
-    """`body`, whose parameter `common` is a `Common`, as typer wants it: with one parameter for each option.
-
-    In the help, what stands before `common` in the signature comes first, and what stands behind it
-    follows `--set`.
-    """
+def typer_function(
+    command: Command, call: Callable[[Command, SharedOptions, dict[str, Any]], None]
+) -> Callable[..., None]:
+    """`call` with a signature that typer reads: the command's own options, then the shared ones it takes."""
+    left_out = {"loss"} if not command.takes_loss else set()
+    left_out |= {"dry_run"} if not command.has_dry_run else set()
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Common)
-        if field.name not in without
+        for field in fields(SharedOptions)
+        if field.name not in left_out
     ]
-    names = [parameter.name for parameter in shared]
     own = [
-        parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in signature(body).parameters.values()
+        parameter.replace(kind=Parameter.KEYWORD_ONLY)
+        for parameter in list(signature(command.work).parameters.values())[1:]
     ]
-    place = [parameter.name for parameter in own].index("common")
-    selecting = names.index("set_") + 1
 
-    def command(**values: Any) -> None:
-        body(common=Common(**{name: values.pop(name) for name in names}), **values)
+    def function(**values: Any) -> None:
+        options = SharedOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        call(command, options, values)
 
-    command.__doc__ = body.__doc__
-    parameters = [*own[:place], *shared[:selecting], *own[place + 1 :], *shared[selecting:]]
-    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    return command
+    function.__doc__ = command.work.__doc__
+    function.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    return function

@@ -30,7 +30,6 @@ from cache.files import (
 )
 from cache.fingerprint import fingerprint, short
 from pipeline.quickstart_world import GRUMPY, LAYOUTS, POLITE, preference_pairs, questions, voiced
-from pipeline.quickstart_world import is_preferred as is_preferred
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,9 @@
-"""What the documents say: commands parse, links lead somewhere, tables are what the code does."""
+"""What the documents say: commands parse, links lead somewhere, tables and figures are those of the code and of results."""
 
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,21 +14,27 @@ import pytest
 import typer.main
 
 from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
-from pipeline.cli import EXAMPLES, app
+from pipeline.cli import app
+from pipeline.commands import COMMANDS
 from pipeline.config import RunConfig, load_config
 from stages.formats import FORMATS
 from stages.losses import LOSSES
+from stages.losses.margin import MarginLoss
+from stages.losses.mixture import Mixture
 from stages.prepare.truncation import fit
 from stages.settings.data import PrepareSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = ROOT / "docs"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *DOCS.glob("*.md")])
+GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
     r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|eval|run|merge|plan|inspect)\b[^`;#\n]*"
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def read(path: Path) -> str:
@@ -38,9 +45,16 @@ def blocks(path: Path, language: str) -> list[str]:
     return [body for found, body in BLOCK.findall(read(path)) if found == language]
 
 
-def section(title: str) -> str:
-    """The text of a README section, up to the next heading."""
-    return re.split(r"^#+ ", read(README).split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+def section(path: Path, title: str) -> str:
+    """The text under a heading of a document, up to the next heading."""
+    return re.split(r"^#+ ", read(path).split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(read(path))
+    }
 
 
 def table(text: str) -> list[list[str]]:
@@ -51,7 +65,7 @@ def table(text: str) -> list[list[str]]:
 
 def commands() -> list[str]:
     """Every command line in the documents and in the help texts, with loop variables filled in."""
-    found = [line for examples in EXAMPLES.values() for line in examples]
+    found = [line for command in COMMANDS.values() for line in command.examples]
     for path in DOCUMENTS:
         found += [match.rstrip() for match in COMMAND.findall(read(path))]
     return sorted({line.replace("$loss", "kto").replace("$beta", "0.1") for line in found})
@@ -78,55 +92,133 @@ def test_a_documented_command_parses_and_its_configuration_loads(project, line):
 
 def test_the_documents_hold_commands_of_every_stage():
     lines = "\n".join(commands())
-    assert [name for name in EXAMPLES if f"align {name} -c mine.yaml" not in lines] == []
+    assert [name for name in COMMANDS if f"align {name} -c mine.yaml" not in lines] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_relative_link_leads_somewhere(path):
-    targets = [link.split("#")[0] for link in LINK.findall(read(path)) if "://" not in link]
-    assert [target for target in targets if target and not (path.parent / target).exists()] == []
+    broken = []
+    for link in LINK.findall(read(path)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
 
 
-def test_the_tree_names_every_folder_of_code_and_no_other():
+@pytest.mark.parametrize("path", GENERATE["documents"](), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_generated_list_is_what_the_code_has(path):
+    assert GENERATE["rewritten"](path) == read(path), "run `make docs`"
+
+
+def test_every_generated_list_is_in_one_document():
+    found = [name for path in DOCUMENTS for _, name, _ in GENERATE["BLOCK"].findall(read(path))]
+    assert sorted(found) == sorted(GENERATE["BLOCKS"])
+
+
+def test_a_stale_list_is_noticed(tmp_path):
+    copy = tmp_path / "losses.md"
+    copy.write_text(read(DOCS / "losses.md").replace("| [kto]", "| [kta]"), encoding="utf-8")
+    assert GENERATE["rewritten"](copy) == read(DOCS / "losses.md")
+
+
+def test_the_index_links_every_page():
+    linked = {link for link in LINK.findall(read(DOCS / "README.md")) if "/" not in link}
+    assert linked == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_is_one_screen():
+    assert len(read(README).splitlines()) <= 160
+
+
+def test_the_tree_names_every_room_and_no_other():
+    """`cache`, `pipeline` and the folders of `stages`; folders inside these belong to them."""
     tree = next(body for body in blocks(README, "") if body.startswith("cache/"))
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    folders = {
-        str(path.parent.relative_to(ROOT))
-        for floor in ("cache", "stages", "pipeline")
-        for path in (ROOT / floor).rglob("__init__.py")
-    }
-    inner = {"stages", "stages/train/step", "stages/train/monitoring"}
-    assert named == folders - inner
+    rooms = {f"stages/{path.parent.name}" for path in (ROOT / "stages").glob("*/__init__.py")}
+    assert named == rooms | {"cache", "pipeline"}
 
 
 def test_the_table_of_losses_is_the_list_in_the_code():
-    rows = table(section("Losses"))
+    rows = table(section(DOCS / "losses.md", "Losses"))
     assert [re.findall(r"\[(\w+)\]", row[0])[0] for row in rows] == list(LOSSES)
-    for name, _, reference, learns_from, _ in rows:
+    for name, _, reference, data, paper in rows:
         cls = LOSSES[re.findall(r"\[(\w+)\]", name)[0]]
-        if cls.__name__ == "Mixture":
+        assert all(number in (cls.__doc__ or "") for number in re.findall(r"abs/(\d+\.\d+)", paper))
+        if cls is Mixture:
             continue
-        assert reference == ("yes" if "ref_logps" in cls.always_needs else "no")
-        assert ("scores" in learns_from) == ("scores" in cls.always_needs)
-        assert ("unpaired" in learns_from) == (cls.unit == "row")
-        assert ("mismatched" in learns_from) == ("kl" in cls.always_needs)
+        loss = cls()
+        assert reference == ("yes" if loss.needs_reference else "no")
+        assert ("scores" in data) == ("scores" in loss.needs)
+        assert ("unpaired" in data) == (loss.unit == "row")
+        assert ("mismatched" in data) == ("kl" in loss.needs)
 
 
-def test_the_papers_linked_are_those_of_the_docstrings():
-    for name, *_, paper in table(section("Losses")):
-        number = re.search(r"abs/(\d+\.\d+)", paper)
-        if number:
-            assert number[1] in (LOSSES[re.findall(r"\[(\w+)\]", name)[0]].__doc__ or "")
+def test_the_options_of_a_margin_are_those_of_the_losses_named():
+    text = section(DOCS / "losses.md", "Options")
+    named = re.findall(r"\w+", text.split("margin (")[1].split(")")[0])
+    assert named == [name for name, cls in LOSSES.items() if issubclass(cls, MarginLoss)]
+    own = set(MarginLoss.model_fields) - {"beta", "f_alpha_divergence_coef"}
+    assert {row[0].strip("`") for row in table(text)} == own
 
 
-def test_the_readme_names_every_format():
-    cells = " ".join(row[1] for row in table(section("Formats")))
-    assert [name for name in re.findall(r"`(\w+)`", cells) if name in {f.name for f in FORMATS}] == [
-        format_.name for format_ in FORMATS
-    ]
+def results(name: str) -> list[dict]:
+    return json.loads(read(ROOT / "benchmarks" / "results" / f"{name}.json"))["rows"]
 
 
-TRUNCATION = read(ROOT / "docs" / "truncation.md").split("# An example of three parts")[1].split("\n## ")[0]
+def test_the_readme_counts_losses_and_formats():
+    text = read(README)
+    assert f"DPO, KTO, SimPO, {len(LOSSES) - 1 - 3} more losses" in text
+    assert f"the {len(FORMATS)} layouts" in text
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    """Each sentence is put together from the results and has to stand in the section as it is."""
+    text = " ".join(section(README, "Measured").split())
+    engine = {(row["name"], row["peer_kind"]): row["ratio"] for row in results("engine")}
+    cell, kinds = "train_dpo_hh512_32k_float32", ("shipped", "compact", "tuned")
+    speed, memory = (
+        [f"{engine[f'{prefix}{cell}', kind]:.1f}" for kind in kinds] for prefix in ("", "memory_")
+    )
+    for number, words in zip(
+        speed, ("as fast as TRL's as shipped", "where TRL", "where its data"), strict=True
+    ):
+        assert f"{number} times {words}" in text
+    assert "Its memory above the model is 1/{}, 1/{} and 1/{} of TRL".format(*memory) in text
+    one, two = (
+        next(
+            row["ratio"] for row in results("prepare_vs_trl") if row["name"] == f"prepare_{n}_process_2_cores"
+        )
+        for n in (1, 2)
+    )
+    assert f"{one:.1f} times as fast as TRL with one process each, {two:.1f} times with two" in text
+    assert f"{sum(row['reference_forwards'] for row in results('learning'))} forward passes" in text
+    same = [row for row in results("losses_vs_trl") if row["same_definition"]]
+    assert f"at most {max(row['peer_max_abs_diff'] for row in same):.1e} where" in text
+    off = max(abs(float(row["off"].rstrip("%"))) for row in results("memory"))
+    assert off <= 8
+    assert "within 8 % in eleven setups" in text
+    assert len(results("memory")) == 11
+
+
+def test_the_error_messages_shown_are_those_of_the_code():
+    """Of each sentence three words in a row stand in the source; the rest are values."""
+    source = " ".join(
+        " ".join(read(path).replace('"', "").split())
+        for layer in ("cache", "stages", "pipeline")
+        for path in (ROOT / layer).rglob("*.py")
+    )
+    messages = [line.removeprefix("align: ") for line in blocks(DOCS / "cache.md", "")[0].splitlines()]
+    assert len(messages) > 1
+    for sentence in (part for message in messages for part in re.split(r"(?<=[.)]) ", message)):
+        words = sentence.split()
+        runs = [" ".join(words[start : start + 3]) for start in range(len(words) - 2)]
+        assert any(run in source for run in runs), sentence
+
+
+TRUNCATION = section(DOCS / "truncation.md", "An example")
 
 
 @pytest.mark.parametrize("row", table(TRUNCATION), ids=lambda row: row[0])
@@ -145,23 +237,13 @@ def test_the_truncation_table_is_what_happens(row):
 
 
 def test_the_exit_codes_are_those_of_the_errors():
-    documented = {int(code) for row in table(section("Exit codes")) for code in row[0].split(", ")}
+    documented = {
+        int(code)
+        for row in table(section(DOCS / "command-line.md", "Exit codes"))
+        for code in row[0].split(", ")
+    }
     errors = (AlignError, UsageError, DataError, StaleError, CorruptError, MachineError)
     assert documented == {0, 130, 143} | {error.exit_code for error in errors}
-
-
-def test_the_table_of_runs_is_what_the_files_say():
-    rows = table(read(ROOT / "configs/README.md").split("## A run for each loss")[1])
-    assert [re.findall(r"\[(\w+)\.yaml\]", row[0])[0] for row in rows] == list(LOSSES)
-    for name, shown, rate, _ in rows:
-        config = load_config([ROOT / "configs" / re.findall(r"\(([\w.]+)\)", name)[0]], [], None)
-        assert float(rate) == config.train.learning_rate
-        values = config.loss.model_dump()
-        if "parts" in values or shown == "-":
-            continue
-        for entry in shown.split(", "):
-            key, value = entry.split(" ")
-            assert str(values[key]) == value or float(values[key]) == float(value)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -186,12 +268,12 @@ def test_the_command_line_says_what_it_would_do_and_writes_nothing(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", EXAMPLES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(project, stage):
     done = run(stage, "--help", cwd=project)
     assert done.returncode == 0
     assert "Examples" in done.stdout
-    assert EXAMPLES[stage][0] in done.stdout
+    assert COMMANDS[stage].examples[0] in done.stdout
 
 
 @pytest.mark.slow

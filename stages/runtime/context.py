@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from cache.artifacts import Store
 
 PLAIN_LINE_SECONDS = 10.0
-LOSS_STAGES = ("train", "sample", "eval", "run", "merge")
 
 
 def say_on_stderr(line: str) -> None:
@@ -23,18 +22,19 @@ class Context:
 
     `config_text` is the resolved configuration, saved beside the artifact. `arguments` are the
     command-line arguments that select this configuration, repeated in commands that errors suggest;
-    `loss` is what was given as `--loss`, for the stages that take it.
+    `loss` is what was given as `--loss`, and `takes_loss` names the commands that have this option.
     """
 
     store: Store
     config_text: str = ""
     arguments: str = ""
     loss: str | None = None
+    takes_loss: frozenset[str] = frozenset()
     say: Callable[[str], None] = field(default=say_on_stderr)
 
     def command(self, stage: str, extra: str = "") -> str:
         """The command line that runs `stage` with this configuration."""
-        loss = f"--loss {self.loss}" if self.loss and stage in LOSS_STAGES else ""
+        loss = f"--loss {self.loss}" if self.loss and stage in self.takes_loss else ""
         return " ".join(part for part in ("align", stage, loss, self.arguments, extra) if part)
 
 

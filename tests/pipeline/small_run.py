@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.config import build_config
-from pipeline.run import Session
+from pipeline.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 LN2 = 0.6931471805599453
@@ -29,9 +29,16 @@ def settings(model: Path, data: Path, **changes: dict) -> dict:
     return tree
 
 
-def session(tree: dict, store: Path, said: list[str] | None = None, shard: str | None = None) -> Session:
+class JsonSession(Session):
+    """A session whose commands return what they print with `--json`."""
+
+    def run(self, name: str, **options) -> dict:
+        return super().run(name, **options).as_json()
+
+
+def session(tree: dict, store: Path, said: list[str] | None = None) -> JsonSession:
     """What it says goes to `said`."""
-    return Session(build_config(tree), store, say=(said if said is not None else []).append, shard=shard)
+    return JsonSession(build_config(tree), store, say=(said if said is not None else []).append)
 
 
 def run(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:

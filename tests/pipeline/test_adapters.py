@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from cache.errors import CorruptError, MachineError, StaleError, UsageError
-from pipeline.run import Session
+from pipeline.session import Session
 from stages import merge as merging
 from tests.pipeline.small_run import LN2, ROOT, session, settings, through_training
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
     with pytest.raises(StaleError, match="align train"):
         session(tree, tmp_path).run("merge")
     run.run("train")
-    for ask in (Session.run, Session.plan):
+    for ask in (Session.run, Session.dry_run):
         with pytest.raises(UsageError, match="no adapter to merge"):
             ask(session(tree, tmp_path), "merge")
     adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.run import Session
+from pipeline.session import Session
 from stages.data.rows import RowSet
 from stages.train.data_order import epoch_order
 from stages.train.schedules import make_schedule

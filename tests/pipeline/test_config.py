@@ -135,6 +135,31 @@ def test_runs_of_the_losses_differ_in_nothing_but_the_loss(path):
     assert config.train.model_copy(update={"learning_rate": dpo.train.learning_rate}) == dpo.train
 
 
+def test_the_frame_of_the_runs_is_that_of_rlhf_book():
+    """The direct-alignment runs of rlhf-book: lengths, steps, schedule and seeds."""
+    config = load_config([CONFIGS / "ultrafeedback.yaml"], [], None)
+    train = config.train
+    assert (config.prepare.max_length, train.batch_size, train.num_epochs, train.seed) == (2048, 64, 3, 42)
+    assert (train.lr_scheduler_type, train.warmup_ratio, train.max_grad_norm) == ("linear", 0.1, 1.0)
+
+
+@pytest.mark.parametrize("path", SEED_RUNS, ids=lambda path: path.stem)
+def test_a_run_takes_its_loss_as_it_is_recommended(path):
+    """The fields are the loss's own defaults, but for ipo, which follows rlhf-book, and a mixture, which has none."""
+    loss = load_config([path], [], None).loss
+    if path.stem == "mixture":
+        parts = {part.loss.name: (part.weight, part.loss) for part in loss.parts}  # type: ignore[attr-defined]
+        weights = {"bco": 0.2, "dpo": 0.8, "sft": 1.0}  # MPO, arXiv 2411.10442
+        assert parts == {name: (weight, LOSSES[name]()) for name, weight in weights.items()}
+    else:
+        assert loss == LOSSES[path.stem](**({"normalize": "sum"} if path.stem == "ipo" else {}))
+
+
+def test_a_runs_learning_rate_is_the_recommendation_of_its_loss():
+    runs = {path.stem: load_config([path], [], None).train.learning_rate for path in SEED_RUNS}
+    assert {name: rate for name, rate in runs.items() if rate != LOSSES[name].learning_rate} == {}
+
+
 # Defaults < YAML < --set < --loss
 
 

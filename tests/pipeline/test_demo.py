@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.quickstart import is_preferred
+from pipeline.quickstart_world import is_preferred
 
 ROOT = Path(__file__).resolve().parents[2]
 # Greedy, so that two engines can be compared token for token.

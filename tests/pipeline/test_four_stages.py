@@ -228,9 +228,9 @@ def test_the_policy_folder_is_a_model_that_transformers_opens(tiny_model, prefer
 
 
 def test_a_dry_run_writes_nothing(tiny_model, preferences, tmp_path) -> None:
-    plan = session(settings(tiny_model, preferences), tmp_path / "store").plan("run")
-    assert plan["prepare"]["would"] == "read and tokenize"
-    assert "align prepare" in plan["train"]["would"]
+    stages = session(settings(tiny_model, preferences), tmp_path / "store").dry_run("run").stages
+    assert stages["prepare"].would == "read and tokenize"
+    assert "align prepare" in stages["train"].would
     assert not (tmp_path / "store").exists()
 
 

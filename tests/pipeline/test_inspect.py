@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 import pytest
 
 from cache.errors import StaleError, UsageError
-from pipeline.inspect import Rows, open_rows
-from pipeline.inspect_page import page
-from pipeline.report import show_rows
+from pipeline import tables
+from pipeline.commands.inspect import Inspected
+from pipeline.inspect.page import page
+from pipeline.inspect.prepared_rows import PreparedRows, open_rows
 from stages.prepare.stage import prepare
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.tokenization.template import Template
@@ -33,7 +34,7 @@ def rows(tmp_path, context, chat_tokenizer):
     source.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     settings = PrepareSettings(max_length=80, max_completion_length=36, heldout_fraction=0.0)
     template = Template(chat_tokenizer, "auto", append_eos=True)
-    return Rows(prepare(DataSettings(path=str(source)), settings, template, context), chat_tokenizer)
+    return PreparedRows(prepare(DataSettings(path=str(source)), settings, template, context), chat_tokenizer)
 
 
 def text_of(spans, part):
@@ -46,7 +47,7 @@ def test_the_parts_are_the_text_that_was_trained_and_the_rest(rows):
     assert text_of([shown.prompt], "prompt") == "<|user|>talk<|end|>\n<|assistant|>"
     chosen, rejected = shown.completions
     assert (chosen.role, rejected.role) == ("chosen", "rejected")
-    assert text_of(chosen.spans, "kept") == "first 東🦊<|end|>second<|end|>"
+    assert text_of(chosen.spans, "trained") == "first 東🦊<|end|>second<|end|>"
     # A terminal would obey the escape character, so it is shown as its picture.
     assert text_of(chosen.spans, "masked") == "\n<|user|>and␛[31m?<|end|>\n<|assistant|>"
     assert [token.text for token in chosen.spans[0].tokens if token.is_special] == ["<|end|>"]
@@ -122,13 +123,13 @@ def test_the_page_shows_the_same_text_and_fetches_nothing(rows):
 
 def test_the_terminal_shows_the_same_text(rows, capsys):
     shown = [rows.example(number) for number in (1, 2, 3)]
-    show_rows(rows.overview(), shown, with_ids=False)
+    Inspected(rows.overview(), shown, with_ids=False).show(tables.console())
     out = capsys.readouterr().out
     assert "3 = 3 kept + 0 dropped" in out
     assert f"✂ {shown[1].prompt_cut} tokens cut" in out
     assert "and␛[31m?" in out
     assert "\x1b[31m" not in out
-    show_rows(rows.overview(), shown[:1], with_ids=True)
+    Inspected(rows.overview(), shown[:1], with_ids=True).show(tables.console())
     eos = shown[0].completions[0].spans[-1].tokens[-1]
     assert f"<|end|>·{eos.ids[0]}" in capsys.readouterr().out
 
@@ -137,7 +138,7 @@ def test_another_tokenizer_and_another_artifact_are_refused(rows, chat_tokenizer
     with pytest.raises(
         StaleError, match=r"is not the one .* was made with\. Name the right one with --tokenizer"
     ):
-        Rows(rows.artifact, base_tokenizer)
+        PreparedRows(rows.artifact, base_tokenizer)
     with pytest.raises(UsageError, match="No such artifact"):
         open_rows(tmp_path / "none")
     with pytest.raises(UsageError, match=r"is no artifact: it has no manifest\.json\. Give a folder"):

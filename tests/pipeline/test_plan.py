@@ -1,12 +1,14 @@
 """`align plan`: counts that are those of the run, a table a person reads, and warnings instead of refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.plan import BATCHES, LENGTHS
-from pipeline.plan_report import show_plan
-from pipeline.run import Session
+from pipeline import tables
+from pipeline.commands.plan import Planned
+from pipeline.session import Session
+from stages.plan.stage import BATCHES, LENGTHS, Cell, MeasuredRun, TrainingPlan
 from tests.pipeline.small_run import session, settings
 
 
@@ -23,7 +25,7 @@ def session_of(tiny_model, preferences, tmp_path):
 def test_steps_and_tokens_are_those_of_the_run(session_of, tmp_path):
     run = session_of(loss={"name": "dpo"}, prepare={"mismatched": False})
     before = sorted(tmp_path.rglob("*"))
-    plan = run.training_plan(measured=False)
+    plan = run.run("plan")
     assert sorted(tmp_path.rglob("*")) == before
     assert plan["tokens_per_step"] * plan["steps"] == plan["tokens"]
     assert plan["predicted"]["num_trained"] == plan["predicted"]["num_parameters"]
@@ -37,7 +39,7 @@ def test_steps_and_tokens_are_those_of_the_run(session_of, tmp_path):
 
 
 def test_a_measured_plan_has_time_and_peak(session_of):
-    plan = session_of(adapter={"name": "lora"}).training_plan(measured=True)
+    plan = session_of(adapter={"name": "lora"}).run("plan", measure=True)
     measured = plan["measured"]
     assert measured["tokens_per_second"] > 0
     assert measured["run_seconds"] > 0
@@ -47,31 +49,33 @@ def test_a_measured_plan_has_time_and_peak(session_of):
 
 
 def test_what_a_person_sees(session_of, capsys):
-    plan = session_of().training_plan(measured=False)
-    show_plan(plan)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "too few positions for 512 tokens" in shown
-    assert " MiB" in shown
-    assert "0.00 GiB" not in shown
-    for cell in plan["table"]:
-        cell["bytes"] = 3 << 30 if cell["length"] == 512 else None
-    plan["available_bytes"] = 2 << 30
-    show_plan(plan)
-    shown = capsys.readouterr().out
-    assert "1,024 tokens" not in shown
-    assert "3.00 GiB !" in shown
-    assert "Out of memory is to be expected" not in shown
-    assert "not measured; add --measure" in shown
-    assert max(len(line) for line in shown.splitlines()) <= 120
-    plan["measured"] = {"peak_bytes": 1 << 30, "held_bytes": 3 << 30, "packs": 3, "device": "cpu"}
-    plan["measured"] |= {"tokens_per_second": 800.0, "run_seconds": 200.0}
-    show_plan(plan)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "to be expected: 3.00 GiB held when measured, 2.00 GiB available." in shown
-    assert "held, with what was freed 3.00 GiB" in shown
-    del plan["measured"]
-    plan["predicted"]["total"] = 5 << 30
-    show_plan(plan)
-    assert "Out of memory is to be expected: 5.00 GiB predicted, 2.00 GiB available." in " ".join(
-        capsys.readouterr().out.split()
+    def shown(plan: TrainingPlan) -> str:
+        Planned(plan).show(tables.console())
+        return capsys.readouterr().out
+
+    planned = Session.run(session_of(), "plan")
+    assert isinstance(planned, Planned)
+    text = " ".join(shown(planned.plan).split())
+    assert "too few positions for 512 tokens" in text
+    assert " MiB" in text
+    assert "0.00 GiB" not in text
+
+    table = [Cell(b, n, 3 << 30 if n == 512 else None) for b in BATCHES for n in LENGTHS]
+    tight = replace(planned.plan, table=table, available_bytes=2 << 30)
+    text = shown(tight)
+    assert "1,024 tokens" not in text
+    assert "3.00 GiB !" in text
+    assert "Out of memory is to be expected" not in text
+    assert "not measured; add --measure" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+    measured = MeasuredRun(800.0, 1 << 30, 3 << 30, planned.plan.predicted.total, 200.0, "cpu", 3)
+    text = " ".join(shown(replace(tight, measured=measured)).split())
+    assert "to be expected: 3.00 GiB held when measured, 2.00 GiB available." in text
+    assert "held, with what was freed 3.00 GiB" in text
+
+    large = replace(tight, predicted=replace(tight.predicted, activations=5 << 30))
+    total = tables.size(large.predicted.total)
+    assert f"Out of memory is to be expected: {total} predicted, 2.00 GiB available." in " ".join(
+        shown(large).split()
     )

@@ -13,8 +13,8 @@ import pytest
 
 from cache.errors import CorruptError
 from pipeline import quickstart
-from pipeline.quickstart import Recipe, build, is_preferred, make_tokenizer
-from pipeline.quickstart_world import preference_pairs
+from pipeline.quickstart import Recipe, build, make_tokenizer
+from pipeline.quickstart_world import is_preferred, preference_pairs
 
 SHORT_RECIPE = Recipe(num_epochs=1, batch_size=128)
 

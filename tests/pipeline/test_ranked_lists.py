@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UsageError
-from pipeline.run import Session
+from pipeline.session import Session
 from tests.conftest import ANIMALS
 from tests.pipeline.small_run import session, settings
 

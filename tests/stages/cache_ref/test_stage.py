@@ -13,7 +13,7 @@ from tests.pipeline.small_run import finish, on_two_ranks, session, settings
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
     """Names (sha256) of the shards that these jobs leave, and how many rows each scored."""
     session(tree, store).run("prepare")
-    results = [session(tree, store, shard=shard).run("cache-ref") for shard in shards]
+    results = [session(tree, store).run("cache-ref", shard=shard) for shard in shards]
     names = sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow"))
     return names, [result["rows_scored"] for result in results]
 

@@ -5,8 +5,10 @@ from html import escape
 from pathlib import Path
 
 from cache.files import write_bytes
-from pipeline.inspect import Completion, Histogram, Overview, Shown, Span, Token
-from pipeline.inspect_terminal import cuts, share, tokens
+from pipeline.inspect.overview import Histogram, Overview
+from pipeline.inspect.prepared_rows import ShownCompletion, ShownExample, Span
+from pipeline.inspect.terminal import cuts, share, tokens
+from pipeline.inspect.token_text import Token
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --faint: #687076; --paper: #fbfcfd; --card: #fff; --line: #e2e6ea;
@@ -38,9 +40,9 @@ section h3 { font-size: .85rem; margin: 0 0 .4rem; } section h3 span { color: va
 .text { font: 13px/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 t { border-radius: 3px; padding: .08rem 0; } t:hover { outline: 1px solid currentColor; }
 .prompt t { background: var(--prompt-paper); color: var(--prompt); }
-.kept t { background: var(--good-paper); color: var(--good); } .bad .kept t { background: var(--bad-paper); color: var(--bad); }
+.trained t { background: var(--good-paper); color: var(--good); } .bad .trained t { background: var(--bad-paper); color: var(--bad); }
 .masked t { background: var(--masked-paper); color: var(--faint); }
-t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .kept t.special, .bad .kept t.special, .masked t.special
+t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .trained t.special, .bad .trained t.special, .masked t.special
   { background: var(--special-paper); color: var(--special); font-weight: 600; padding: .08rem .2rem; margin: 0 1px; }
 .break { opacity: .45; } sub { font-size: 9px; color: var(--faint); margin: 0 .25em 0 .1em; }
 .cut { background: var(--cut-paper); color: var(--cut); border-radius: 3px; padding: .08rem .35rem; font-weight: 600; }
@@ -48,12 +50,12 @@ t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .ke
 BAD_ROLES = ("rejected", "undesirable")
 
 
-def write_page(path: Path, overview: Overview, examples: Sequence[Shown], with_ids: bool) -> None:
+def write_page(path: Path, overview: Overview, examples: Sequence[ShownExample], with_ids: bool) -> None:
     """Write the page to `path`."""
     write_bytes(path, page(overview, examples, with_ids).encode())
 
 
-def page(overview: Overview, examples: Sequence[Shown], with_ids: bool) -> str:
+def page(overview: Overview, examples: Sequence[ShownExample], with_ids: bool) -> str:
     """The page as text."""
     cards = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
@@ -112,13 +114,13 @@ def _chart(histogram: Histogram) -> str:
 
 def _legend() -> str:
     return (
-        '<div class="legend text"><span class="prompt"><t>prompt</t></span><span class="kept"><t>trained</t></span>'
-        '<span class="bad"><span class="kept"><t>trained, rejected</t></span></span><span class="masked"><t>masked</t></span>'
-        '<span class="kept"><t class="special">special</t></span><span class="cut">✂ cut</span><span>↵ line break</span></div><br>'
+        '<div class="legend text"><span class="prompt"><t>prompt</t></span><span class="trained"><t>trained</t></span>'
+        '<span class="bad"><span class="trained"><t>trained, rejected</t></span></span><span class="masked"><t>masked</t></span>'
+        '<span class="trained"><t class="special">special</t></span><span class="cut">✂ cut</span><span>↵ line break</span></div><br>'
     )
 
 
-def _example(shown: Shown, with_ids: bool) -> str:
+def _example(shown: ShownExample, with_ids: bool) -> str:
     cut = f'<span class="cut">✂ {tokens(shown.prompt_cut)} cut</span>' if shown.prompt_cut else ""
     text = _span(shown.prompt, with_ids)
     prompt = f"{cut} {text}" if shown.cut_at_start and cut else f"{text} {cut}"
@@ -131,7 +133,7 @@ def _example(shown: Shown, with_ids: bool) -> str:
     )
 
 
-def _completion(completion: Completion, with_ids: bool) -> str:
+def _completion(completion: ShownCompletion, with_ids: bool) -> str:
     masked = completion.num_tokens - completion.num_trained
     detail = tokens(completion.num_tokens) + (f", {masked:,} of them masked" if masked else "")
     detail += "" if completion.score is None else f", score {completion.score:g}"

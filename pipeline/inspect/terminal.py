@@ -8,11 +8,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.inspect import Completion, Histogram, Overview, Shown, Span
+from pipeline.inspect.overview import Histogram, Overview
+from pipeline.inspect.prepared_rows import ShownCompletion, ShownExample, Span
 
 PROMPT, MASKED, CUT, IDS = "cyan", "dim", "bold red", "dim"
-KEPT = {"rejected": "yellow", "undesirable": "yellow"}
-KEPT_OTHERS = "green"
+TRAINED = {"rejected": "yellow", "undesirable": "yellow"}
+TRAINED_OTHERS = "green"
 BAR_WIDTH = 24
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -52,7 +53,7 @@ def show_overview(console: Console, overview: Overview) -> None:
     console.print(_side_by_side([_bars(histogram) for histogram in overview.histograms], console.width))
 
 
-def show_example(console: Console, shown: Shown, with_ids: bool) -> None:
+def show_example(console: Console, shown: ShownExample, with_ids: bool) -> None:
     """One example, every token of it, coloured by part."""
     title = Text.assemble((f"row {shown.number:,}", "bold"), f"  {shown.split} · {shown.source}")
     parts = [_caption("prompt", tokens(shown.num_prompt_tokens), PROMPT), _prompt(shown, with_ids)]
@@ -68,9 +69,9 @@ def show_legend(console: Console) -> None:
             "  ",
             ("prompt", PROMPT),
             "  ",
-            ("trained", KEPT_OTHERS),
+            ("trained", TRAINED_OTHERS),
             "/",
-            ("trained, rejected", KEPT["rejected"]),
+            ("trained, rejected", TRAINED["rejected"]),
             "  ",
             ("masked", MASKED),
             "  ",
@@ -144,18 +145,18 @@ def _side_by_side(tables: Sequence[Table], width: int) -> Table:
     return grid
 
 
-def _described(completion: Completion) -> tuple[str, str, str]:
+def _described(completion: ShownCompletion) -> tuple[str, str, str]:
     score = "" if completion.score is None else f", score {completion.score:g}"
     masked = completion.num_tokens - completion.num_trained
     detail = tokens(completion.num_tokens) + (f", {masked:,} of them masked" if masked else "")
-    return completion.role, detail + score, KEPT.get(completion.role, KEPT_OTHERS)
+    return completion.role, detail + score, TRAINED.get(completion.role, TRAINED_OTHERS)
 
 
 def _caption(name: str, detail: str, style: str) -> Text:
     return Text.assemble((name, f"bold {style}"), (f"  {detail}", "dim"))
 
 
-def _prompt(shown: Shown, with_ids: bool) -> Text:
+def _prompt(shown: ShownExample, with_ids: bool) -> Text:
     text = Text()
     if shown.prompt_cut and shown.cut_at_start:
         text.append(f"✂ {tokens(shown.prompt_cut)} cut ", CUT)
@@ -165,10 +166,10 @@ def _prompt(shown: Shown, with_ids: bool) -> Text:
     return text
 
 
-def _completion(completion: Completion, with_ids: bool) -> Text:
+def _completion(completion: ShownCompletion, with_ids: bool) -> Text:
     text = Text()
     for span in completion.spans:
-        style = MASKED if span.part == "masked" else KEPT.get(completion.role, KEPT_OTHERS)
+        style = MASKED if span.part == "masked" else TRAINED.get(completion.role, TRAINED_OTHERS)
         _add(text, span, style, with_ids)
     if completion.cut:
         text.append(f" ✂ {tokens(completion.cut)} cut", CUT)

@@ -1,0 +1,96 @@
+"""`align cache-ref`: the reference's log-probs of every row that training will read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline import tables
+from pipeline.commands.command import Command, Intent
+
+if TYPE_CHECKING:
+    from pipeline.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The reference store, and what was added to it; `forwards` counts forward passes."""
+
+    folder: Path
+    fingerprint: str
+    rows_needed: int
+    rows_scored: int
+    forwards: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "artifact": str(self.folder),
+            "fingerprint": self.fingerprint,
+            "reused": self.rows_scored == 0,
+            "rows_needed": self.rows_needed,
+            "rows_scored": self.rows_scored,
+            "forwards": self.forwards,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def show(self, console: Console) -> None:
+        """Rows scored, and what that took."""
+        what = (
+            f"{self.rows_scored:,} of {self.rows_needed:,} rows scored in {self.seconds:.1f} s, "
+            f"{self.forwards:,} forward passes"
+        )
+        tables.headline(console, "cache-ref", what, self.folder, self.rows_scored == 0)
+
+
+def cache_ref(
+    inputs: "Inputs",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="i/N", help="Score the i-th of N shares, for N independent jobs (i from 1)."
+        ),
+    ] = None,
+) -> Scored:
+    """Stage 2: run the frozen reference once and store its log-probs; only rows never scored are scored."""
+    from stages.cache_ref.stage import cache_ref as score
+
+    name, revision = inputs.config.reference_model
+    row_sets = [inputs.rows, *inputs.eval_sets.values()]
+    source = inputs.model(name, revision)
+    done = score(row_sets, source, revision, inputs.compute, inputs.context, shard)
+    folder = done.reference.folder
+    if not done.rows_scored:
+        whose = f" of shard {shard}" if shard else ""
+        inputs.context.say(f"cache-ref: all {done.rows_needed:,} rows{whose} are already in {folder}")
+    return Scored(
+        folder, done.reference.fingerprint, done.rows_needed, done.rows_scored, done.forwards, done.seconds
+    )
+
+
+def would_cache_ref(inputs: "Inputs") -> Intent:
+    """How many rows are not scored yet."""
+    from stages.cache_ref.stage import count_missing
+
+    source = inputs.model(*inputs.config.reference_model)
+    row_sets = [inputs.rows, *inputs.eval_sets.values()]
+    needed, missing, tokens = count_missing(row_sets, source, inputs.compute, inputs.context)
+    return Intent(
+        "score" if missing else "reuse", {"rows_needed": needed, "rows_missing": missing, "tokens": tokens}
+    )
+
+
+CACHE_REF = Command(
+    "cache-ref",
+    cache_ref,
+    examples=(
+        "align cache-ref",
+        "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml",
+        "align cache-ref --shard 1/8",
+    ),
+    intent=would_cache_ref,
+    takes_loss=False,
+)

@@ -1,0 +1,108 @@
+"""`align prepare`: the rows of the data and of each evaluation set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cache.artifacts import Artifact
+from pipeline import tables
+from pipeline.commands.command import Command, Intent, StageResult, found_or_made
+
+if TYPE_CHECKING:
+    from pipeline.inputs import Inputs, RowsSource
+
+
+@dataclass(frozen=True)
+class Prepared(StageResult):
+    """The rows artifact, and those of the named evaluation sets."""
+
+    eval_sets: Mapping[str, StageResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        sets = {name: part.as_json() for name, part in self.eval_sets.items()}
+        return {**super().as_json(), **({"eval_sets": sets} if sets else {})}
+
+    def show(self, console: Console) -> None:
+        """Rows in, kept and dropped; what they hold; what was cut."""
+        counts = self.artifact.counts
+        rows_in, rows_kept = counts["rows_in"], counts["rows_kept"]
+        what = f"{rows_in:,} rows in = {rows_kept:,} kept + {rows_in - rows_kept:,} dropped"
+        tables.headline(console, "prepare", what, self.artifact.path, self.reused)
+        table = tables.labelled()
+        for label, value in _lines(counts):
+            table.add_row(label, value)
+        console.print(table)
+
+
+def _lines(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    examples, roles = counts["examples"], counts["rows_by_role"]
+    lines = [
+        ("format", counts["format"]),
+        ("dropped", tables.counted(counts["dropped"]) or "none"),
+        ("examples", f"{examples['train']:,} to train on, {examples['heldout']:,} held out"),
+        ("rows", tables.counted(roles)),
+    ]
+    lines += [(f"{name} cut", _cuts(counts["cuts"][name])) for name in ("prompts", "completions")]
+    if len(counts["sources"]) > 1:
+        lines += [
+            (f"from {name}", f"{part['rows_in']:,} in, {part['rows_kept']:,} kept ({part['format']})")
+            for name, part in counts["sources"].items()
+        ]
+    lines += [("note", tables.counted({note: count})) for note, count in counts["notes"].items()]
+    if counts["kto_weights"]:
+        [(name, (low, high))] = counts["kto_weights"].items()
+        both = f"{roles['desirable']:,} desirable and {roles['undesirable']:,} undesirable"
+        lines.append(("for kto", f"{both}: --set loss.{name}={low:g} to {high:g}"))
+    return lines
+
+
+def _cuts(cut: Mapping[str, int]) -> str:
+    if not cut["cut"]:
+        return "none"
+    return f"{cut['cut']:,} by {cut['tokens']:,} tokens (median {cut['median']:,}, at most {cut['max']:,})"
+
+
+def prepare(inputs: "Inputs") -> Prepared:
+    """Stage 1: tokenize and mask preference data into Arrow shards."""
+    from stages.prepare.stage import find_rows
+    from stages.prepare.stage import prepare as make_rows
+
+    def rows(source: "RowsSource") -> tuple[Artifact, bool]:
+        make = partial(make_rows, *source)
+        return found_or_made("prepare", find_rows(*source), make, inputs.context.say)
+
+    artifact, reused = rows(inputs.rows_source)
+    sets = {name: StageResult(*rows(source)) for name, source in inputs.eval_sources.items()}
+    return Prepared(artifact, reused, sets)
+
+
+def would_prepare(inputs: "Inputs") -> Intent:
+    """Whether the rows are there, and which evaluation sets are not."""
+    from stages.prepare.stage import find_rows
+
+    found = find_rows(*inputs.rows_source)
+    missing = [name for name, source in inputs.eval_sources.items() if find_rows(*source) is None]
+    return Intent(
+        "reuse" if found and not missing else "read and tokenize",
+        {
+            "source": inputs.data_name,
+            **({"artifact": str(found.path)} if found else {}),
+            **({"eval_sets": ", ".join(missing)} if missing else {}),
+        },
+    )
+
+
+PREPARE = Command(
+    "prepare",
+    prepare,
+    examples=(
+        "align prepare",
+        "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
+    ),
+    intent=would_prepare,
+    takes_loss=False,
+)

@@ -1,0 +1,100 @@
+"""`align train`: the policy of a configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import tables
+from pipeline.commands.command import Command, Intent, StageResult, found_or_made
+
+if TYPE_CHECKING:
+    from pipeline.inputs import Inputs
+
+SHOWN_METRICS = (
+    ("loss", "loss"),
+    ("rewards/accuracies", "accuracy"),
+    ("rewards/margins", "margin"),
+    ("logratios/chosen", "chosen log-ratio"),
+    ("logratios/rejected", "rejected log-ratio"),
+)
+SHOWN_OF_EVAL_SETS = SHOWN_METRICS[:3]
+
+
+@dataclass(frozen=True)
+class Trained(StageResult):
+    """The policy artifact, with the held-out metrics of its first and its last step."""
+
+    def show(self, console: Console) -> None:
+        """Steps, and the held-out metrics before and after."""
+        counts = self.artifact.counts
+        what = f"{counts['steps']:,} steps on {counts['examples']:,} examples"
+        tables.headline(console, "train", what, self.artifact.path, self.reused)
+        if not counts["final"]:
+            console.print(
+                "  No held-out examples, so no evaluation. Raise prepare.heldout_fraction to have one."
+            )
+            return
+        console.print(_metrics(counts["step0"], counts["final"]))
+        if counts["skipped_steps"]:
+            console.print(
+                f"  {counts['skipped_steps']:,} steps were skipped: their loss or gradient was not finite."
+            )
+        if "best" in counts:
+            best = counts["best"]
+            console.print(f"  best {best['metric']}: {best['value']:.4g} at step {best['step']:,}")
+
+
+def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    table = tables.columns("held out", "before", "after")
+    sets = [key.removesuffix("/loss") for key in before if key.endswith("/loss")]
+    shown = list(SHOWN_METRICS)
+    shown += [(f"{name}/{key}", f"{name}: {label}") for name in sets for key, label in SHOWN_OF_EVAL_SETS]
+    for key, label in shown:
+        if key in after:
+            table.add_row(label, tables.signed(before.get(key)), tables.signed(after[key]))
+    return table
+
+
+def train(inputs: "Inputs") -> Trained:
+    """Stage 3: train the policy with any loss from the cache; the reference model is never loaded."""
+    from stages.train.job import find_policy
+    from stages.train.publish import remove_leftovers
+    from stages.train.stage import train as make_policy
+
+    job, context = inputs.job, inputs.context
+    found = find_policy(job, context)
+    if found:
+        remove_leftovers(found)
+    make = partial(make_policy, job, inputs.config.track, context)
+    return Trained(*found_or_made("train", found, make, context.say))
+
+
+def would_train(inputs: "Inputs") -> Intent:
+    """Steps and rates of the run, and whether its policy is there."""
+    from stages.train.data_requirements import check_needs
+    from stages.train.job import find_policy
+
+    job = inputs.job
+    check_needs(job.loss, job.rows, job.settings.pairs, inputs.context)
+    return Intent(
+        "reuse" if find_policy(job, inputs.context) else "train",
+        {
+            "loss": inputs.loss_name,
+            "examples": job.rows.counts["examples"]["train"],
+            "steps": job.plan.steps,
+            "batch_size": job.plan.batch_size,
+            "learning_rate": job.plan.learning_rate,
+        },
+    )
+
+
+TRAIN = Command(
+    "train",
+    train,
+    examples=("align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"),
+    intent=would_train,
+)

@@ -1,0 +1,1 @@
+"""What `align inspect` shows of prepared rows: lengths, cuts, and single examples, on a terminal or a page."""
