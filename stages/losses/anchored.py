@@ -44,10 +44,12 @@ class SPPO(Loss):
     rates (1 for the chosen, 0 for the rejected), TRL's `sppo_hard`.
 
     Formula: `(D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`. Paper: arXiv 2405.00675, eq. 4.7 with P in {0, 1}.
+    The authors' code takes half the sum, and estimated win rates; TRL the sum, as here.
 
     When: pairs are the policy's own samples and training goes in rounds.
-    Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64 (paper, appendix C). The loss starts at 1/(2
-    beta^2), half a million: gradients are large and clipping always acts.
+    Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64, one epoch a round with RMSprop (authors' pipeline.sh;
+    `train.optimizer: rmsprop`). The loss starts at 1/(2 beta^2), half a million: gradients are large and clipping
+    always acts, so the factor of two changes nothing.
     """
 
     name: Literal["sppo"] = "sppo"

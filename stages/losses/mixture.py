@@ -27,16 +27,21 @@ class Mixture(Loss):
     """Several losses at once: one for the order of a pair, one for each side of it, one for imitation.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
-    mean over rows. The best known is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it as
-    `loss_type` and `loss_weights`, with its `bco_pair`, the sum of both sides: twice our bco, and without its
-    shift.
+    mean over rows.
+
+    The best known is MPO (arXiv 2411.10442): the authors' code (OpenGVLab/InternVL, trainer_dpo.py) adds 0.8 dpo,
+    0.2 times the sum of bco's two sides, and each chosen completion's NLL per token. That is `bco` with weight 0.4
+    and `dpo` with weight 0.8 and `sft_weight` 1.25 (0.8 x 1.25 = 1), as in configs/mixture.yaml. A part `sft` of
+    weight 1 averages over all tokens of the step instead. TRL writes MPO as `loss_type` and `loss_weights`, with
+    its `bco_pair`, the sum of both sides without the shift.
 
     The first part is the main one: the rewards reported are its rewards. A part that keeps a running state
     learns it from the reported rewards, so it has to come first. Metrics, and each part's unweighted loss,
     are reported as `<part>/<metric>`.
 
     When: dpo alone lets the chosen log-probs fall (dpo + sft), or one loss is strong where another is weak.
-    Values: those of the parts; MPO's weights are above.
+    Values: those of the parts. MPO: weights as above, beta 0.1, batch 256; learning rate 5e-6 for InternVL2-8B,
+    1e-6 for InternVL2.5, 2e-7 for InternVL3 (authors' shell scripts).
     """
 
     name: Literal["mixture"] = "mixture"

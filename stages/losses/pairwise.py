@@ -125,7 +125,8 @@ class IPO(MarginLoss):
 
     When: few or clean labels, and dpo runs away.
     Values: beta 0.1; the target is 5 nats, per token under `mean`: out of reach, so the loss is nearly linear
-    and 0.01-0.1 act mostly through the learning rate.
+    and 0.01-0.1 act mostly through the learning rate. Under `sum` it is within reach and often exceeded by chance,
+    and training hardly moves (docs/losses.md).
     """
 
     name: Literal["ipo"] = "ipo"
@@ -169,12 +170,15 @@ class EXO(MarginLoss):
     Formula: `s(z) [log s(z) - log(1 - eps)] + s(-z) [log s(-z) - log eps]`, z = beta h, eps =
     `label_smoothing` > 0. Paper: arXiv 2402.00856, eq. 16.
 
-    When: the data came from the reference itself and holds one good answer among many poor ones.
-    Values: beta 0.1, learning rate 1e-6, batch 64 (paper, appendix B); eps 1e-3 (TRL).
+    When: the data came from the reference itself and holds one good answer among many poor ones. exo_rw is the
+    same for scored lists.
+    Values: beta 0.5 on HH and TL;DR, 0.1 on IMDB; eps e^-10 = 4.54e-5; learning rate 1e-6, batch 64 (authors' code,
+    haozheji/exact-optimization, which also divides the logits by a temperature of 0.8). TRL: eps 1e-3.
     """
 
     name: Literal["exo"] = "exo"
-    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    beta: PositiveFloat = 0.5
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 4.54e-5
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
         """KL from the policy's preference to the smoothed label."""

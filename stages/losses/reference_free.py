@@ -28,13 +28,14 @@ class SimPO(Loss):
     `cpo_alpha` is 0.
 
     When: no reference pass is affordable, or dpo makes answers longer.
-    Values: beta 2-10, ratio 0.1-0.8, learning rate 3e-7 to 1e-6, batch 128 (authors' table; 2.0 and 0.5 are
-    theirs for Llama-3-8B-Base). They advise to tune the learning rate first, then the ratio, then beta.
+    Values: batch 128; beta, ratio and learning rate belong together (authors' table): 2.0, 0.5, 6e-7 for
+    Llama-3-8B-Base, the defaults here; 2.5, 0.55, 1e-6 for Llama-3-8B-Instruct; 10, 0.5, 8e-7 for Gemma-2-9B; 2.0,
+    0.8, 3e-7 and 2.5, 0.1, 5e-7 for Mistral-7B Base and Instruct. They advise to tune the learning rate first.
     """
 
     name: Literal["simpo"] = "simpo"
     always_needs: ClassVar[frozenset[str]] = frozenset()
-    learning_rate: ClassVar[float] = 1e-6
+    learning_rate: ClassVar[float] = 6e-7
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.0
     gamma_beta_ratio: NonNegativeFloat = 0.5

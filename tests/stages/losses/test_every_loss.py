@@ -269,7 +269,7 @@ STEP_0 = {
     "dpo_norm": LN2,
     "ipo": 25.0,
     "hinge": 1.0,
-    "exo": -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3)),
+    "exo": -LN2 - 0.5 * math.log(4.54e-5 * (1 - 4.54e-5)),
     "nca": 2 * LN2,
     "sppo": 500_000.0,
     "aot": LN2,
