@@ -75,12 +75,16 @@ class Batch:
     `chosen` and `rejected` index into `rows`, one entry per pair; `desirable` marks each row.
     Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not. Rows of
     a ranked list may be in several pairs, on either side; a loss that reads `desirable` lists it in its needs.
+    `lists` is the number of the prompt that each row answers, from 0 to `num_lists - 1`: rows of one number are
+    completions of one prompt.
     """
 
     rows: Rows
     desirable: Tensor
     chosen: Tensor
     rejected: Tensor
+    lists: Tensor
+    num_lists: int
 
     def pairs(self) -> tuple[Rows, Rows]:
         """The chosen and the rejected side, aligned: shape (pairs,)."""
@@ -105,7 +109,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Losses of the units (pairs or rows), implicit rewards of the rows, and native metrics.
+    """Losses of the units (pairs, rows or lists), implicit rewards of the rows, and native metrics.
 
     The step's loss is the mean of `losses` over all its units. `rewards` has one entry per row,
     without gradient. `metrics` holds further per-unit values to be averaged, without gradient.
@@ -124,8 +128,8 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # What one unit is: a (chosen, rejected) pair, or a row that is desirable or not.
-    unit: ClassVar[Literal["pair", "row"]] = "pair"
+    # What one unit is: a (chosen, rejected) pair, a row that is desirable or not, or all completions of a prompt.
+    unit: ClassVar[Literal["pair", "row", "list"]] = "pair"
     # Fields of `Rows`, `Batch` and `Step` that the loss reads whatever its options; see `needs`.
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     # The loss of one unit depends on the other units of the step (ranks, running statistics): it is

@@ -55,6 +55,11 @@ class Mixture(Loss):
         names = [part.loss.name for part in parts]
         if len(set(names)) < len(names):
             raise ValueError(f"has a loss twice: {', '.join(names)}; add up their weights in one part")
+        for part in parts:
+            if part.loss.unit == "list":
+                raise ValueError(
+                    f"has {part.loss.name}, a loss of whole lists; the parts of a mixture are losses of pairs"
+                )
         for part in parts[1:]:
             if part.loss.keeps_state:
                 raise ValueError(

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stages.losses.contract import PositiveFloat, Rows
+from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
 from stages.losses.margin import MarginLoss
+from stages.losses.numerics import expm1
 
 
 class DPO(MarginLoss):
@@ -111,6 +112,28 @@ class DPONorm(MarginLoss):
         return -logsigmoid(self.beta * margins)
 
 
+class DPOP(MarginLoss):
+    """DPO that takes back from the margin what the chosen completion has lost against the reference.
+
+    dpo is content when both completions become unlikelier, the rejected one more; here a chosen log-ratio below
+    0 makes the pair count as not yet told apart. DPO-Positive, of the Smaug models.
+
+    Formula: `-log s(beta (h - dpop_lambda max(0, -D_w)))`. Paper: arXiv 2402.13228, as of its version of July
+    2024; before, the penalty stood outside of beta by mistake (authors, abacusai/smaug #2).
+
+    When: the completions of a pair differ in few tokens, as in maths, where dpo lowers both the most.
+    Values: dpop_lambda 50 (paper; its authors found 5 to 500 alike); beta and learning rate are dpo's.
+    """
+
+    name: Literal["dpop"] = "dpop"
+    dpop_lambda: NonNegativeFloat = 50.0
+
+    def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
+        """The negative log-likelihood of the preference, less the loss of the chosen completion."""
+        lost = torch.relu(-self._logratios(chosen))
+        return -logsigmoid(self.beta * (margins - self.dpop_lambda * lost))
+
+
 class IPO(MarginLoss):
     """Regresses the margin to a finite target instead of pushing it for ever.
 
@@ -185,6 +208,31 @@ class EXO(MarginLoss):
         log_win, log_lose = logsigmoid(self.beta * margins), logsigmoid(-self.beta * margins)
         eps = self.label_smoothing
         return log_win.exp() * (log_win - math.log1p(-eps)) + log_lose.exp() * (log_lose - math.log(eps))
+
+
+class ChiPO(Loss):
+    """DPO whose reward grows like the ratio itself, not its logarithm, once the policy exceeds the reference.
+
+    It is the solution for a chi-squared divergence added to the KL: what the reference hardly ever says becomes
+    expensive to favour, which keeps the policy where the data is.
+
+    Formula: `-log s(beta (phi_w - phi_l))`, `phi = e^D + D`, the derivative of `(u - 1)^2 / 2 + u log u` at u = e^D.
+    Paper: chi-squared preference optimization, arXiv 2407.13399, algorithm 1. The paper bounds the difference at
+    twice the largest reward, where the slope is 0; here e^D goes on along its tangent beyond D = 20 instead.
+
+    When: dpo overfits: long training, or a small beta. Completions far below the reference train as in dpo.
+    Values: beta and learning rate are dpo's; at the reference the slope is twice dpo's.
+    """
+
+    name: Literal["chipo"] = "chipo"
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        logratios = batch.rows.logratios
+        links = logratios + expm1(logratios)
+        losses = -logsigmoid(self.beta * (links[batch.chosen] - links[batch.rejected]))
+        return LossOutput(losses, self.beta * logratios.detach())
 
 
 class DiscoPOP(MarginLoss):

@@ -49,6 +49,34 @@ class SimPO(Loss):
         return LossOutput(losses, self.beta * batch.rows.mean_logps.detach())
 
 
+class SimPER(Loss):
+    """Raises the inverse perplexity of the chosen completion and lowers that of the rejected one, and no more.
+
+    A probability per token is bounded, so a completion that is already unlikely stops being pushed, without a
+    beta or a margin to tune.
+
+    Formula: `e^(a_l) - e^(a_w)`. Paper: arXiv 2502.00883; authors' code, tengxiao1/SimPER. It is what alphapo is a
+    logistic curve of at alpha -1.
+
+    When: simpo's settings cannot be tuned. EXAONE Deep and EXAONE 4.0 were trained with it. The reported reward is
+    the mean log-prob per token, as in the authors' code.
+    Values: learning rate 6e-7 (authors' for Llama-3-8B-Base; 1e-6 Llama-3-8B-Instruct, 3e-7 and 5e-7 Mistral-7B Base
+    and Instruct), batch 128. The loss lies between -1 and 1, and its slopes are small.
+    """
+
+    name: Literal["simper"] = "simper"
+    always_needs: ClassVar[frozenset[str]] = frozenset()
+    learning_rate: ClassVar[float] = 6e-7
+    batch_size: ClassVar[int] = 128
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        mean_logps = batch.rows.mean_logps
+        inverse_perplexities = mean_logps.exp()
+        losses = inverse_perplexities[batch.rejected] - inverse_perplexities[batch.chosen]
+        return LossOutput(losses, mean_logps.detach())
+
+
 class ORPO(Loss):
     """Fine-tunes on the chosen completions and, with a small weight, lowers the odds of the rejected ones.
 

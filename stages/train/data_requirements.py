@@ -12,7 +12,7 @@ def check_needs(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Contex
     """Raise an `AlignError` naming what the data lacks for this loss and the command that adds it."""
     roles = rows.counts["rows_by_role"]
     name = loss.model_dump()["name"]
-    if loss.unit == "pair" and not roles.get("chosen") and not roles.get("ranked"):
+    if loss.unit != "row" and not roles.get("chosen") and not roles.get("ranked"):
         others = [other for other, cls in LOSSES.items() if cls.unit == "row"]
         raise UsageError(
             f"Loss {name} is computed on pairs of a chosen and a rejected completion, and {rows.path} has none. "
@@ -42,6 +42,11 @@ def check_needs(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Contex
         raise UsageError(
             f"Loss {name} with udm weights undesirable completions by how their prompts differ from those of desirable "
             f"ones, and in {rows.path} both have the same prompts. Leave udm out, or use unpaired data."
+        )
+    if loss.unit == "list" and roles.get("ranked") and pairs != "all":
+        raise UsageError(
+            f"Loss {name} is computed on all completions of a prompt, and train.pairs={pairs} leaves out some of those "
+            f"in the ranked lists of {rows.path}. Use --set train.pairs=all."
         )
     if pairs != "best_worst":
         _check_strategy(loss, name, rows, pairs)

@@ -107,7 +107,13 @@ def _whole_step(
 
 
 def _num_units(scorer: RowScorer, loss: Loss, numbers: np.ndarray) -> int:
-    return len(scorer.pairs.among(numbers)) if loss.unit == "pair" else len(numbers)
+    match loss.unit:
+        case "pair":
+            return len(scorer.pairs.among(numbers))
+        case "row":
+            return len(numbers)
+        case "list":
+            return len(np.unique(scorer.rows.example_of(numbers)))
 
 
 def _kl_metric(facts: Step) -> dict[str, float]:

@@ -95,6 +95,39 @@ def test_odpo_keeps_the_nll_of_a_pair_whose_preference_it_drops(triple):
     assert output.metrics["nll"].tolist() == close(1, 1, 6)
 
 
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [
+        # z = h / 2 = 1.5, 0, -1.5 and t = (s_w - s_l) / 2 = 2, 0.5, -1; s(2) = 0.8807971, s(1.5) = 0.8175745:
+        # 0.8807971 log(0.8807971 / 0.8175745) + 0.1192029 log(0.1192029 / 0.1824255) = 0.0656064 - 0.0507226, ...
+        ("backward_kl", (0.0148838, 0.0302999, 0.0226223)),
+        # 0.8175745 log(0.8175745 / 0.8807971) + 0.1824255 log(0.1824255 / 0.1192029) = -0.0608973 + 0.0776247, ...
+        ("forward_kl", (0.0167275, 0.0309298, 0.0206356)),
+        ("squared", (0.25, 0.25, 0.25)),
+    ],
+)
+def test_rpo(triple, distance, expected):
+    """Score gaps of 4, 1 and -2, half of which are the targets."""
+    scored = with_rows(triple, scores=[5, 1, 0, 1, 0, 2])
+    assert losses_of(scored, name="rpo", beta=0.5, eta=0.5, distance=distance) == close(*expected)
+
+
+def test_dpop(triple):
+    """D_w = 1, 0, -1, of which the last has lost 1: margins 3, 0, -3 - 2."""
+    assert losses_of(triple, name="dpop", beta=1, dpop_lambda=2) == close(0.0485874, 0.6931472, 5.0067153)
+
+
+def test_chipo(triple):
+    """phi = e^D + D: 3.7182818, 1, -0.6321206 and -1.8646647, 1, 9.3890561; half of the differences: 2.7914733,
+    0, -5.0105883."""
+    assert losses_of(triple, name="chipo", beta=0.5) == close(0.0595236, 0.6931472, 5.0172332)
+
+
+def test_cal_dpo(triple):
+    """dpo with beta 1 and the squares of sppo: 0.0485874 + 1, 0.6931472 + 2, 3.0485874 + 13."""
+    assert losses_of(triple, name="cal_dpo", beta=0.5) == close(1.0485874, 2.6931472, 16.0485874)
+
+
 def test_hinge(triple):
     """1 - h / 2, not below 0: -0.5 -> 0, 1, 2.5."""
     assert losses_of(triple, name="hinge", beta=0.5) == close(0, 1, 2.5)
@@ -138,6 +171,14 @@ def test_apo_zero(triple):
 def test_apo_down(triple):
     """s(1) + 1 - s(3) = 0.7310586 + 0.0474259; 0.5 + 0.5; s(-1) + 1 - s(-3) = 0.2689414 + 0.9525741."""
     assert losses_of(triple, name="apo_down", beta=1) == close(0.7784845, 1, 1.2215155)
+
+
+def test_apo_of_means(triple):
+    """d_w = 0.5, 0, -1 and d_l = -0.5, 0, 1: 1 - s(0.5) + s(-0.5) = 0.7550813, ...; s(0.5) + 1 - s(1) = 0.8914007, ..."""
+    assert losses_of(triple, name="apo_zero", beta=1, normalize="mean") == close(0.7550813, 1, 1.4621172)
+    assert losses_of(triple, name="apo_down", beta=1, normalize="mean") == close(0.8914007, 1, 1.1497385)
+    rewards = parse_loss({"name": "apo_zero", "beta": 1, "normalize": "mean"})(triple, Step()).rewards
+    assert rewards.tolist() == [1, 0, -1, -2, 0, 2]
 
 
 def test_discopop(triple):
@@ -242,6 +283,13 @@ def test_simpo_with_label_smoothing(triple):
     """A quarter of the flipped loss, which is larger by z: log 2, 0.2014133 + 1.5 / 4, 9.5000748 - 9.5 / 4."""
     losses = losses_of(triple, name="simpo", gamma_beta_ratio=0.25, label_smoothing=0.25)
     assert losses == close(0.6931472, 0.5764133, 7.1250748)
+
+
+def test_simper(triple):
+    """e^a: 0.3678794, 0.3678794, 0.0024788 and 0.2865048, 0.1353353, 0.2231302."""
+    output = parse_loss({"name": "simper"})(triple, Step())
+    assert output.losses.tolist() == close(-0.0813746, -0.2325442, 0.2206514)
+    assert output.rewards.tolist() == [-1, -1, -6, -1.25, -2, -1.5]
 
 
 def test_orpo_with_the_nll_of_the_sequence(pairs):

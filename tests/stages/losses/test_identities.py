@@ -8,6 +8,8 @@ import torch
 
 from stages.losses import Step, parse_loss
 
+LN2 = math.log(2)
+
 
 @pytest.fixture
 def batch(pairs):
@@ -40,6 +42,7 @@ def equal(actual, expected, tolerance=1e-12):
         {"name": "rdpo", "label_smoothing": 0},
         {"name": "dpo", "ld_alpha": 1},
         {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}]},
+        {"name": "dpop", "dpop_lambda": 0},
     ],
 )
 def test_reduces_to_dpo(batch, block):
@@ -110,6 +113,72 @@ def test_alphapo_tends_to_simpo(batch, alpha):
     alphapo = {"name": "alphapo", "beta": 2.5, "gamma": 0.5, "alpha": alpha}
     simpo = {"name": "simpo", "beta": 2.5, "gamma_beta_ratio": 0.2}
     equal(losses(batch, alphapo), losses(batch, simpo), tolerance=1e-6)
+
+
+def test_dpop_is_dpo_where_the_chosen_log_ratio_has_not_fallen(pairs):
+    """D_w = 0.5 and 0: nothing to take back; D_w = -0.1 takes 50 times 0.1 off the margin of 3."""
+    batch = pairs([-9.5, -8.0], [-12.0, -7.0], [-10.0, -8.0], [-9.0, -7.5])
+    equal(losses(batch, {"name": "dpop"}), losses(batch, {"name": "dpo"}))
+    fallen = pairs([-10.1], [-12.1], [-10.0], [-9.0])
+    expected = torch.tensor([math.log1p(math.exp(0.1 * 2))], dtype=torch.float64)
+    equal(losses(fallen, {"name": "dpop"}), expected)
+
+
+def test_cal_dpo_is_dpo_and_sppo(batch):
+    parts = [{"loss": {"name": "dpo", "beta": 1}}, {"loss": {"name": "sppo", "beta": 0.2}}]
+    equal(losses(batch, {"name": "cal_dpo", "beta": 0.2}), losses(batch, {"name": "mixture", "parts": parts}))
+
+
+def test_rpo_on_a_constant_difference_is_ipo_and_on_a_certain_one_dpo(batch):
+    """(beta h - 1/2)^2 = beta^2 (h - 1 / (2 beta))^2, and the KL from a sure label is minus its log-likelihood."""
+    constant = dataclasses.replace(batch.rows, scores=batch.desirable.double())
+    scored = dataclasses.replace(batch, rows=constant)
+    squared = losses(scored, {"name": "rpo", "distance": "squared", "eta": 0.5, "beta": 0.2})
+    equal(squared, 0.04 * losses(batch, {"name": "ipo", "normalize": "sum", "beta": 0.2}))
+    equal(losses(scored, {"name": "rpo", "eta": 200}), losses(batch, {"name": "dpo"}))
+    certain = losses(scored, {"name": "rpo", "distance": "forward_kl", "eta": 10})
+    equal(certain, losses(batch, {"name": "exo", "beta": 0.1, "label_smoothing": 1 / (1 + math.exp(10))}))
+
+
+def test_rpo_with_beta_1_is_rebel_s_regression(batch):
+    """ZhaolinGao/REBEL 4ad7c11 src/ultrafeedback_largebatch/rebel.py: (difference of log-ratios - eta of rewards)^2."""
+    chosen, rejected = batch.pairs()
+    expected = (chosen.logratios - rejected.logratios - 0.7 * (chosen.scores - rejected.scores)).square()
+    equal(losses(batch, {"name": "rpo", "distance": "squared", "eta": 0.7, "beta": 1}), expected)
+
+
+def test_chipo_has_the_derivative_of_its_divergence(pairs):
+    """phi = f'(u) of f(u) = (u - 1)^2 / 2 + u log u at u = e^D, by autograd; far below the reference it is dpo."""
+    logratios = torch.tensor([[0.7, -0.3], [-1.2, 0.1]], dtype=torch.float64)
+    ratio = logratios.exp().requires_grad_()
+    divergence = (ratio - 1).square() / 2 + ratio * ratio.log()
+    (links,) = torch.autograd.grad(divergence.sum(), ratio)
+    expected = torch.nn.functional.softplus(-0.4 * (links[0] - links[1]))
+    batch = pairs(logratios[0], logratios[1], [0.0, 0.0], [0.0, 0.0])
+    equal(losses(batch, {"name": "chipo", "beta": 0.4}), expected)
+    far = pairs([-60.0, -52.0], [-58.0, -61.0], [0.0, 0.0], [0.0, 0.0])
+    equal(losses(far, {"name": "chipo"}), losses(far, {"name": "dpo"}))
+
+
+def test_chipo_moves_twice_as_fast_as_dpo_at_the_reference(pairs):
+    nudged = pairs([-5.0 + 1e-6], [-5.0], [-5.0], [-5.0])
+    changes = [LN2 - losses(nudged, {"name": name}).item() for name in ("chipo", "dpo")]
+    assert changes[0] / changes[1] == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["apo_zero", "apo_down"])
+def test_apo_of_means_on_equal_lengths_is_apo_with_beta_over_length(pairs, name):
+    batch = pairs([-3.0, -5.0], [-4.0, -1.0], [-2.0, -5.5], [-4.5, -2.0], num_tokens=([7, 7], [7, 7]))
+    equal(
+        losses(batch, {"name": name, "normalize": "mean", "beta": 0.7}),
+        losses(batch, {"name": name, "beta": 0.1}),
+    )
+
+
+def test_simper_is_minus_the_margin_of_alphapo_at_alpha_minus_1(batch):
+    """r = (1 - p) / -1 = p - 1."""
+    rewards = parse_loss({"name": "alphapo", "alpha": -1, "beta": 1})(batch, Step()).rewards
+    equal(losses(batch, {"name": "simper"}), rewards[batch.rejected] - rewards[batch.chosen])
 
 
 def test_orpo_and_cpo_add_the_same_nll(batch):
