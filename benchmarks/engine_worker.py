@@ -147,12 +147,14 @@ class Ours:
     def _cache(self, examples: list[int]) -> float:
         """Score the examples and write them to a store, as `align cache-ref` does; the sum of log-probs."""
         from cache.ref_logps import RefLogps
-        from stages.cache_ref.stage import _score_unit
+        from stages.cache_ref.stage import score_unit
+        from stages.cache_ref.work_units import WorkUnit
 
         groups = [self.world.rows.example_rows(example, mismatched=False) for example in examples]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            keys, values, _ = _score_unit(self.world.rows, groups, self.scorer)
-            RefLogps(Path(folder), {"reference": "benchmark"}).add(keys, values)
+            unit = WorkUnit(self.world.rows, groups)
+            values, _ = score_unit(unit, self.scorer)
+            RefLogps(Path(folder), {"reference": "benchmark"}).add(unit.keys, values)
         return float(sum(value.sum() for value in values))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.record import RESULTS, write_results
-from stages.cache_ref.stage import _score_unit
+from stages.cache_ref.stage import score_unit
+from stages.cache_ref.work_units import WorkUnit
 from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import fed_length
@@ -97,7 +98,7 @@ def measure(scorer: Scorer, rows: RowSet) -> dict[str, float]:
         began = time.perf_counter()
         with torch.inference_mode():
             for begin in range(0, len(groups), UNIT):
-                _score_unit(rows, groups[begin : begin + UNIT], scorer)
+                score_unit(WorkUnit(rows, groups[begin : begin + UNIT]), scorer)
         seconds.append(time.perf_counter() - began)
     return {
         "tokens": sum(lengths),
@@ -112,7 +113,7 @@ def attention_share(scorer: Scorer, rows: RowSet, groups: list[np.ndarray]) -> f
     from torch.profiler import ProfilerActivity, profile
 
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as found:
-        _score_unit(rows, groups, scorer)
+        score_unit(WorkUnit(rows, groups), scorer)
     events = found.key_averages()
     attended = sum(e.self_cpu_time_total for e in events if "attention" in e.key)
     return attended / sum(e.self_cpu_time_total for e in events)

@@ -186,8 +186,8 @@ def ours(tokenizer, rows: Path, processes: int, quick: bool) -> dict:
     from stages.tokenization.template import Template
 
     template = Template(tokenizer, "chat", append_eos=True, quick=quick)
-    backend = Timed(template._encoder._batches)
-    template._encoder._batches = backend
+    backend = Timed(template.encoder.batch_backend)
+    template.encoder.batch_backend = backend
     settings = PrepareSettings(
         max_length=MAX_LENGTH, heldout_fraction=0.0, mismatched=False, num_workers=processes
     )

@@ -103,7 +103,7 @@ def arm(source, rows, reference, name: str, dtype: torch.dtype) -> dict:
                 (step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP), 1.0
             )
         epoch, index = divmod(step, per_epoch)
-        chosen = epoch_order(rows["train"].cycles, 0, epoch)[index * BATCH : (index + 1) * BATCH]
+        chosen = epoch_order(rows["train"].mismatch_groups, 0, epoch)[index * BATCH : (index + 1) * BATCH]
         accumulate_step(train, loss, chosen.tolist(), {})
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -1,12 +1,12 @@
-"""Artifacts: a folder for each stage output, named by what it was made from, complete or absent.
+"""Artifacts: a folder for each output of a stage, named by a hash of what it was made from, complete or absent.
 
     <store>/<kind>/<name>-<short fingerprint>/
-        manifest.json     written last: identity (hashed), provenance (not), inputs, files with sha256
+        manifest.json     written last: identity (hashed), provenance (not hashed), inputs, files with sha256
         config.yaml       the resolved configuration, for people
         ...               the files themselves
 
-A stage writes into a staging folder beside it and publishes by renaming, so a folder without the
-temporary prefix is whole. Opening one checks the manifest and, on reading, every file it lists.
+A stage writes into a staging folder beside it and publishes it by renaming, so a folder without the
+temporary prefix is complete. The manifest is checked when an artifact is opened, and every file when it is read.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ import pyarrow as pa
 from cache.errors import CorruptError, StaleError
 from cache.files import (
     TEMPORARY_PREFIX,
-    no_space_is_the_users,
+    disk_errors_named,
     publish_folder,
     read_json,
     sha256_file,
@@ -57,7 +57,7 @@ class Artifact:
 
     @property
     def counts(self) -> Mapping[str, Any]:
-        """What the stage counted while making it (rows, drops by reason, metrics)."""
+        """The stage's counts (rows, dropped rows by reason, metrics)."""
         return self.manifest["counts"]
 
     def shards(self, prefix: str) -> list[pa.Table]:
@@ -79,7 +79,7 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact being made: files go into `path`, `Store.publish` makes it visible."""
+    """An artifact being made: its files go into `path`; `Store.publish` makes it visible at `final`."""
 
     path: Path
     final: Path
@@ -98,14 +98,14 @@ class Draft:
 
 
 class Store:
-    """A folder of artifacts. Looking things up never creates anything."""
+    """A folder of artifacts. Looking one up creates no file or folder."""
 
     def __init__(self, root: Path = DEFAULT_STORE) -> None:
         """Use `root` (created on the first write)."""
         self.root = Path(root)
 
     def folder(self, kind: str, name: str, identity: Mapping[str, Any]) -> Path:
-        """Where the artifact of this identity lies or will lie."""
+        """The folder of the artifact of this identity, whether it exists or not."""
         return self.root / kind / f"{name}-{short(fingerprint(identity))}"
 
     def find(self, kind: str, name: str, identity: Mapping[str, Any]) -> Artifact | None:
@@ -116,13 +116,13 @@ class Store:
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:
-        """Start an artifact in a folder of its own. `keep` goes on in that of an interrupted draft."""
+        """Start an artifact in a staging folder of its own; with `keep`, in that of an interrupted draft of this identity."""
         final = self.folder(kind, name, identity)
         staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
         if not keep:
-            # Process ids alone repeat between containers and machines that share a store.
+            # Process ids alone can be equal in containers and on machines that share a store.
             staging = staging.with_name(f"{staging.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-        with no_space_is_the_users(staging):
+        with disk_errors_named(staging):
             staging.mkdir(parents=True, exist_ok=True)
         return Draft(staging, final, stage, identity)
 
@@ -162,7 +162,7 @@ class Store:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Open a finished artifact; raises `StaleError` or `CorruptError` when its manifest is not right."""
+    """Open a finished artifact; raises `StaleError` or `CorruptError` when its manifest is missing or invalid."""
     path = folder / MANIFEST
     if not path.is_file():
         raise StaleError(
@@ -184,7 +184,7 @@ def open_artifact(folder: Path) -> Artifact:
 
 
 def machine_provenance() -> dict[str, Any]:
-    """When, where and with what: recorded beside a result, never hashed into its identity."""
+    """Time, command, platform and versions: recorded beside a result, not part of its identity."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(Path(part).name if index == 0 else part for index, part in enumerate(sys.argv)),
@@ -195,7 +195,7 @@ def machine_provenance() -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that can change a number."""
+    """Versions of the packages that can change a result."""
     found = {}
     for package in (
         "align",

@@ -1,4 +1,4 @@
-"""The errors a user can mend, each with the exit code the command line ends with.
+"""The errors that a user can fix, each with the exit code of the command.
 
 An `AlignError` is printed as one line: what happened (with values), where, what was expected, and
 what to type. Every other exception is a bug and keeps its traceback (exit code 1).
@@ -6,7 +6,7 @@ what to type. Every other exception is a bug and keeps its traceback (exit code 
 
 
 class AlignError(Exception):
-    """Something the user can mend; `exit_code` is what the command returns to the shell."""
+    """A problem that the user can fix; `exit_code` is what the command returns to the shell."""
 
     exit_code = 1
 
@@ -24,18 +24,18 @@ class DataError(AlignError):
 
 
 class StaleError(AlignError):
-    """An artifact that is missing, incomplete, or was made from something else (exit code 4)."""
+    """An artifact that is missing, incomplete, or made from other inputs (exit code 4)."""
 
     exit_code = 4
 
 
 class CorruptError(AlignError):
-    """Stored bytes or values that are not what was written (exit code 5)."""
+    """Stored bytes or values that differ from those that were written (exit code 5)."""
 
     exit_code = 5
 
 
 class MachineError(AlignError):
-    """The machine cannot do this: a missing extra, no device, no memory, no disk (exit code 6)."""
+    """A limit of the machine: a missing extra, no device, no memory, no disk (exit code 6)."""
 
     exit_code = 6

@@ -1,8 +1,8 @@
-"""Every file effect of this project: write whole or not at all, hash, publish, clean up.
+"""How files are written and hashed: whole or not at all.
 
 A file appears under its final name only after its bytes are on disk: temporary name in the same
 folder, flush, fsync, rename, fsync of the folder. Nothing here relies on a lock, because `flock`
-does nothing on many shared file systems; two writers of the same content end with the same bytes.
+does nothing on many shared file systems; two writers of the same content leave the same bytes.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_space_is_the_users(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into one line that says which file and why."""
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing `path` into a `MachineError` that names the file and the reason."""
     try:
         yield
     except OSError as error:
@@ -43,12 +43,12 @@ def no_space_is_the_users(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yield an unused temporary path in `folder`; whatever is left there afterwards is removed."""
-    with no_space_is_the_users(folder):
+    """Yield an unused temporary path in `folder`; a file that is left there afterwards is removed."""
+    with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{TEMPORARY_PREFIX}{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     try:
-        with no_space_is_the_users(folder / name):
+        with disk_errors_named(folder / name):
             yield temporary
     finally:
         temporary.unlink(missing_ok=True)
@@ -99,8 +99,8 @@ def sha256_file(path: Path) -> str:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Rename a finished `staging` folder to `final`; a `final` that another writer made first wins."""
-    with no_space_is_the_users(final):
+    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept."""
+    with disk_errors_named(final):
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 with open(path, "rb+") as handle:

@@ -1,19 +1,15 @@
-"""Identity as data: canonical JSON to sha256, row keys, and the content of a model's weights.
+"""Identity as data: canonical JSON to sha256, and row keys.
 
-What changes the numbers goes into the fingerprinted record; nothing else does.
+Everything that changes the numbers is in the record that is hashed, and nothing else is.
 """
 
 import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from cache.errors import DataError
 
 ROW_KEY_BYTES = 16
 SHORT = 12
@@ -49,7 +45,7 @@ def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
 
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines `field: stored -> wanted` for every leaf in which two identities differ."""
+    """A line `field: stored -> wanted` for every leaf in which two identities differ."""
     lines = []
     for name in sorted({*stored, *wanted}):
         old, new = stored.get(name), wanted.get(name)
@@ -63,72 +59,3 @@ def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefi
 def _brief(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else text[:SHORT] + "..."
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where the bytes of one tensor lie, and what they are."""
-
-    path: Path
-    name: str
-    dtype: str
-    shape: list[int]
-    begin: int
-    end: int
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Hex sha256 over every tensor of a model folder: name, dtype, shape and bytes, in name order.
-
-    The content counts, not the file layout: re-sharded safetensors give the same value. Raises
-    `DataError` when the folder holds no safetensors file.
-    """
-    entries = [entry for path in sorted(folder.glob("*.safetensors")) for entry in _safetensors_entries(path)]
-    tensors = {entry.name: entry for entry in entries}
-    if not tensors:
-        raise DataError(
-            f"{folder} holds no .safetensors weights, so they cannot be identified. Convert the model with "
-            f"`model.save_pretrained(folder)` of a current transformers."
-        )
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        entry = tensors[name]
-        digest.update(canonical_json([name, entry.dtype, entry.shape]))
-        with open(entry.path, "rb") as handle:
-            handle.seek(entry.begin)
-            size = entry.end - entry.begin
-            while size > 0:
-                block = handle.read(min(size, 1 << 24))
-                if not block:
-                    raise DataError(
-                        f"{entry.path} ends before tensor {name!r} does; download or save the model again."
-                    )
-                digest.update(block)
-                size -= len(block)
-    return digest.hexdigest()
-
-
-def _safetensors_entries(path: Path) -> list[_Entry]:
-    """Every tensor of a file; its offsets count from the file's beginning."""
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        try:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                raise ValueError("its header is cut off")
-            header = json.loads(handle.read(length))
-            return [
-                _Entry(
-                    path,
-                    name,
-                    entry["dtype"],
-                    list(entry["shape"]),
-                    *(8 + length + int(at) for at in entry["data_offsets"]),
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-        except (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{path} is not a safetensors file ({error}); download or save the model again."
-            ) from error

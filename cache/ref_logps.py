@@ -4,10 +4,9 @@
         manifest.json             identity of the reference (weights, architecture, dtype, scorer)
         <sha256>.arrow            row_key, token_logps (float32, nats, one per completion token)
 
-A shard's name is the sha256 of its bytes, so every shard vouches for itself: a flipped bit, a cut
-file or a shard of another reference is an error, a lost shard is merely rows to score again, and
-any number of workers add shards without a lock. Rows are looked up by their 128-bit key; which
-dataset, split, order or loss asked for them does not matter.
+A shard's name is the sha256 of its bytes, so each shard can be checked on its own: a flipped bit, a cut file or a
+shard of another reference is an error, the rows of a lost shard are scored again, and any number of workers add shards
+without a lock. Rows are looked up by their 128-bit key, whatever dataset, split, order or loss they are needed for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from cache.fingerprint import ROW_KEY_BYTES, differing_fields, fingerprint
 from cache.shards import SHARD_SUFFIX, read_shard, write_content_named_shard
 
 SCHEMA = pa.schema([("row_key", pa.binary(ROW_KEY_BYTES)), ("token_logps", pa.list_(pa.float32()))])
-# A log-prob just above zero is rounding of log-sum-exp; more than this is not a log-prob.
+# Rounding in log-sum-exp can put a log-prob just above zero; a value above this is not a log-prob.
 POSITIVE_TOLERANCE = 1e-4
 REPAIR = "Delete that file and run `align cache-ref` again: only its rows are scored again."
 
@@ -59,7 +58,7 @@ class RefLogps:
         return self._values[shard][begin:end]
 
     def add(self, keys: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> Path:
-        """Append one shard, durable when this returns; raises `CorruptError` on a value that is no log-prob."""
+        """Append one shard, durable when this returns; raises `CorruptError` for a value that is not a log-prob."""
         if not (self.folder / MANIFEST).is_file():
             write_json(
                 self.folder / MANIFEST,
@@ -105,7 +104,7 @@ class RefLogps:
         stored = manifest.get("identity") if isinstance(manifest, dict) else None
         if not isinstance(stored, dict):
             raise CorruptError(
-                f"{path} does not say which reference it belongs to. Delete {path}; it is written again."
+                f"{path} does not name the reference it belongs to. Delete {path}; it is written again."
             )
         if fingerprint(stored) != self.fingerprint:
             fields = "; ".join(differing_fields(stored, self.identity))

@@ -1,8 +1,8 @@
-"""Arrow IPC *file* shards: written whole, hashed, and checked before anything is believed.
+"""Shards: Arrow IPC files, written whole, and checked against their sha256 before they are read.
 
-The IPC stream format is never used: a stream cut at a batch boundary reads as a shorter table.
-Arrow has no checksums of its own, so a flipped bit reads as another number in two thirds of the
-positions; the sha256 kept outside the shard is what makes corruption impossible to miss.
+The IPC stream format is not used: a stream cut at a batch boundary reads as a shorter table. Arrow has no
+checksums of its own, so a flipped bit in two thirds of the positions reads as another number; the sha256 kept outside
+the shard detects it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SHARD_SUFFIX = ".arrow"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a manifest says of one shard: file name, size in bytes, sha256, number of rows."""
+    """The entry of a shard in a manifest: file name, size in bytes, sha256, number of rows."""
 
     name: str
     num_bytes: int
@@ -35,7 +35,7 @@ def write_shard(path: Path, table: pa.Table) -> ShardRecord:
 
 
 def write_content_named_shard(folder: Path, table: pa.Table) -> Path:
-    """Write `table` into `folder` under its own sha256, so that the name vouches for the content."""
+    """Write `table` into `folder` under its own sha256, so that its content can be checked against its name."""
     with temporary_file(folder, "shard") as temporary:
         _write_ipc(temporary, table)
         final = folder / f"{sha256_file(temporary)}{SHARD_SUFFIX}"
@@ -46,15 +46,15 @@ def write_content_named_shard(folder: Path, table: pa.Table) -> Path:
 def read_shard(path: Path, sha256: str, repair: str) -> pa.Table:
     """Memory-map a shard whose bytes have been checked against `sha256`.
 
-    Raises `StaleError` when it is missing and `CorruptError` when its bytes are not what was
-    written; both end with `repair`, the sentence that says what to type.
+    Raises `StaleError` when it is missing and `CorruptError` when its bytes are not those that were
+    written; both messages end with `repair`, a sentence that says what to type.
     """
     if not path.is_file():
         raise StaleError(f"Shard {path} is missing. {repair}")
     found = sha256_file(path)
     if found != sha256:
         raise CorruptError(
-            f"Shard {path} is damaged: sha256 is {found[:12]}..., written was {sha256[:12]}.... {repair}"
+            f"Shard {path} is damaged: its sha256 is {found[:12]}..., not {sha256[:12]}... as written. {repair}"
         )
     try:
         with pa.memory_map(str(path)) as source:

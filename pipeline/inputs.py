@@ -13,11 +13,11 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
-from stages.cache_ref.stage import check_same_model, open_reference
+from stages.cache_ref.store_lookup import check_same_model, open_reference
 from stages.data.mixing import sources_of
 from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
-from stages.runtime.compute import Compute, resolve_compute
+from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
 from stages.sample.stage import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
@@ -63,8 +63,10 @@ class Inputs:
 
     @cached_property
     def compute(self) -> Compute:
-        """Where and in what arithmetic models run."""
-        return resolve_compute(self.config.compute)
+        """Where and in what arithmetic models run; this process is set up for it."""
+        compute = resolve_compute(self.config.compute)
+        set_up_process(compute)
+        return compute
 
     @cached_property
     def _quickstart(self) -> quickstart.Quickstart:

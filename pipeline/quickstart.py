@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 from cache.errors import CorruptError
 from cache.files import (
     TEMPORARY_PREFIX,
-    no_space_is_the_users,
+    disk_errors_named,
     publish_folder,
     read_json,
     sha256_file,
@@ -127,7 +127,7 @@ def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     logging.disable_progress_bar()  # the lines through `say` are enough
     tokenizer = make_tokenizer(recipe)
     model = pretrain(tokenizer, recipe, say)
-    with no_space_is_the_users(folder):
+    with disk_errors_named(folder):
         folder.mkdir(parents=True)
         lines = [json.dumps(pair, ensure_ascii=False) for pair in preference_pairs(recipe.seed)]
         (folder / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

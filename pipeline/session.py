@@ -27,6 +27,7 @@ class Session:
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Nothing is loaded. `arguments` and `loss` select this configuration in commands that errors suggest."""
+        self.config = config
         takes_loss = frozenset(name for name, command in COMMANDS.items() if command.takes_loss)
         self.context = Context(Store(store), config.to_yaml(), arguments, loss, takes_loss, say)
         self.inputs = Inputs(config, self.context)

@@ -1,7 +1,7 @@
-"""Held-out metrics of any policy: those that training logs, for a model folder or a hub name.
+"""Held-out metrics of any policy, a model folder or a hub name: the metrics that training logs.
 
-In: a model, evaluation rows by name, the reference's log-probs and a loss.  Out: metrics by set. Nothing is
-written, and the reference is not loaded. Run it with `align eval`.
+In: a model, evaluation sets, reference log-probs and a loss.  Out: metrics of each set. Nothing is written, and the
+reference model is not loaded. Run it with `align eval`.
 """
 
 from pathlib import Path
@@ -12,11 +12,12 @@ from cache.files import read_json
 from stages.data.rows import RowSet
 from stages.losses.contract import Loss
 from stages.models.adapters import base_of, is_adapter, load_any
-from stages.models.loading import ModelSource, check_length
+from stages.models.loading import ModelSource
 from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
-from stages.train.checkpoints import STATE
+from stages.train.checkpoints import STATE, Checkpoint
 from stages.train.job import Job
+from stages.train.preflight import check_rows
 from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import evaluate
 
@@ -24,30 +25,31 @@ HELDOUT = "heldout"
 
 
 def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
-    """The running numbers (bco's mean reward) that training with this very loss left in a policy or checkpoint.
+    """The state of the loss (bco: its mean reward) that training with the same loss has saved in a policy or checkpoint.
 
-    Empty where there are none: another loss, another beta, or a model that was not trained here.
+    Empty if there is none: for a loss without state, another loss or beta, or a model that align did not train.
     """
     if not loss.keeps_state:
         return {}
-    for name, place in ((MANIFEST, "counts"), (STATE, None)):
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            holder = found if place is None else found[place]
-            if found["identity"].get("loss") == loss.model_dump():
-                return dict(holder.get("loss_state") or {})
-    return {}
+    if (folder / MANIFEST).is_file():
+        manifest = read_json(folder / MANIFEST)
+        identity, state = manifest["identity"], manifest["counts"].get("loss_state")
+    elif (folder / STATE).is_file():
+        saved = Checkpoint.read(folder).state
+        identity, state = saved.identity or {}, saved.loss_state
+    else:
+        return {}
+    return dict(state or {}) if identity.get("loss") == loss.model_dump() else {}
 
 
 def evaluate_model(
     job: Job, model: ModelSource, state: dict[str, float], context: Context
 ) -> dict[str, dict[str, float]]:
-    """Metrics of `model` on the job's held-out rows ('heldout') and evaluation sets, with the job's loss.
+    """Metrics of `model` on the job's held-out rows ('heldout') and on its evaluation sets, with the job's loss.
 
-    `state` is what a loss that keeps any goes on from, as `saved_state` finds it. Raises `DataError` when there is
-    nothing to evaluate on.
+    `state` is the state of the loss, as `saved_state` returns it. Raises `DataError` if there are no rows to evaluate on.
     """
-    from stages.engine.scorer import Scorer  # brings transformers' modelling code
+    from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
     sets = {HELDOUT: RowSet.of(job.rows, "heldout")}
     sets |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}
@@ -58,10 +60,7 @@ def evaluate_model(
             f"--set eval.sets.NAME=FILE."
         )
     folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
-    for rows in sets.values():
-        check_length(folder, rows.max_length())
-        if job.reference is not None:
-            job.reference.require(rows.scored_keys("kl" in job.loss.needs), context.command("cache-ref"))
+    check_rows(job, sets.values(), folder, context)
     scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
     row_scorers = make_row_scorers(
         scorer,

@@ -1,7 +1,7 @@
-"""A trained adapter and its base -> one Hugging Face folder that needs neither peft nor the base.
+"""A trained adapter and its base model -> one Hugging Face folder that needs neither peft nor the base.
 
-Compares the log-probs of held-out rows under base and adapter with those of the merged model before it
-is published. Run it with `align merge`.
+Before the merged model is published, its log-probs of held-out rows are compared with those of base and adapter. Run it
+with `align merge`.
 """
 
 from typing import Any
@@ -20,21 +20,21 @@ from stages.runtime.context import Context
 
 STAGE_VERSION = 1
 NUM_EXAMPLES = 8
-# Nats a token, float32: W + BA rounds once for each weight instead of once for each product.
+# Nats per token, float32. W + BA is rounded once for each weight, Wx + BAx once for each product.
 TOLERANCE = 1e-3
 
 
 def find_merged(policy: Artifact, context: Context) -> Artifact | None:
-    """The merged model of this policy, if it is there; raises `UsageError` where its own weights were trained."""
+    """The merged model of this policy if it exists; raises `UsageError` if the policy is not an adapter."""
     if not is_adapter(policy.path):
-        raise UsageError(f"{policy.path} is a whole model already; there is no adapter to merge.")
+        raise UsageError(f"{policy.path} is a whole model, not an adapter, so there is nothing to merge.")
     return context.store.find("merged", _name(policy), _identity(policy))
 
 
 def merge(
     policy: Artifact, base: ModelSource, rows: Artifact, compute: Compute, context: Context
 ) -> Artifact:
-    """Merge an adapter, check and publish; raises `CorruptError` where the log-probs change."""
+    """Merge an adapter into its base and publish the result; raises `CorruptError` if its log-probs differ."""
     from stages.engine.scorer import Scorer
 
     policy.check_files()
@@ -47,7 +47,7 @@ def merge(
     difference = float((after - before).abs().max()) if len(before) else 0.0
     if not difference <= TOLERANCE:
         raise CorruptError(
-            f"The merged model's log-probs differ from those of base and adapter by {difference:.3g} nats a token, "
+            f"The log-probs of the merged model differ from those of base and adapter by {difference:.3g} nats per token, "
             f"more than {TOLERANCE:g}. Nothing was written; sample from the adapter instead."
         )
     merged.set_attn_implementation("sdpa")
@@ -62,7 +62,7 @@ def merge(
 
 
 def _sample(rows: Artifact) -> tuple[RowSet, list[np.ndarray]]:
-    """A few examples: held-out ones, or where there are none those trained on."""
+    """The row numbers of a few examples: held-out ones, or training examples if there are none."""
     found = RowSet.of(rows, "heldout")
     found = found if found.num_examples else RowSet.of(rows, "train")
     return found, [

@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # The models here are tiny: a second thread only waits for the first, and on a busy machine it waits long.
@@ -149,14 +152,35 @@ def tiny_base_model(tmp_path_factory, base_tokenizer) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-base", base_tokenizer, seed=2)
 
 
-@pytest.fixture
-def preferences(tmp_path) -> Path:
+def write_preferences(path: Path) -> Path:
     """A JSONL file of 24 conversational pairs in a fixed random order."""
     rows = preference_rows()
     random.Random(0).shuffle(rows)
-    path = tmp_path / "preferences.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def preferences(tmp_path) -> Path:
+    """A file of 24 conversational pairs that the test may change."""
+    return write_preferences(tmp_path / "preferences.jsonl")
+
+
+@pytest.fixture(scope="session")
+def shared_preferences(tmp_path_factory) -> Path:
+    """The same file for fixtures that several tests share; nobody changes it."""
+    return write_preferences(tmp_path_factory.mktemp("data") / "preferences.jsonl")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that compare with the bits of a forked process, which computes with one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -175,6 +199,29 @@ def said() -> list[str]:
 def context(store, said) -> Context:
     """The surroundings of a stage run, over `store`; what it says goes to `said`."""
     return Context(store, say=said.append)
+
+
+@pytest.fixture
+def align(tmp_path, monkeypatch, capsys):
+    """Runs a command line in this process and returns (exit code, stdout, stderr)."""
+    from pipeline.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["align", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

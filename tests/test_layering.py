@@ -1,4 +1,4 @@
-"""The house: imports go down only, and every file is named for one idea."""
+"""The three layers: imports go down only, and every file is named for one idea."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("cache", "stages", "pipeline")
-NAMES_OF_NOTHING = ("utils", "util", "helpers", "helper", "common", "base", "misc")
+LAYERS = ("cache", "stages", "pipeline")
+EMPTY_NAMES = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 
 
 def imported_modules(path: Path) -> list[str]:
@@ -22,22 +22,22 @@ def imported_modules(path: Path) -> list[str]:
 
 
 def upward_imports(root: Path) -> list[str]:
-    """`file imports module` for each import of a higher floor, or relative import (which hides its floor)."""
+    """`file imports module` for each import of a higher layer, or relative import (which hides its layer)."""
     wrong = []
-    for height, floor in enumerate(FLOORS):
-        for path in sorted((root / floor).rglob("*.py")):
+    for height, layer in enumerate(LAYERS):
+        for path in sorted((root / layer).rglob("*.py")):
             for module in imported_modules(path):
-                if module.split(".")[0] in FLOORS[height + 1 :] or module.startswith("."):
+                if module.split(".")[0] in LAYERS[height + 1 :] or module.startswith("."):
                     wrong.append(f"{path.relative_to(root)} imports {module}")
     return wrong
 
 
 def circles(root: Path) -> list[str]:
-    """Files that import each other in a loop, at any depth and inside functions, too."""
+    """Files that import each other in a circle, at any depth and inside functions, too."""
     files = {
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
-        for floor in FLOORS
-        for path in (root / floor).rglob("*.py")
+        for layer in LAYERS
+        for path in (root / layer).rglob("*.py")
     }
     targets = {}
     for name, path in files.items():
@@ -66,8 +66,8 @@ def imported_names(path: Path) -> set[str]:
 
 def badly_named(root: Path) -> list[str]:
     """Files whose name says nothing of what they hold."""
-    paths = [path for floor in (*FLOORS, "tests", "benchmarks") for path in (root / floor).rglob("*.py")]
-    return sorted(str(path.relative_to(root)) for path in paths if path.stem in NAMES_OF_NOTHING)
+    paths = [path for layer in (*LAYERS, "tests", "benchmarks") for path in (root / layer).rglob("*.py")]
+    return sorted(str(path.relative_to(root)) for path in paths if path.stem in EMPTY_NAMES)
 
 
 def test_imports_go_down_only():
@@ -78,11 +78,11 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles(ROOT) == []
 
 
-def test_no_file_is_a_drawer():
+def test_no_file_has_a_name_that_says_nothing():
     assert badly_named(ROOT) == []
 
 
-def test_the_ground_floor_knows_no_language_model():
+def test_the_lowest_layer_knows_no_language_model():
     known = {"torch", "transformers", "vllm", "datasets", "tokenizers"}
     wrong = [
         f"{path.name} imports {module}"
@@ -111,7 +111,7 @@ def test_a_violation_is_found(tmp_path, file, line, wrong):
     assert upward_imports(tmp_path) == ([f"{file} {wrong}"] if wrong else [])
 
 
-def test_a_drawer_is_found(tmp_path):
+def test_a_name_that_says_nothing_is_found(tmp_path):
     (tmp_path / "stages/losses").mkdir(parents=True)
     (tmp_path / "stages/losses/base.py").touch()
     (tmp_path / "stages/baseline.py").touch()

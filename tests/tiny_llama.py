@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from stages.generation.requests import Prompt
+
 VOCAB_SIZE = 512
 EOS = 2
 
@@ -64,12 +66,14 @@ def save_model(folder: Path, seed: int, head_dim: int = 32) -> Path:
     return folder
 
 
-def rows(count: int) -> tuple[list[list[int]], list[str]]:
-    """Prompts of 1 to 60 tokens, spread over two padded widths, and their ids."""
+def random_prompts(count: int) -> list[Prompt]:
+    """Prompts of 1 to 60 tokens, spread over two padded widths."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    prompts = [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-    return prompts, [f"row-{index}" for index in range(count)]
+    return [
+        Prompt(f"row-{index}", "", torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist())
+        for index, length in enumerate(lengths)
+    ]
 
 
 def greedy_alone(model: Path, prompt: list[int], stop: list[int], num_tokens: int) -> list[int]:

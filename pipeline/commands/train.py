@@ -75,19 +75,19 @@ def train(inputs: "Inputs") -> Trained:
 
 def would_train(inputs: "Inputs") -> Intent:
     """Steps and rates of the run, and whether its policy is there."""
-    from stages.train.data_requirements import check_needs
     from stages.train.job import find_policy
+    from stages.train.preflight import check_data
 
     job = inputs.job
-    check_needs(job.loss, job.rows, job.settings.pairs, inputs.context)
+    check_data(job.loss, job.rows, job.settings.pairs, inputs.context)
     return Intent(
         "reuse" if find_policy(job, inputs.context) else "train",
         {
             "loss": inputs.loss_name,
             "examples": job.rows.counts["examples"]["train"],
-            "steps": job.plan.steps,
-            "batch_size": job.plan.batch_size,
-            "learning_rate": job.plan.learning_rate,
+            "steps": job.resolved.steps,
+            "batch_size": job.resolved.batch_size,
+            "learning_rate": job.resolved.learning_rate,
         },
     )
 

@@ -1,9 +1,9 @@
-"""Where the rows come from: one source, or several mixed by weights or counts, always the same rows in the same order.
+"""Source rows from one source, or from several mixed by weights or counts, always the same rows in the same order.
 
-A `count` takes so many rows of its source. Weights are shares of each other: the mixture is as large as it
-can be without repeating a row. Both count source rows, before anything is dropped. Which rows are taken
-depends on `data.seed` and the source's name; they stay in their order, and sources alternate in
-proportion, so that every stretch of the mixture is mixed.
+A `count` is the number of rows taken from its source. Weights are relative to each other: the mixture is as large as it
+can be without repeating a row. Both count source rows, before any is dropped. The rows are a random subsample by
+`data.seed` and the source's name; they stay in their order, and sources alternate in proportion, so that every part of
+the mixture is mixed.
 """
 
 import random
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from stages.data.readers import SourceRow, source_identity
+from stages.data.readers import source_identity
+from stages.data.source_row import SourceRow
 from stages.settings.data import DataSettings, SourceSettings
 
 Stream = Callable[[], Iterator[SourceRow]]
@@ -22,7 +23,7 @@ Stream = Callable[[], Iterator[SourceRow]]
 
 @dataclass(frozen=True)
 class Source:
-    """One source: its name in reports and in the source column, and where it is."""
+    """One source: its name in counts and in the source column, its settings, and its share of the mixture."""
 
     name: str
     data: DataSettings
@@ -31,7 +32,7 @@ class Source:
 
 
 def sources_of(data: DataSettings) -> list[Source]:
-    """The sources of a configuration; raises `UsageError` when two have one name, or shares make no sense."""
+    """The sources of a configuration; raises `UsageError` when two have the same name, or one a weight and a count."""
     if not data.sources:
         return [Source(Path(data.path).name or data.path, data)]
     if data.path != DataSettings().path:
@@ -40,7 +41,9 @@ def sources_of(data: DataSettings) -> list[Source]:
     names = [source.name for source in found]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
-        raise UsageError(f"data.sources: two are called {double!r}. Give them different names with name:.")
+        raise UsageError(
+            f"data.sources: two sources have the name {double!r}. Give them different names with name:."
+        )
     both = next((source.name for source in found if source.weight and source.count), None)
     if both is not None:
         raise UsageError(f"data.sources: {both} has a weight and a count. Give one of them.")
@@ -48,7 +51,7 @@ def sources_of(data: DataSettings) -> list[Source]:
 
 
 def sources_identity(data: DataSettings) -> Any:
-    """What identifies the rows that are read; one source as it always was, several with their shares."""
+    """What identifies the rows that are read: the content of the only source, or of several with their shares."""
     if not data.sources:
         return source_identity(data)
     return [
@@ -65,7 +68,7 @@ def sources_identity(data: DataSettings) -> Any:
 
 
 def mixture(sources: list[Source], streams: Mapping[str, Stream], data: DataSettings) -> Iterator[SourceRow]:
-    """The rows of the only source, or of several in their shares; `streams` opens each source by its name."""
+    """The rows of the only source, or of several by their shares; `streams` opens each source by its name."""
     if not data.sources:
         [source] = sources
         return (replace(row, source=source.name) for row in streams[source.name]())
@@ -88,7 +91,7 @@ def _mixed(sources: list[Source], streams: Mapping[str, Stream], seed: int) -> I
     ]
     given = [0] * len(sources)
     for _ in range(sum(taken)):
-        # The source that lies furthest behind its share.
+        # The source that is furthest behind its share.
         behind = min(
             (index for index in range(len(sources)) if given[index] < taken[index]),
             key=lambda index: (given[index] + 0.5) / taken[index],
@@ -102,10 +105,12 @@ def _shares(sources: list[Source], sizes: list[int]) -> list[int]:
     """How many rows of each source are taken."""
     for source, size in zip(sources, sizes, strict=True):
         if not size:
-            raise DataError(f"data.sources: {source.data.path} holds no rows.")
+            raise DataError(
+                f"data.sources: {source.data.path} holds no rows. Leave it out or give another path."
+            )
         if source.count and source.count > size:
             raise DataError(
-                f"data.sources: {source.name} holds {size:,} rows and its count is {source.count:,}. Rows are not repeated."
+                f"data.sources: {source.name} has {size:,} rows, fewer than its count of {source.count:,}, and rows are not repeated. Lower the count."
             )
     per_weight = min(
         (size / source.weight for source, size in zip(sources, sizes, strict=True) if source.weight),
@@ -118,7 +123,7 @@ def _shares(sources: list[Source], sizes: list[int]) -> list[int]:
 
 
 def _sample(rows: Iterator[SourceRow], size: int, wanted: int, choice: random.Random) -> Iterator[SourceRow]:
-    """Exactly `wanted` of `size` rows, every subset alike likely, in order (Knuth 2, 3.4.2, algorithm S)."""
+    """Exactly `wanted` of `size` rows in order, every subset equally likely (Knuth, volume 2, 3.4.2, algorithm S)."""
     taken = 0
     for number, row in enumerate(rows):
         if taken == wanted:

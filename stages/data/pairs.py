@@ -1,7 +1,7 @@
 """Which rows of an example are compared: pairs as they came, or formed from the scores of a ranked list.
 
-A ranked list is scored once by cache-ref; which of its rows face each other is chosen here, when training
-begins, so every strategy reads the same rows and the same reference log-probs.
+cache-ref scores every row of a ranked list; which of them form pairs is decided here, when training begins, so every
+strategy reads the same rows and the same reference log-probs.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from stages.settings.train import PairStrategy
 
 
 def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
-    """Places of the highest and of the lowest score; the first of equals."""
+    """Indices of the highest and of the lowest score; of equal scores the first."""
     places = range(len(scores))
     return max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
 
 
 def comparisons(scores: Sequence[float], strategy: PairStrategy) -> list[tuple[int, int]]:
-    """Places of the (better, worse) that a strategy compares, from the best down; equal scores included."""
+    """Indices of the (better, worse) that a strategy compares, from the best down; equal scores included."""
     if strategy == "best_worst":
         return [best_and_worst(scores)]
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
@@ -31,12 +31,12 @@ class Pairs:
     """The (better, worse) row numbers of each example of a split; unpaired feedback has none."""
 
     def __init__(self, rows: RowSet, strategy: PairStrategy) -> None:
-        """Compare the ranked rows of `rows` by `strategy`; chosen and rejected rows are pairs already."""
+        """Form pairs of the ranked rows of `rows` by `strategy`; chosen and rejected rows are pairs already."""
         self.rows = rows
         self.strategy: PairStrategy = strategy
 
     def of(self, example: int) -> np.ndarray:
-        """Row numbers of the example's pairs, ranked rows of equal scores left out: shape (pairs, 2)."""
+        """Row numbers of the example's (better, worse) pairs without those of equal scores: shape (pairs, 2)."""
         pairs = self._compared(example)
         scores = self.rows.scores[pairs]
         is_tie = (self.rows.roles[pairs[:, 0]] == "ranked") & (scores[:, 0] == scores[:, 1])
@@ -50,22 +50,22 @@ class Pairs:
             return np.stack([rows[roles == "chosen"], rows[roles == "rejected"]], axis=1)
         return ranked[np.array(comparisons(self.rows.scores[ranked].tolist(), self.strategy))]
 
-    def fed(self, example: int) -> np.ndarray:
-        """Row numbers of the example that a step scores: those in a pair, or all where nothing is compared."""
+    def scored(self, example: int) -> np.ndarray:
+        """Row numbers of the example that a step scores: those in a pair, or all of unpaired feedback."""
         pairs = self.of(example)
         if not len(pairs):
             return self.rows.example_rows(example, mismatched=False)
         return np.array(list(dict.fromkeys(pairs.ravel().tolist())))
 
     def among(self, numbers: np.ndarray) -> np.ndarray:
-        """The pairs of the examples whose fed rows are `numbers`, as places in `numbers`: shape (pairs, 2)."""
+        """The pairs of the examples whose scored rows are `numbers`, as indices into `numbers`: int64, shape (pairs, 2)."""
         place = {int(row): index for index, row in enumerate(numbers)}
         examples = dict.fromkeys(self.rows.example_of(numbers).tolist())
         pairs = np.concatenate([self.of(example) for example in examples])
         return np.array([place[row] for row in pairs.ravel().tolist()], dtype=np.int64).reshape(-1, 2)
 
     def summary(self) -> str:
-        """What becomes of the ranked lists, in one line; empty where there are none."""
+        """The number of pairs formed from ranked lists, in one line; "" where there are no ranked lists."""
         ranked = np.unique(self.rows.example_of(np.flatnonzero(self.rows.roles == "ranked")))
         if not len(ranked):
             return ""
@@ -73,5 +73,5 @@ class Pairs:
         compared = sum(len(self._compared(example)) for example in ranked)
         return (
             f"Ranked lists: {formed:,} pairs ({self.strategy}) from {len(ranked):,} training examples, "
-            f"{compared - formed:,} of equal scores left out"
+            f"{compared - formed:,} pairs of equal scores left out"
         )

@@ -2,7 +2,7 @@
 
 A *row* is one prompt with one completion, tokenized and masked. An *example* is the rows that share
 one prompt; its rows are contiguous and never split over shards. Pairs, unpaired feedback, ranked
-lists and KTO's mismatched completions are all examples. A *cycle* is a short run of examples in which
+lists and KTO's mismatched completions are all examples. A *mismatch group* is a short run of examples in which
 each example's completions serve as the mismatched rows of another, with another prompt.
 """
 
@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         ("completion_ids", pa.list_(pa.int32())),
         ("completion_mask", pa.list_(pa.bool_())),
         ("source", pa.string()),
-        ("cycle", pa.int32()),
+        ("cycle", pa.int32()),  # the mismatch group
         ("prompt_cut", pa.int32()),
         ("completion_cut", pa.int32()),
     ]
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Row:
-    """One completion of an example's prompt; `ids` int32 and `mask` bool have one entry per token.
+    """One completion of an example's prompt: token ids (int32) and completion mask (bool), one entry per token.
 
     `cut` is the number of tokens that truncation took from its end.
     """
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass
 class Example:
-    """Rows that share `prompt_ids`; `source` says where it came from, e.g. `pairs.jsonl:17`.
+    """Rows that share `prompt_ids`; `source` is the location it was read from, e.g. `pairs.jsonl:17`.
 
     `prompt_cut` is the number of tokens that truncation took from the prompt.
     """
@@ -64,10 +64,10 @@ class Example:
     prompt_cut: int = 0
 
 
-def to_table(examples: Sequence[Example], cycles: Sequence[int]) -> pa.Table:
-    """The Arrow table of `examples`, whose cycle numbers are `cycles`."""
+def to_table(examples: Sequence[Example], groups: Sequence[int]) -> pa.Table:
+    """The Arrow table of `examples`; `groups` has the number of each example's mismatch group."""
     flat = [
-        (example, row, cycle) for example, cycle in zip(examples, cycles, strict=True) for row in example.rows
+        (example, row, group) for example, group in zip(examples, groups, strict=True) for row in example.rows
     ]
     columns = [
         pa.array(
@@ -81,7 +81,7 @@ def to_table(examples: Sequence[Example], cycles: Sequence[int]) -> pa.Table:
         _lists([row.ids for _, row, _ in flat], np.int32),
         _lists([row.mask for _, row, _ in flat], np.bool_),
         pa.array([example.source for example, _, _ in flat], type=pa.string()),
-        pa.array([cycle for _, _, cycle in flat], type=pa.int32()),
+        pa.array([group for _, _, group in flat], type=pa.int32()),
         pa.array([example.prompt_cut for example, _, _ in flat], type=pa.int32()),
         pa.array([row.cut for _, row, _ in flat], type=pa.int32()),
     ]
@@ -99,7 +99,7 @@ class RowSet:
     """The rows of one split in memory, addressed by row number; examples are ranges of rows."""
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
-        """Take the shards of a split, in order."""
+        """`tables` are the shards of a split, in order."""
         table = pa.concat_tables([SCHEMA.empty_table(), *tables])
         self.keys: list[bytes] = table.column("row_key").to_pylist()
         self.roles = np.array(table.column("role").to_pylist(), dtype="U12")
@@ -117,8 +117,7 @@ class RowSet:
         changes = [row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]]
         self.starts = np.array(changes, dtype=np.int64)
         self.ends = np.array([*changes[1:], len(names)][: len(changes)], dtype=np.int64)
-        cycles = table.column("cycle").to_numpy()
-        self.cycles = cycles[self.starts]
+        self.mismatch_groups = table.column("cycle").to_numpy()[self.starts]
 
     @classmethod
     def of(cls, artifact: Artifact, split: str) -> "RowSet":
@@ -143,11 +142,11 @@ class RowSet:
         return self._completions[row]
 
     def mask(self, row: int) -> np.ndarray:
-        """1 where a completion token counts, uint8."""
+        """Completion mask of a row, uint8: 1 where the token is trained."""
         return self._masks[row]
 
     def example_rows(self, example: int, mismatched: bool) -> np.ndarray:
-        """Row numbers of an example: its mismatched rows, or all its others."""
+        """Row numbers of an example: its mismatched rows, or all but these."""
         rows = np.arange(self.starts[example], self.ends[example])
         return rows[(self.roles[rows] == "mismatched") == mismatched]
 
@@ -156,7 +155,7 @@ class RowSet:
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
     def scored_keys(self, with_mismatched: bool) -> list[bytes]:
-        """Keys of the rows that a loss reads: all, or all but the mismatched ones."""
+        """Keys of the rows that a loss scores: all, or all but the mismatched ones."""
         return [
             key
             for key, role in zip(self.keys, self.roles, strict=True)

@@ -1,7 +1,4 @@
-"""What a forward pass keeps for its backward pass, moved to the host's memory in between.
-
-torch's `save_on_cpu` also moves weights, which are kept anyway; here they stay where they are.
-"""
+"""Activation offload: tensors saved for the backward pass wait in host memory between the two passes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Copying less than this takes longer than it is worth.
+# Smaller tensors stay on the device: the overhead of a copy is larger than the gain.
 MIN_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
-def offloaded(wanted: bool) -> Iterator[None]:
-    """Within this, tensors saved for the backward pass wait on the host, in pinned memory."""
-    if not wanted:
+def offloaded(enabled: bool) -> Iterator[None]:
+    """Within the context, tensors that autograd saves are moved to pinned host memory, if `enabled`."""
+    if not enabled:
         yield
         return
 
     def to_host(tensor: Tensor) -> Any:
+        # torch's `save_on_cpu` moves weights too, which stay on the device in any case.
         if isinstance(tensor, torch.nn.Parameter) or tensor.nbytes < MIN_BYTES:
             return tensor
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -1,9 +1,9 @@
 """Attention of a pack on a GPU: `flex_attention` with a block mask, compiled once for a fixed pack length.
 
-Same visibility as `stages/engine/segment_attention.py`: within an example the prompt sees itself causally, each
-completion the prompt and itself. The mask is a function of three small index tensors, so nothing of
-size positions x positions exists, and blocks of 128 positions in which nothing is visible are skipped.
-On a CPU it runs uncompiled and without a backward pass, which is enough to test the mask.
+In: query, key and value of a pack, and its block masks.  Out: attention with the same visibility as in
+`stages/engine/segment_attention.py`: within an example the prompt attends to itself causally, each completion to
+the prompt and to itself. Blocks of 128 x 128 positions without a visible pair are skipped. On a CPU it runs uncompiled
+and without a backward pass, which is enough to test the mask.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,13 @@ BLOCK = 128
 
 
 class BlockMasks:
-    """The block masks of one pack, one for each attention window its model has; made on first use."""
+    """The block masks of one pack, one for each attention window of the model; each is made on first use."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        """Index the positions of a pack: which example, which completion (0: the prompt), which position."""
+        """Note for each position of the pack its example, its branch and its position in the row.
+
+        The branch is 0 in the prompt and k in the k-th completion.
+        """
         examples, branches, positions = [], [], []
         for number, segment in enumerate(segments):
             lengths = [segment.prompt_length, *segment.completion_lengths]
@@ -36,14 +39,14 @@ class BlockMasks:
             branches.append(np.repeat(np.arange(len(lengths)), lengths))
             positions.append(np.arange(segment.prompt_length))
             positions += [segment.prompt_length + np.arange(length) for length in lengths[1:]]
-        self._index = [
+        self._index = [  # (positions,) each
             torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
             for parts in (examples, branches, positions)
         ]
         self._made: dict[int | None, BlockMask] = {}
 
     def of(self, window: int | None) -> BlockMask:
-        """The mask of layers whose tokens see the last `window` positions, or all before them."""
+        """The mask of layers that attend to the last `window` positions of a row; None: to all of them."""
         if window not in self._made:
             self._made[window] = self._make(window)
         return self._made[window]
@@ -52,9 +55,10 @@ class BlockMasks:
         examples, branches, positions = self._index
         length, device = len(examples), examples.device
 
+        # A function of three small tensors, so that no mask of shape (positions, positions) is made.
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            same_line = (branches[key] == 0) | (branches[key] == branches[query])
-            seen = (examples[query] == examples[key]) & same_line & (key <= query)
+            same_row = (branches[key] == 0) | (branches[key] == branches[query])
+            seen = (examples[query] == examples[key]) & same_row & (key <= query)
             return seen if window is None else seen & (positions[query] - positions[key] < window)
 
         on_gpu = device.type == "cuda"
@@ -74,8 +78,11 @@ def flex_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
-    assert block_masks is not None, "the model does not hand its keyword arguments down to its attention"
+    """Attention over a pack: query (1, heads, positions, head_dim) -> (1, positions, heads, head_dim).
+
+    `key` and `value` are (1, key/value heads, positions, head_dim).
+    """
+    assert block_masks is not None, "the model does not pass its keyword arguments on to its attention"
     result = _flex(query.device.type)(
         query,
         key,
@@ -90,7 +97,8 @@ def flex_forward(
 
 @cache
 def _flex(device: str) -> Any:
-    """Compiled for fixed shapes, of which there is one where every pack is filled up to the token budget."""
+    """`flex_attention`, compiled on a GPU."""
+    # For fixed shapes: every pack is filled up to the token budget, so there is one shape.
     return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
 
 

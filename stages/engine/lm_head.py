@@ -1,8 +1,7 @@
-"""Log-probs of target tokens from hidden states, without keeping a [tokens, vocabulary] tensor.
+"""Log-probs of target tokens from hidden states: output layer, log-softmax and gather, in chunks of tokens.
 
-Own code because torch's `linear_cross_entropy` returns bf16 log-probs under bf16 (6e-2 nats a token)
-and its automatic chunk is 8-50 times too small. Here log-sum-exp and the result are always float32.
-Logits are kept for the backward pass while they fit `KEPT_LOGITS_BYTES`, else recomputed in chunks.
+In: hidden states, the weight of the output layer (lm_head), targets.  Out: float32 log-probs. Log-sum-exp is computed
+in float32 whatever the dtype, and no tensor of shape (tokens, vocabulary) is needed at once.
 """
 
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Logits up to this size are kept for the backward pass; larger ones are recomputed chunk by chunk.
 KEPT_LOGITS_BYTES = 1 << 30
 CHUNK_TOKENS = 512
 
 
+# Not torch's `linear_cross_entropy`: under bfloat16 it returns bfloat16 log-probs, off by up to 6e-2 nats a token,
+# and the chunks it chooses are 8 to 50 times too small (torch 2.13).
 class TokenLogps(torch.autograd.Function):
-    """log softmax(softcap(scale * hidden @ weight.T + bias))[target], one value a token, in nats."""
+    """log softmax(softcap(scale * (hidden @ weight.T + bias)))[target], one value per token, in nats."""
 
     @staticmethod
     def forward(
@@ -28,20 +30,20 @@ class TokenLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        """hidden (tokens, width), weight (vocabulary, width), targets (tokens,) -> float32 (tokens,).
+        """hidden (tokens, width), weight (vocabulary, width), bias (vocabulary,), targets (tokens,) -> (tokens,) float32.
 
-        The matmuls run in `hidden`'s dtype; a float32 master `weight` gets its gradient in float32.
+        The matmuls run in the dtype of `hidden`; a float32 master `weight` gets its gradient in float32.
         """
-        cast = weight.to(hidden.dtype)
+        cast = weight.to(hidden.dtype)  # (vocabulary, width)
         keep = len(targets) * weight.shape[0] * hidden.element_size() <= KEPT_LOGITS_BYTES and any(
             ctx.needs_input_grad
         )
         kept, logsumexps, logps = [], [], []
-        for rows in _chunks(len(targets)):
-            logits = _logits(hidden[rows], cast, bias, scale, softcap)
-            lse = torch.logsumexp(logits.float(), dim=-1)
+        for chunk in _chunks(len(targets)):
+            logits = _logits(hidden[chunk], cast, bias, scale, softcap)  # (chunk, vocabulary)
+            lse = torch.logsumexp(logits.float(), dim=-1)  # (chunk,)
             logsumexps.append(lse)
-            logps.append(logits.gather(1, targets[rows, None])[:, 0].float() - lse)
+            logps.append(logits.gather(1, targets[chunk, None])[:, 0].float() - lse)  # (chunk,)
             if keep:
                 kept.append(logits)
         ctx.save_for_backward(hidden, weight, cast, bias, targets, *logsumexps, *kept)
@@ -51,7 +53,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """d logp_t / d logits = onehot(target) - softmax, folded back through softcap and scale."""
+        """Gradients of hidden, weight and bias from `grad` (tokens,)."""
         hidden, weight, cast, bias, targets, *rest = ctx.saved_tensors
         chunks = _chunks(len(targets))
         logsumexps, kept = rest[: len(chunks)], rest[len(chunks) :]
@@ -60,17 +62,18 @@ class TokenLogps(torch.autograd.Function):
         grad_bias = None
         if bias is not None and ctx.needs_input_grad[2]:
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-        for index, rows in enumerate(chunks):
+        for index, chunk in enumerate(chunks):
             logits = (
-                kept[index] if ctx.num_kept else _logits(hidden[rows], cast, bias, ctx.scale, ctx.softcap)
-            )
-            slope = _slope(logits, logsumexps[index], targets[rows], grad[rows], ctx.scale, ctx.softcap)
-            slope = slope.to(hidden.dtype)
-            torch.mm(slope, cast, out=grad_hidden[rows])
+                kept[index] if ctx.num_kept else _logits(hidden[chunk], cast, bias, ctx.scale, ctx.softcap)
+            )  # (chunk, vocabulary)
+            grad_logits = _grad_logits(
+                logits, logsumexps[index], targets[chunk], grad[chunk], ctx.scale, ctx.softcap
+            ).to(hidden.dtype)  # (chunk, vocabulary)
+            torch.mm(grad_logits, cast, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, slope.T, hidden[rows])
+                _add_product(grad_weight, grad_logits.T, hidden[chunk])
             if grad_bias is not None:
-                grad_bias += slope.sum(0, dtype=torch.float32)
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -81,19 +84,23 @@ class TokenLogps(torch.autograd.Function):
         )
 
 
-def _slope(
+def _grad_logits(
     logits: Tensor, logsumexps: Tensor, targets: Tensor, grad: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """Gradient of the log-probs with respect to the matmul's result, float32: as few passes as can be."""
-    slope = (logits.float() - logsumexps[:, None]).exp_().mul_(-grad[:, None])
-    slope.scatter_add_(1, targets[:, None], grad[:, None])
+    """Gradient with respect to the result of the matmul, before scale and softcap: (chunk, vocabulary), float32.
+
+    d logp / d logits = onehot(target) - softmax(logits).
+    """
+    # In place, in as few passes as possible: the tensor is as large as a chunk of logits.
+    gradient = (logits.float() - logsumexps[:, None]).exp_().mul_(-grad[:, None])
+    gradient.scatter_add_(1, targets[:, None], grad[:, None])
     if softcap is not None:
-        slope *= 1 - (logits.float() / softcap) ** 2
-    return slope.mul_(scale) if scale != 1.0 else slope
+        gradient *= 1 - (logits.float() / softcap) ** 2
+    return gradient.mul_(scale) if scale != 1.0 else gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in float32; without a product of its own where the types allow."""
+    """total += left @ right, accumulated in the dtype of `total`; without a temporary if the dtypes are equal."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -103,17 +110,22 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def collision_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """log sum_v pi(v)^2 at each token, float32, without gradient: what WPO normalises by."""
+    """log sum_v pi(v)^2 at each token, (tokens,), float32, without gradient: WPO's normalizer (arXiv 2406.11827)."""
     values = []
     with torch.no_grad():
-        for rows in _chunks(len(hidden)):
-            logits = _logits(hidden[rows], weight, bias, scale, softcap).float()
-            values.append(torch.logsumexp(2 * logits, dim=-1) - 2 * torch.logsumexp(logits, dim=-1))
+        for chunk in _chunks(len(hidden)):
+            values.append(collisions_of(_logits(hidden[chunk], weight, bias, scale, softcap).float()))
     return torch.cat(values) if values else hidden.new_zeros(0, dtype=torch.float32)
 
 
+def collisions_of(logits: Tensor) -> Tensor:
+    """log sum_v pi(v)^2, the log-probability that two draws are the same token: (tokens, vocabulary) -> (tokens,)."""
+    return torch.logsumexp(2 * logits, dim=-1) - 2 * torch.logsumexp(logits, dim=-1)
+
+
 def _chunks(tokens: int) -> list[slice]:
-    """Chunks of nearly equal size: a matmul of a few rows would round differently from a larger one."""
+    """Slices of nearly equal size over the tokens."""
+    # Nearly equal, because a matmul of a few rows rounds differently from a larger one.
     count = -(-tokens // CHUNK_TOKENS)
     return [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
 
@@ -121,6 +133,7 @@ def _chunks(tokens: int) -> list[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
+    """(tokens, width) -> (tokens, vocabulary), in the dtype of `hidden`."""
     logits = torch.nn.functional.linear(
         hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     )

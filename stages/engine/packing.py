@@ -1,8 +1,7 @@
-"""Which examples run together: pure functions of lengths, shared by all stages.
+"""Which examples share a pack, and which rank scores it: pure functions of lengths.
 
-An example costs its prompt once plus all but the last token of each completion. Examples are packed
-whole into rows of at most `budget` tokens, and packs are dealt to ranks; neither the budget nor the
-number of ranks changes what is computed, only where.
+In: the length of each example in positions (`packed_length`) and the token budget of a pack.  Out: the examples of each
+pack, whole examples always, and the packs of each rank. Neither the budget nor the number of ranks changes a result.
 """
 
 import bisect
@@ -10,9 +9,10 @@ from collections.abc import Sequence
 
 
 def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit-decreasing packs of item numbers, each within `budget` tokens unless one item exceeds it.
+    """Best-fit-decreasing bin packing: the item numbers of each pack, within `budget` tokens.
 
-    Deterministic: ties go to the lower item number and the older pack. O(n log n).
+    An item longer than the budget has a pack of its own. Deterministic: ties go to the lower item number and to the
+    older pack. O(n log n).
     """
     packs: list[list[int]] = []
     open_packs: list[tuple[int, int]] = []  # (room left, pack number), sorted
@@ -31,7 +31,7 @@ def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def deal(costs: Sequence[int], world_size: int) -> list[list[int]]:
-    """Packs of each rank: the costliest first, always to the rank with the least so far."""
+    """The packs of each rank: the longest pack first, always to the rank with the least cost so far."""
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for number in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):

@@ -1,11 +1,9 @@
-"""Attention of a pack, segment by segment, plugged into transformers' own attention interface.
+"""Attention of a pack, example by example, registered with transformers' attention interface.
 
-Within an example the prompt attends to itself causally, each completion to the prompt and to itself;
-examples do not see each other. No mask over the pack exists: the prompt with its first completion is
-one causal call, every further completion one call over [prompt | itself].
-
-Leaving the mask out under plain `sdpa` would be silently wrong: transformers reads restarting
-positions as separate sequences, and the second completion no longer sees its prompt.
+In: query, key and value of a pack, and its segments.  Out: attention in which the prompt of an example attends to
+itself causally, each completion to the prompt and to itself, and no example to another. There is no mask over the
+pack: the prompt with its first completion is one causal call, each further completion one call over
+[prompt | completion].
 """
 
 from collections.abc import Sequence
@@ -34,12 +32,15 @@ def segment_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
-    assert segments is not None, "the model does not hand its keyword arguments down to its attention"
+    """Attention over a pack: query (1, heads, positions, head_dim) -> (1, positions, heads, head_dim).
+
+    `key` and `value` are (1, key/value heads, positions, head_dim).
+    """
+    assert segments is not None, "the model does not pass its keyword arguments on to its attention"
     dtype = query.dtype
     if query.device.type == "cpu":
-        # torch's bfloat16 backward pass on a CPU takes 2 to 4 times as long as float32's below 128 tokens
-        # and is no faster above, so autocast would cost both time and precision here.
+        # On a CPU, torch's backward pass in bfloat16 takes 2 to 4 times as long as in float32 below 128 tokens and is
+        # no faster above, so autocast would cost both time and precision here.
         query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         result = _by_segment(query, key, value, segments, scaling, sliding_window, softcap)
@@ -55,10 +56,10 @@ def _by_segment(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention over a pack: (1, heads, positions, dim) -> the same shape."""
+    """Attention over a pack: query (1, heads, positions, head_dim) -> the same shape."""
     sizes = [size for segment in segments for size in _call_sizes(segment)]
-    # Splitting once costs one concatenation in the backward pass; a slice for each segment would cost
-    # a pack-sized tensor of zeros each, nearly half of a training step.
+    # One split costs one concatenation in the backward pass. A slice for each segment would cost a tensor of zeros of
+    # the size of the pack each, nearly half of the time of a training step.
     pieces = zip(*(side.split(sizes, dim=2) for side in (query, key, value)), strict=True)
     results = []
     for segment in segments:
@@ -67,6 +68,7 @@ def _by_segment(
         before = segment.prompt_length
         for _other in segment.completion_lengths[1:]:
             own_query, own_key, own_value = next(pieces)
+            # (1, heads, prompt length + completion length, head_dim)
             keys = torch.cat([first_key[:, :, :before], own_key], dim=2)
             values = torch.cat([first_value[:, :, :before], own_value], dim=2)
             results.append(_attend(own_query, keys, values, before, scaling, sliding_window, softcap))
@@ -74,7 +76,7 @@ def _by_segment(
 
 
 def _call_sizes(segment: Segment) -> list[int]:
-    """Queries of each attention call of an example: the prompt with its first completion, then each other."""
+    """Number of queries of each attention call of an example: prompt and first completion, then each further one."""
     first, *others = segment.completion_lengths or (0,)
     return [segment.prompt_length + first, *others]
 
@@ -88,9 +90,12 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of queries at positions `before`, `before` + 1, ... over keys from position 0."""
+    """Causal attention of queries at positions `before`, `before` + 1, ... over keys from position 0.
+
+    query (1, heads, length, head_dim), key and value (1, key/value heads, total, head_dim) -> the shape of query.
+    """
     length, total = query.shape[2], key.shape[2]
-    if not length:  # a completion of one token feeds nothing
+    if not length:  # a completion of one token has no position in the pack
         return query
     reach = total if window is None else min(window, total)
     windowed = reach < total
@@ -99,10 +104,10 @@ def _attend(
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-    ages = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(
+    distances = torch.arange(before, before + length, device=query.device)[:, None] - torch.arange(
         total, device=query.device
-    )
-    visible = (ages >= 0) & (ages < reach)
+    )  # (length, total)
+    visible = (distances >= 0) & (distances < reach)
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=scaling, enable_gqa=grouped
@@ -116,7 +121,9 @@ def _attend(
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """The segments say everything; no mask tensor is built."""
+    """No mask tensor is built: the segments hold the same information."""
+    # Needed: under a mask function of transformers' own, restarting positions are read as separate sequences, and the
+    # second completion of an example would not see its prompt.
 
 
 AttentionInterface.register(NAME, segment_attention)

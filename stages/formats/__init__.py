@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.errors import DataError
-from stages.data.readers import SourceRow
+from stages.data.messages import PROMPT_COLUMNS
+from stages.data.source_row import SourceRow
 from stages.formats.column_map import renamed
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable
 from stages.formats.datasets import (
@@ -91,7 +92,6 @@ FORMATS: tuple[type[Format], ...] = (
 )
 # Rows looked at before a format is chosen.
 DETECTION_ROWS = 1000
-PROMPT_ONLY = ({"prompt"}, {"messages"}, {"turns"}, {"instruction"}, {"question"})
 
 __all__ = [
     "DETECTION_ROWS",
@@ -157,7 +157,7 @@ def choose_format(
 
 def _unknown(first: Mapping[str, Any]) -> str:
     """What to do about rows that no format knows."""
-    if any(columns <= first.keys() for columns in PROMPT_ONLY) and not _has_answer(first):
+    if any(column in first for column in PROMPT_COLUMNS) and not _has_answer(first):
         return (
             "holds a prompt and no answers. Prompts serve align sample: --set sample.prompts=FILE. "
             "If there are answers, say in YAML which columns are which (data.columns), or choose with --set data.format=NAME; docs/formats.md shows a row of each."

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stages.data.readers import SourceRow
+from stages.data.source_row import SourceRow
 
 ABSENT = object()
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stages.data.columns import Message, as_messages, finite_number, optional_text, shown, tools_of
-from stages.data.readers import BadRow
+from stages.data.columns import finite_number, optional_text, shown
+from stages.data.messages import Message, as_messages, tools_of, without_weight
+from stages.data.source_row import BadRow
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -183,10 +184,3 @@ def turn_weight(completion: str | list[Message]) -> float:
             f"loss_weight: the turns of one completion have weights {', '.join(map(str, sorted(weights)))}; expected 0 or one weight"
         )
     return weights.pop() if weights else 1.0
-
-
-def without_weight(message: Message) -> Message:
-    """A message of a prompt, where nothing is trained."""
-    return (
-        {key: value for key, value in message.items() if key != "weight"} if "weight" in message else message
-    )

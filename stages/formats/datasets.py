@@ -7,8 +7,9 @@ PKU-SafeRLHF and HelpSteer are built to their published schema and were not trie
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, finite_number, messages, one_of, prompt_of, text
-from stages.data.readers import BadRow
+from stages.data.columns import entries, finite_number, one_of, text
+from stages.data.messages import check_prompt, messages, prompt_of
+from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import instruction_of
 from stages.formats.trl import listed, split_shared, transcript
@@ -161,8 +162,7 @@ class Nectar(Format):
         turns = transcript("\n\n" + text(row, "prompt").lstrip(), "prompt")
         if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
             turns = turns[:-1]
-        if turns[-1]["role"] == "assistant":
-            raise BadRow("prompt: ends with an assistant turn, so there is nothing to answer")
+        check_prompt(turns, "prompt")
         answers = entries(row, "answers")
         if not all(isinstance(answer, Mapping) for answer in answers):
             raise BadRow("answers: expected objects with answer and rank")

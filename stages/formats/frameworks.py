@@ -3,20 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import (
+from stages.data.columns import entries, finite_number, mapping, one_of, text, truth
+from stages.data.messages import (
+    check_prompt,
     completion_of,
-    entries,
-    finite_number,
     is_conversation,
-    mapping,
     messages,
-    one_of,
     prompt_of,
-    text,
     text_or_messages,
-    truth,
 )
-from stages.data.readers import BadRow
+from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import unanswered
 from stages.formats.trl import is_text, labelled, last_answer
@@ -208,6 +204,4 @@ def _asked(row: Mapping[str, Any], *columns: str) -> Any:
     asked = text_or_messages(row, column)
     if isinstance(asked, str):
         return [{"role": "user", "content": asked}]
-    if asked[-1]["role"] == "assistant":
-        raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
-    return asked
+    return check_prompt(asked, column)

@@ -10,7 +10,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from cache.fingerprint import canonical_json
-from stages.data.readers import SourceRow
+from stages.data.source_row import SourceRow
 
 
 def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:

@@ -7,17 +7,9 @@ and `history` holds earlier [question, answer] turns, as there.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import (
-    Message,
-    completion_of,
-    entries,
-    is_conversation,
-    messages,
-    optional_text,
-    shown,
-    text,
-)
-from stages.data.readers import BadRow
+from stages.data.columns import entries, optional_text, shown, text
+from stages.data.messages import Message, check_prompt, completion_of, is_conversation, messages
+from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, pair, ranked
 from stages.formats.trl import is_text, labelled, last_answer, shared_prompt
 
@@ -144,7 +136,4 @@ class V1Messages(Format):
 
 def unanswered(row: Mapping[str, Any], column: str) -> list[Message]:
     """A conversation whose last turn is one to be answered."""
-    turns = messages(row, column)
-    if turns[-1]["role"] == "assistant":
-        raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
-    return turns
+    return check_prompt(messages(row, column), column)

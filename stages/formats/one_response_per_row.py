@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, ClassVar
 
-from stages.data.columns import completion_of, entries, finite_number, prompt_of, shown, text
-from stages.data.readers import BadRow
+from stages.data.columns import entries, finite_number, shown, text
+from stages.data.messages import completion_of, prompt_of
+from stages.data.source_row import BadRow
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable, ranked, weight_of
 
 

@@ -8,22 +8,20 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import (
+from stages.data.columns import finite_number, shown, text, truth
+from stages.data.messages import (
     Message,
     check_completion,
     completion_of,
-    finite_number,
     is_conversation,
     messages,
     prompt_of,
     role_of,
-    shown,
-    text,
     text_or_messages,
-    truth,
+    without_weight,
 )
-from stages.data.readers import BadRow
-from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked, without_weight
+from stages.data.source_row import BadRow
+from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked
 
 
 class Explicit(Format):

@@ -1,6 +1,6 @@
 """Completions as the files that people and evaluation tools read.
 
-In:  `SampleRecord`s and a path.  Out: our own JSONL, or AlpacaEval's JSON, written whole or not at all.
+In:  `CompletionRecord`s and a path.  Out: our own JSONL, or AlpacaEval's JSON, written whole or not at all.
 """
 
 import json
@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from cache.errors import DataError
 from cache.files import write_bytes
-
-Message = dict[str, str]
+from stages.data.messages import Message
 
 
 @dataclass(frozen=True)
-class SampleRecord:
+class CompletionRecord:
     """One completion with where it comes from; the fields are the keys of a line of our JSONL.
 
-    `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator").
+    `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator"); `side` is
+    policy, reference, or model where `sample.model` named it.
     """
 
     id: str
@@ -30,10 +30,10 @@ class SampleRecord:
     finish_reason: Literal["stop", "length"]
     num_tokens: int
     model: str
-    side: Literal["policy", "reference"]
+    side: str
 
 
-def write_jsonl(records: Iterable[SampleRecord], path: Path) -> None:
+def write_jsonl(records: Iterable[CompletionRecord], path: Path) -> None:
     """Write one JSON object per line, in the order given."""
     lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
     write_bytes(path, "".join(lines).encode())
@@ -45,7 +45,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def write_alpaca_eval(records: Sequence[SampleRecord], path: Path, dataset: str) -> None:
+def write_alpaca_eval(records: Sequence[CompletionRecord], path: Path, dataset: str) -> None:
     """Write what `alpaca_eval --model_outputs` reads: a JSON array of one generator's outputs.
 
     AlpacaEval joins two files on the instruction, so it takes one output per prompt: sample 0.

@@ -1,6 +1,6 @@
 """Completions from token ids: one interface over vLLM and, where that cannot run, transformers.
 
-In:  one or more model folders, prompts as token ids, and the sampling parameters.
+In:  one or more model folders, prompts with their token ids, and the sampling parameters.
 Out: for each model one `Completion` per (prompt, sample), in prompt order then sample order.
 
 Every (row, sample) is its own request with a seed hashed from (run seed, row id, sample index), so a
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import DataError, MachineError
-from stages.generation.requests import EngineOptions, Model, Request, Sampling
+from stages.generation.requests import EngineOptions, Model, Prompt, Request, Sampling
 from stages.models.adapters import base_of, is_adapter, require_peft
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -50,30 +50,15 @@ def request_seed(run_seed: int, row_id: str, sample_index: int) -> int:
 
 def generate(
     engine: Engine,
-    model: Path,
-    prompts: list[list[int]],
-    row_ids: list[str],
-    sampling: Sampling,
-    options: EngineOptions,
-    say: Callable[[str], None],
-) -> tuple[str, list[Completion]]:
-    """Sample one model; returns the engine that was used and the completions."""
-    used, (completions,) = generate_each(engine, [model], prompts, row_ids, sampling, options, say)
-    return used, completions
-
-
-def generate_each(
-    engine: Engine,
     models: Sequence[Path],
-    prompts: list[list[int]],
-    row_ids: list[str],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     options: EngineOptions,
     say: Callable[[str], None],
 ) -> tuple[str, list[list[Completion]]]:
     """Sample several models on the same prompts with one engine; returns it and the completions of each.
 
-    On a CPU this is about half the price of calling `generate` twice, because vLLM is imported once.
+    On a CPU this takes about half the time of a call for each model, because vLLM is imported once.
     `auto` takes vLLM and falls back to transformers with one line through `say`; every model is then
     sampled by transformers, so what is compared always comes from one engine.
 
@@ -83,10 +68,10 @@ def generate_each(
     """
     opened = [open_model(path, sampling, options) for path in models]
     for model in opened:
-        check_prompts(prompts, row_ids, model)
+        check_prompts(prompts, model)
     requests = [
-        Request(index, sample, request_seed(sampling.seed, row_id, sample), prompt)
-        for index, (row_id, prompt) in enumerate(zip(row_ids, prompts, strict=True))
+        Request(index, sample, request_seed(sampling.seed, prompt.id, sample), prompt.ids)
+        for index, prompt in enumerate(prompts)
         for sample in range(sampling.num_samples)
     ]
     used, tokens = _run(engine, opened, requests, sampling, options, say)
@@ -130,7 +115,7 @@ def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop), adapter)
 
 
-def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) -> None:
+def check_prompts(prompts: Sequence[Prompt], model: Model) -> None:
     """Raise `DataError` naming the first prompt that `model` cannot complete.
 
     One such prompt would abort vLLM's whole call, after the half minute it takes to start.
@@ -138,21 +123,22 @@ def check_prompts(prompts: list[list[int]], row_ids: list[str], model: Model) ->
     if not prompts:
         raise DataError("There is no prompt to sample: the held-out rows or the file of prompts are empty.")
     vocab_size = model.config.get_text_config().vocab_size
-    for row_id, prompt in zip(row_ids, prompts, strict=True):
-        if not prompt:
+    for prompt in prompts:
+        ids = prompt.ids
+        if not ids:
             raise DataError(
-                f"Row {row_id} has an empty prompt; sampling needs at least one token to start from."
+                f"Row {prompt.id} has an empty prompt; sampling needs at least one token to start from."
             )
-        if len(prompt) > model.max_length - 1:
+        if len(ids) > model.max_length - 1:
             raise DataError(
-                f"Row {row_id}: the prompt has {len(prompt)} tokens; at most {model.max_length - 1} leave room for "
+                f"Row {prompt.id}: the prompt has {len(ids)} tokens; at most {model.max_length - 1} leave room for "
                 f"a completion in {model.path}. Lower prepare.max_prompt_length "
                 f"or sample.max_tokens."
             )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            outside = next(token for token in prompt if not 0 <= token < vocab_size)
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            outside = next(token for token in ids if not 0 <= token < vocab_size)
             raise DataError(
-                f"Row {row_id}: token id {outside} is not in the vocabulary of {model.path} ({vocab_size} ids). "
+                f"Row {prompt.id}: token id {outside} is not in the vocabulary of {model.path} ({vocab_size} ids). "
                 f"The prompts were made with another tokenizer: run `align prepare` with this model."
             )
 

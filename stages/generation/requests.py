@@ -1,14 +1,24 @@
-"""What a generation engine is asked for: the models, the requests, and how to sample."""
+"""What a generation engine is given: models, prompts and requests, and how to sample."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cache.errors import UsageError
+from stages.data.messages import Message
 
 # vLLM raises any temperature in between to 0.01 and refuses more than 2.
 MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to complete: its id, its text or messages for people to read, and its token ids."""
+
+    id: str
+    content: str | list[Message]
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Sampling:
 class EngineOptions:
     """How the engine runs.
 
+    dtype: float32 or bfloat16.
     max_model_length: prompt and completion together, in tokens; the model's own number of positions
         is the limit where that is smaller.
     kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
@@ -53,7 +64,7 @@ class EngineOptions:
     gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
     """
 
-    dtype: Literal["float32", "bfloat16"]
+    dtype: str
     max_model_length: int
     kv_cache_bytes: int | None = None
     tensor_parallel_size: int = 1

@@ -1,8 +1,8 @@
-"""Every loss there is, as data and as code: the union below is the only list of them.
+"""The list of losses: `SingleLoss` below is the only one, and everything else derives from it.
 
-`AnyLoss` is what a configuration holds under `loss:` (tagged by `name`), `LOSSES` finds a class by its name,
-and `parse_loss` turns a mapping into a loss or says in one line what is wrong with it. To add a loss, write
-its class in the file of its family and put it into `SingleLoss`.
+`AnyLoss` is the type of the configuration block `loss:` (a union tagged by `name`), `LOSSES` maps names to classes,
+and `parse_loss` turns a mapping into a loss or raises a `UsageError` of one line. To add a loss, write its class in
+the file of its family and put the class into `SingleLoss`.
 """
 
 import difflib
@@ -59,7 +59,7 @@ SingleLoss = Annotated[
     | SFT,
     Field(discriminator="name"),
 ]
-# A mixture's parts are single losses, so its fields can be built only now.
+# The parts of a mixture are single losses, so its fields can be built only after the list above.
 Part.model_rebuild()
 Mixture.model_rebuild(force=True)
 
@@ -73,7 +73,7 @@ _ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyLoss)
 
 
 def parse_loss(mapping: Mapping[str, Any]) -> Loss:
-    """The loss that a `loss:` block describes; `UsageError` in one line when it describes none."""
+    """The loss that a `loss:` block describes; raises `UsageError` in one line when the block is not valid."""
     try:
         return _ADAPTER.validate_python(dict(mapping))
     except ValidationError as error:
@@ -82,7 +82,7 @@ def parse_loss(mapping: Mapping[str, Any]) -> Loss:
 
 
 def _complaint(detail: ErrorDetails) -> str:
-    """What is wrong, at which key, with which value, and what would be right."""
+    """One sentence for an error of pydantic: the key, its value, and what is expected."""
     path, owner, fields = _place(detail["loc"])
     value = detail["input"]
     match detail["type"]:
@@ -99,18 +99,17 @@ def _complaint(detail: ErrorDetails) -> str:
         case "missing":
             return f"{path} is missing ({owner} needs it)"
         case "value_error":
-            joint = (
-                "." if detail["loc"][-1] == owner else " "
-            )  # what a whole loss objects to starts with a field
+            # The message of a validator of the whole loss begins with the name of a field.
+            joint = "." if detail["loc"][-1] == owner else " "
             return f"{path}{joint}{detail['msg'].removeprefix('Value error, ')}"
         case _:
             return f"{path} is {value!r}, but {detail['msg'].replace('Input', 'it', 1)}"
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
-    """The key as the user wrote it, whose field its last part is, and what other fields that has.
+    """The key as the user wrote it, the loss that has or should have this key, and the fields of that loss.
 
-    Pydantic puts the tag of a union into the location: first of all, and after each key `loss` of a part.
+    Pydantic puts the tag of a union into the location: at the beginning, and after each key `loss` of a part.
     """
     path, owner, fields = ["loss"], "", []
     previous = "loss"

@@ -1,7 +1,7 @@
-"""Losses that hold the chosen and the rejected completion each to its own mark, not only to each other.
+"""Losses with a target for each side of a pair, not only for the difference between the two.
 
 In: pairs with reference log-probs. Out: one loss per pair. dpo fixes only the difference, so both log-probs
-may fall together; these say where each should go. Symbols as in `margin.py`.
+may fall together; these losses fix the chosen and the rejected log-prob each. Symbols as in `margin.py`.
 """
 
 from typing import ClassVar, Literal
@@ -14,14 +14,14 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class NCA(Loss):
-    """Tells data from noise: raises the chosen log-ratio for what it is, not for being above the rejected.
+    """Raises the chosen log-ratio itself, not only its margin over the rejected (noise-contrastive alignment).
 
-    Half a pull back on each side keeps both near the reference, so the chosen log-prob does not fall.
+    A term of weight one half on each side holds both near the reference, so the chosen does not fall.
 
     Formula: `-log s(beta D_w) - log s(-beta D_w) / 2 - log s(-beta D_l) / 2`. Paper: arXiv 2402.05369,
     section 4.1.
 
-    When: dpo lowers the probability of the chosen answers, as in reasoning and maths.
+    When: dpo lowers the probability of the chosen completions, as often in reasoning and maths.
     Values: beta 0.01, learning rate 1e-6 (the paper's 5e-6 is for QLoRA), batch 32 (paper, appendix C).
     """
 
@@ -40,16 +40,16 @@ class NCA(Loss):
 class SPPO(Loss):
     """Regresses the chosen log-ratio to +1/(2 beta) and the rejected one to -1/(2 beta).
 
-    One round of self-play, where the target of a log-ratio is its win rate minus one half; here with hard win
-    rates (1 for the chosen, 0 for the rejected), TRL's `sppo_hard`.
+    One round of self-play preference optimization: the target of a log-ratio is (win rate - 1/2) / beta. Here win
+    rates are 1 for the chosen and 0 for the rejected completion, as in TRL's `sppo_hard`.
 
     Formula: `(D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`. Paper: arXiv 2405.00675, eq. 4.7 with P in {0, 1}.
     The authors' code takes half the sum, and estimated win rates; TRL the sum, as here.
 
-    When: pairs are the policy's own samples and training goes in rounds.
+    When: the pairs are samples of the policy itself, and training goes in rounds.
     Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64, one epoch a round with RMSprop (authors' pipeline.sh;
-    `train.optimizer: rmsprop`). The loss starts at 1/(2 beta^2), half a million: gradients are large and clipping
-    always acts, so the factor of two changes nothing.
+    `train.optimizer: rmsprop`). The loss begins at 1/(2 beta^2), which is 500,000: gradients are large, and every step
+    is clipped, so the factor of two changes nothing.
     """
 
     name: Literal["sppo"] = "sppo"
@@ -65,16 +65,17 @@ class SPPO(Loss):
 
 
 class CalDPO(Loss):
-    """DPO with both log-ratios tied to marks, so that a margin cannot come from letting both fall.
+    """DPO plus a regression of both log-ratios to +1/(2 beta) and -1/(2 beta) (calibrated DPO).
 
-    Rewards get the scale of a ground truth of 1/2 for the chosen and -1/2 for the rejected completion.
+    The regression keeps the chosen log-prob from falling: it gives the rewards the scale of a ground truth of 1/2 for
+    the chosen and -1/2 for the rejected completion.
 
     Formula: `-log s(h) + (D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`: dpo with beta 1 and sppo. Paper: arXiv
     2412.14516; authors' code, Cal-DPO/Cal-DPO.
 
-    When: dpo lowers the probability of the chosen answers.
-    Values: beta 1e-3 (authors' Mistral-7B and TL;DR; 3e-3 and, for HH, 0.1 are theirs too), learning rate 5e-7, with
-    RMSprop. The squares outweigh the logistic term by far at this beta, and gradients are always clipped.
+    When: dpo lowers the probability of the chosen completions.
+    Values: beta 1e-3 (authors' Mistral-7B and TL;DR; also 3e-3, and 0.1 for HH), learning rate 5e-7, with RMSprop. At
+    this beta the squares are far larger than the logistic term, and every step is clipped.
     """
 
     name: Literal["cal_dpo"] = "cal_dpo"
@@ -94,7 +95,7 @@ class CalDPO(Loss):
 class APOZero(Loss):
     """Raises the chosen and lowers the rejected completion, each against the reference.
 
-    For data whose chosen answers are better than what the model would say.
+    For data whose chosen completions are better than the policy's own.
 
     Formula: `1 - s(beta D_w) + s(beta D_l)`. Paper: APO, arXiv 2408.06266, eq. 7. rlhf-book leaves out the 1.
     `normalize: mean` takes d = D / n for D, so that a long completion moves no further than a short one, as the
@@ -117,15 +118,15 @@ class APOZero(Loss):
 
 
 class APODown(Loss):
-    """Lowers both completions, the rejected one more.
+    """Lowers both completions, the rejected one more: for a policy that is better than its data.
 
-    For data whose chosen answers are worse than what the model would say: there is an order to learn, but
-    neither answer to imitate.
+    For data whose chosen completions are worse than the policy's own: their order is worth learning, but neither
+    is worth imitating.
 
     Formula: `s(beta D_w) + 1 - s(beta h)`. Paper: APO, arXiv 2408.06266, eq. 8. rlhf-book leaves out the 1.
     `normalize: mean` as in apo_zero, h being the difference of the d = D / n.
 
-    When: a strong policy, weaker data.
+    When: the policy is stronger than the models that wrote the data.
     Values: beta 0.1 (paper); learning rate 1e-6 for 1-3B as apo_zero's (the paper's 2e-7 is for 8B).
     """
 
@@ -141,7 +142,7 @@ class APODown(Loss):
 
 
 def _rewards(batch: Batch, beta: float, normalize: str = "sum") -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen and rejected rewards per pair, with gradient, and the rewards of all rows, which no length divides."""
+    """Chosen and rejected scores, (pairs,) each, with gradient; rewards of all rows, (rows,), without."""
     rewards = beta * batch.rows.logratios
     scores = rewards / batch.rows.num_tokens if normalize == "mean" else rewards
     return scores[batch.chosen], scores[batch.rejected], rewards.detach()

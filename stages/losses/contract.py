@@ -1,8 +1,11 @@
-"""What a loss is given, what it returns, and what it may ask for.
+"""The interface of a loss: the tensors it is given, what it returns, and how it declares what it needs.
 
-A loss is a frozen pydantic model: its fields are its hyperparameters with that loss's own defaults,
-`__call__` is its maths, and its class variables say what it needs. It never sees a model, a rank, a
-micro-batch boundary or a name. The training loop asks for the needs and hands over tensors.
+A loss is a frozen pydantic model: its fields are its hyperparameters with their defaults, `__call__` is its maths,
+and its class variables declare what it needs. It sees tensors only: no model, no ranks, no micro-batches. The
+training step reads the declarations and fills the tensors (`stages/train/step/`).
+
+Axes in shape comments, here and in `stages/train/step/`: `rows` (completions of a micro-batch or a step), `pairs`
+(chosen and rejected), `units` (pairs or rows, see `Loss.unit`); those of a pack are in `stages/engine/packs.py`.
 """
 
 from dataclasses import dataclass, field
@@ -21,28 +24,30 @@ CARRY_GRADIENT = ("logps", "shared_logps", "prompt_logps")
 
 @dataclass(frozen=True)
 class Rows:
-    """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
+    """Log-probs of completions and their data: (rows,) each, float32; log-probs in nats.
 
-    `CARRY_GRADIENT` names the fields that carry the gradient; everything else is data. A field that may be None is
-    filled exactly when the loss lists it in `Loss.needs`.
+    Sums and numbers are over the tokens whose completion mask is 1, unless said otherwise.
+
+    The fields in `CARRY_GRADIENT` carry the gradient. A field that may be None is filled exactly if the loss lists it
+    in `Loss.needs`.
     """
 
     logps: Tensor
     num_tokens: Tensor
     ref_logps: Tensor | None = None
-    # Multiplies the loss of a pair (the chosen row's weight).
+    # From the data. The weight of the chosen row multiplies the loss of a pair.
     weights: Tensor | None = None
     scores: Tensor | None = None
-    # Sums over the first min(n_chosen, n_rejected) kept tokens of the pair.
+    # Sums over the first min(n_chosen, n_rejected) tokens of each side of a pair.
     shared_logps: Tensor | None = None
     ref_shared_logps: Tensor | None = None
-    # Mean over kept tokens of log sum_v pi(v)^2, without gradient.
+    # Mean over the tokens of log sum_v pi(v)^2, v over the vocabulary.
     collision_logps: Tensor | None = None
-    # Sum over the tokens of the row's prompt from the second on, and their number.
-    # An example's rows share its prompt: it is scored once, each row holds the sum.
+    # Sum over the tokens of the row's prompt from the second on, and their number. The rows of an example share
+    # one prompt, which is scored once; each row holds the sum.
     prompt_logps: Tensor | None = None
     num_prompt_tokens: Tensor | None = None
-    # Weight of a row for the prompt it answers; 1 where desirable.
+    # Weight of an undesirable row by its prompt, as `DensityRatios` computes it; 1 for a desirable row.
     density_ratios: Tensor | None = None
 
     @property
@@ -57,7 +62,7 @@ class Rows:
         return self.logps / self.num_tokens
 
     def get(self, field_name: str) -> Tensor:
-        """A field that is known to be filled, by its name."""
+        """The field of this name, which has to be filled."""
         return vars(self)[field_name]
 
     def select(self, index: Tensor) -> "Rows":
@@ -70,35 +75,33 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a micro-batch, or of a whole step, and how they compare.
+    """Rows of a micro-batch, or of a whole step, and which of them are compared.
 
-    `chosen` and `rejected` index into `rows`, one entry per pair; `desirable` marks each row.
-    Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not. Rows of
-    a ranked list may be in several pairs, on either side; a loss that reads `desirable` lists it in its needs.
-    `lists` is the number of the prompt that each row answers, from 0 to `num_lists - 1`: rows of one number are
-    completions of one prompt.
+    Unpaired data has no pairs. In paired data each chosen row is desirable and each rejected row is not. A row of a
+    ranked list may be in several pairs and on both sides, so only data without such rows goes with a loss that lists
+    "desirable" in its needs. Rows of one prompt have one number in `lists`.
     """
 
     rows: Rows
-    desirable: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    lists: Tensor
+    desirable: Tensor  # (rows,), bool
+    chosen: Tensor  # (pairs,), indices into the rows
+    rejected: Tensor  # (pairs,), indices into the rows
+    lists: Tensor  # (rows,), from 0 to num_lists - 1
     num_lists: int
 
     def pairs(self) -> tuple[Rows, Rows]:
-        """The chosen and the rejected side, aligned: shape (pairs,)."""
+        """The chosen and the rejected row of each pair: `Rows` of shape (pairs,)."""
         return self.rows.select(self.chosen), self.rows.select(self.rejected)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Facts about the whole optimizer step, over all micro-batches and ranks.
+    """Statistics of the whole optimizer step, over all micro-batches and ranks.
 
-    `kl`: mean policy-minus-reference log-ratio over the step's mismatched rows, not clamped, without
-    gradient; None unless the loss needs it. `tokens_per_pair`: mean number of kept chosen tokens in the step.
-    `state`: a loss's persistent numbers from earlier steps, see `Loss.next_state`. `training`: whether the rows
-    are part of them; those of an evaluation are not.
+    `kl`: mean log-ratio (policy minus reference) of the step's mismatched rows, not clamped, without gradient; a
+    scalar, None unless the loss needs it. `tokens_per_pair`: mean number of chosen tokens of a pair. `state`: the
+    running numbers of the loss from earlier steps, see `Loss.next_state`. `training`: whether `state` will be updated
+    by the rows; False in an evaluation.
     """
 
     kl: Tensor | None = None
@@ -109,56 +112,51 @@ class Step:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Losses of the units (pairs, rows or lists), implicit rewards of the rows, and native metrics.
+    """Losses of the units, implicit rewards of the rows, and metrics of this loss alone.
 
-    The step's loss is the mean of `losses` over all its units. `rewards` has one entry per row,
-    without gradient. `metrics` holds further per-unit values to be averaged, without gradient.
+    The step's loss is the mean of `losses` over all units of the step. A metric is the mean of its values over them.
     """
 
-    losses: Tensor
-    rewards: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    losses: Tensor  # (units,), with gradient
+    rewards: Tensor  # (rows,), without gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # (units,) each, without gradient
 
 
 class Loss(BaseModel):
-    """What every loss declares. Subclasses add fields, a `name` literal and `__call__`.
-
-    Ask an instance for its needs, not the class: those of a mixture follow from its parts.
-    """
+    """What every loss declares. Subclasses add fields, a `name` literal and `__call__`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # What one unit is: a (chosen, rejected) pair, a row that is desirable or not, or all completions of a prompt.
+    # What one entry of `LossOutput.losses` belongs to: a (chosen, rejected) pair, a row, or the rows of a prompt.
     unit: ClassVar[Literal["pair", "row", "list"]] = "pair"
-    # Fields of `Rows`, `Batch` and `Step` that the loss reads whatever its options; see `needs`.
+    # The part of `needs` that does not depend on the options.
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
-    # The loss of one unit depends on the other units of the step (ranks, running statistics): it is
-    # called once on the whole step, however that is split into micro-batches and ranks.
+    # The loss of one unit depends on the other units of the step (by sorted values or running statistics), so the
+    # loss is called once on the whole step, however that is split into micro-batches and ranks.
     whole_step: ClassVar[bool] = False
-    # `next_state` does something: the numbers it returns belong in checkpoints.
+    # `next_state` returns numbers that have to be saved in checkpoints.
     keeps_state: ClassVar[bool] = False
-    # Training defaults that go with this loss (policies of 1-8B with fp32 master weights).
+    # Training defaults of this loss, for policies of 1-8B parameters with float32 master weights.
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the fields of `Rows`, `Batch` and `Step` that this loss reads and that not every loss is given.
+        """Names of the optional fields of `Rows` and `Step` that this loss reads, and "desirable" if it reads that.
 
-        "desirable": each row has to be desirable or not. "weights": the loss honours weights; data with weights
-        other than 1 is an error for a loss that does not list them.
+        A loss without "weights" ignores weights, so data with weights other than 1 is an error for it.
         """
         return self.always_needs
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with the reference model, so that cache-ref has to run first."""
+        """Whether the loss reads reference log-probs, so that cache-ref has to run first."""
         return "ref_logps" in self.needs
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
-        """Per-unit losses in nats; pure, no `.item()`, no collective calls."""
+        """The loss of each unit, in nats. A pure function: no `.item()`, no collective operations."""
         raise NotImplementedError
 
     def next_state(self, rewards: Tensor, state: dict[str, float]) -> dict[str, float]:
-        """State after a step, from all its rewards (detached). Called once a step; saved in checkpoints."""
+        """The state after a step, from the rewards of all its rows, (rows,), and the state before. Called once a step."""
         return state

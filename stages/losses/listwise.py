@@ -1,8 +1,7 @@
-"""Losses of all completions of a prompt at once, best to worst or by their scores.
+"""Losses of all completions of a prompt at once, by their ranks or by their scores.
 
-In: lists of completions with reference log-probs, from ranked data (`prepare.graded=ranked`, `train.pairs=all`); a
-pair is a list of two. Out: one loss per list. A list is never split, so how a step is split changes nothing. D is
-the summed log-ratio of a completion, s its score.
+In: ranked lists with reference log-probs (`prepare.graded=ranked`, `train.pairs=all`); a pair is a list of two.
+Out: one loss per list. D is the summed log-ratio of a completion, s its score.
 """
 
 import math
@@ -15,16 +14,16 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class PlackettLuce(Loss):
-    """DPO for rankings: each completion should win against all that are ranked below it.
+    """DPO for rankings: the likelihood of the whole order under a Plackett-Luce model.
 
-    Choosing the best of the list, then the best of the rest, and so on, is the Plackett-Luce model; of two it is
-    that of Bradley and Terry, and the loss dpo.
+    The model draws the best of the list, then the best of the rest, and so on. For two completions it is the
+    Bradley-Terry model, and the loss is that of dpo.
 
     Formula: `sum_k [log sum_(j = k or below k) e^(beta D_j) - beta D_k]`. Paper: DPO, arXiv 2305.18290, appendix A.3.
     Completions of equal scores are not compared with each other, so a list of equal ones has loss 0.
 
-    When: ranked lists, as from several graded samples; it reads their order alone.
-    Values: beta and learning rate are dpo's. The loss of a list of N starts at log N!.
+    When: ranked lists whose order is more reliable than their scores.
+    Values: beta and learning rate are dpo's. The loss of a list of N completions begins at log N!.
     """
 
     name: Literal["plackett_luce"] = "plackett_luce"
@@ -43,19 +42,18 @@ class PlackettLuce(Loss):
 
 
 class InfoNCA(Loss):
-    """Makes the completions of a prompt as likely, against the reference, as their scores say.
+    """Cross-entropy between a softmax of the scores and a softmax of the rewards of a list.
 
-    The scores become a distribution over the list, the policy's rewards another, and the loss is their
-    cross-entropy.
+    So the policy makes each completion as likely, relative to the reference, as its score says.
 
     Formula: `-sum_i q_i log softmax(beta D)_i`, `q = softmax(s / alpha)` over the list. Paper: arXiv 2402.05369;
-    authors' code, thu-ml/Noise-Contrastive-Alignment, which adds 0.01 to the first score so that it wins ties; here
-    ties share. Of two completions it is rpo's backward_kl with eta 1 / alpha, but for a constant, and dpo where one
-    label is certain.
+    authors' code, thu-ml/Noise-Contrastive-Alignment, which adds 0.01 to the first score to break ties; here ties
+    share the weight. For two completions it is rpo's backward_kl with eta 1 / alpha, up to a constant, and dpo if alpha
+    is small.
 
-    When: several completions with scores on one scale. nca is its relative for pairs.
-    Values: beta 0.01, alpha 1e-4 (authors' reward_qlora.yaml, scores up to 10: all weight on the best); batch 32;
-    learning rate nca's, 1e-6 (their 5e-6 is for QLoRA).
+    When: several completions with scores on one scale. nca is for pairs.
+    Values: beta 0.01, alpha 1e-4 (authors' reward_qlora.yaml; with scores of 1 to 10 the best has all the weight),
+    batch 32; learning rate nca's, 1e-6 (their 5e-6 is for QLoRA).
     """
 
     name: Literal["infonca"] = "infonca"
@@ -74,15 +72,15 @@ class InfoNCA(Loss):
 
 
 class EXORw(Loss):
-    """exo for lists of scored completions: the reverse KL from the policy's distribution to that of the scores.
+    """EXO for ranked lists: the KL from a softmax of the rewards to a softmax of the scores.
 
-    Where infonca spreads over all that scores well, this one seeks the best.
+    This direction of the KL concentrates on the best completions, that of infonca covers all good ones.
 
     Formula: `sum_i p_i (log p_i - log q_i)`, `p = softmax(beta D)`, `q = softmax(s / score_beta)` over the list.
     Paper: EXO, arXiv 2402.00856; `exo-rw` in the authors' code (haozheji/exact-optimization), whose beta_pi and
-    beta_r these are. Of two completions it is rpo's forward_kl with eta 1 / score_beta, and exo with the label that it implies.
+    beta_r these are. For two completions it is rpo's forward_kl with eta 1 / score_beta.
 
-    When: the completions are the reference's own samples, scored by a reward model.
+    When: the completions are samples of the reference, scored by a reward model.
     Values: beta 0.5, score_beta 0.5 on HH and TL;DR, 0.1 both on IMDB; learning rate 1e-6, batch 64 (authors' code).
     """
 
@@ -101,18 +99,18 @@ class EXORw(Loss):
 
 
 class QRPO(Loss):
-    """Regresses each log-ratio to the one that the optimal policy has for a completion of this rank.
+    """Regresses each log-ratio to its value under the optimal policy, from the quantile of the reward.
 
-    A reward's quantile among the reference's own samples is uniform, so the partition function of the optimal
-    policy is known, and a single completion has a target of its own.
+    Quantiles of rewards among samples of the reference are uniform, so the partition function of the optimal policy is
+    known, and each completion has a target of its own.
 
-    Formula: the mean over the list of `(q - beta log Z - beta D)^2`, q the share of the list whose score is at most the
-    completion's own, `Z = beta (e^(1/beta) - 1)`. Paper: arXiv 2507.08068, eq. 11, with Z in full; the authors' code
-    leaves out its -1, which is nothing at their beta.
+    Formula: the mean over the list of `(q - beta log Z - beta D)^2`, where q is the share of the list with a score of at
+    most the completion's own, and `Z = beta (e^(1/beta) - 1)`. Paper: arXiv 2507.08068, eq. 11; the authors' code leaves
+    out the -1 of Z, which is below float32's resolution at their beta.
 
-    When: several samples of the reference for each prompt, scored; quantiles are as fine as the list is long. For
-    samples of another model q is not a quantile of the reference's.
-    Values: beta 3e-3 (authors' train-qrpo.yaml; they try 3e-4 to 3e-3), learning rate 1e-7 to 1e-6, batch 128, without
+    When: the list holds samples of the reference, with scores; the longer it is, the finer the quantiles. With
+    completions of another model q is not a quantile among samples of the reference.
+    Values: beta 3e-3 (authors' train-qrpo.yaml; they try 3e-4 to 3e-3), learning rate 1e-7 to 1e-6, batch 128, no
     gradient clipping.
     """
 

@@ -1,7 +1,7 @@
-"""The DPO family: losses of one number per pair, the margin between the chosen and the rejected score.
+"""The DPO family: losses that read one number of a pair, the margin between its chosen and its rejected score.
 
 In: a batch of pairs with reference log-probs. Out: one loss per pair. This file holds what the family
-shares (its options and the margin); the members say what they do with the margin (`pair_losses`).
+shares, the options and the margin; each member turns margins into losses (`pair_losses`).
 
 Symbols in the docstrings: L_w, L_l policy log-probs of the chosen and rejected completion, R_w, R_l the
 reference's, n_w, n_l their token counts; D = L - R, d = D / n, h = D_w - D_l; s is the logistic function.
@@ -19,26 +19,26 @@ from stages.losses.numerics import expm1
 
 
 class MarginLoss(Loss):
-    """What the members of the DPO family share; not a loss by itself.
+    """The options and the margin of the DPO family; not a loss by itself.
 
-    Options, off by default, that every member understands:
+    Options of every member, all off by default:
 
     - `ld_alpha`: length-desensitised log-probs, `sum_{t <= m} + ld_alpha * sum_{t > m}` with
-      `m = min(n_w, n_l)`, for policy and reference alike (arXiv 2409.06411, section 3). 1 changes nothing, 0
-      ignores what the longer completion says beyond the shorter one. Averages still divide by n, as TRL does.
+      `m = min(n_w, n_l)`, for policy and reference alike (arXiv 2409.06411, section 3). 1 changes nothing; 0
+      ignores the tokens by which one completion is longer. Averages still divide by n, as in TRL.
     - `sft_weight`: adds `sft_weight * NLL_w`, the mean negative log-prob per chosen token of each pair
-      (RPO, arXiv 2404.19733, section 2; there the weight is 1). Keeps the chosen log-probs from falling.
-    - `f_divergence`: replaces D by f'(ratio), so that another divergence than the reverse KL holds the policy
-      near the reference (f-DPO, arXiv 2309.16240, table 1). forward_kl: `1 - e^-D`; js_divergence: `log 2 +
-      log s(D)`; alpha_divergence: `(e^((c - 1) D) - 1) / (c - 1)` with c the `f_alpha_divergence_coef` in (0,
-      1): c towards 1 is reverse_kl, 0 is forward_kl. TRL's c is 1 - alpha of the paper; at the usual 0.5 they
-      agree. Beyond an exponent of 20 the two exponentials go on along their tangent: scores, their squares and
-      slopes are finite in float32 for any completion, and a row is pulled back however far it has fallen. TRL
-      stops exponents at 80, where squares are infinite (ipo) and slopes 0.
-    - a weight in the data multiplies the whole loss of its pair (the chosen row's weight counts).
+      (RPO, arXiv 2404.19733, section 2; there the weight is 1). It keeps the chosen log-probs from falling.
+    - `f_divergence`: replaces D by f'(ratio), so that the policy is held near the reference by another divergence
+      than the reverse KL (f-DPO, arXiv 2309.16240, table 1). forward_kl: `1 - e^-D`; js_divergence: `log 2 +
+      log s(D)`; alpha_divergence: `(e^((c - 1) D) - 1) / (c - 1)`, where c is `f_alpha_divergence_coef` in (0,
+      1): the limit c = 1 is reverse_kl, c = 0 is forward_kl. TRL's c is 1 - alpha of the paper; at the usual 0.5
+      the two agree. Beyond an exponent of 20 both exponentials are continued by their tangent, so that scores, their
+      squares and gradients are finite in float32 for any completion, and never 0. TRL clips exponents at 80, where
+      squares are infinite (ipo) and gradients 0.
+    - weights in the data: the chosen row's weight multiplies the whole loss of its pair.
 
-    The reported rewards are `beta * D`, never divided by a length and without these options, as in TRL, so
-    that dashboards of different losses compare.
+    The reported rewards are `beta * D` whatever the options, never divided by a length, as in TRL: so the dashboards
+    of different losses can be compared.
     """
 
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "weights"})
@@ -71,11 +71,11 @@ class MarginLoss(Loss):
 
     @property
     def divides_by_length(self) -> bool:
-        """Whether each score is divided by the number of its tokens before the difference."""
+        """Whether each completion's score is divided by its number of tokens before the margin is taken."""
         return False
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The loss of each pair, from its margin (h, or what the options make of it); shape (pairs,)."""
+        """The loss of each pair, (pairs,), from its margin: h, or what the options replace h by."""
         raise NotImplementedError
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
@@ -113,5 +113,5 @@ class MarginLoss(Loss):
                 return math.log(2) + logsigmoid(logratios)
             case "alpha_divergence":
                 assert self.f_alpha_divergence_coef is not None
-                slope = self.f_alpha_divergence_coef - 1
-                return expm1(slope * logratios) / slope
+                exponent = self.f_alpha_divergence_coef - 1
+                return expm1(exponent * logratios) / exponent

@@ -1,6 +1,6 @@
 """A weighted sum of other losses on the same pairs.
 
-In: pairs, with whatever the parts need. Out: one loss per pair.
+In: pairs, with everything that the parts need. Out: one loss per pair.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -24,22 +24,22 @@ class Part(BaseModel):
 
 
 class Mixture(Loss):
-    """Several losses at once: one for the order of a pair, one for each side of it, one for imitation.
+    """A weighted sum of other losses on the same pairs, as in MPO.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
-    mean over rows.
+    mean over the two rows.
 
-    The best known is MPO (arXiv 2411.10442): the authors' code (OpenGVLab/InternVL, trainer_dpo.py) adds 0.8 dpo,
-    0.2 times the sum of bco's two sides, and each chosen completion's NLL per token. That is `bco` with weight 0.4
-    and `dpo` with weight 0.8 and `sft_weight` 1.25 (0.8 x 1.25 = 1), as in configs/mixture.yaml. A part `sft` of
-    weight 1 averages over all tokens of the step instead. TRL writes MPO as `loss_type` and `loss_weights`, with
-    its `bco_pair`, the sum of both sides without the shift.
+    The best known mixture is MPO (arXiv 2411.10442). The authors' code (OpenGVLab/InternVL, trainer_dpo.py) adds 0.8
+    dpo, 0.2 times the sum of bco's two sides, and the NLL per token of each chosen completion. That is `bco` with
+    weight 0.4 and `dpo` with weight 0.8 and `sft_weight` 1.25 (0.8 x 1.25 = 1), as in configs/mixture.yaml. A part
+    `sft` of weight 1 averages over all tokens of the step instead. TRL writes MPO with `loss_type` and `loss_weights`;
+    its `bco_pair` is the sum of both sides, without the shift.
 
-    The first part is the main one: the rewards reported are its rewards. A part that keeps a running state
-    learns it from the reported rewards, so it has to come first. Metrics, and each part's unweighted loss,
-    are reported as `<part>/<metric>`.
+    The reported rewards are those of the first part. A part that keeps a running state learns it from the reported
+    rewards, so it has to be the first. The metrics and the unweighted loss of each part are reported as
+    `<part>/<metric>`.
 
-    When: dpo alone lets the chosen log-probs fall (dpo + sft), or one loss is strong where another is weak.
+    When: dpo alone lets the chosen log-probs fall (dpo + sft), or two losses complement each other.
     Values: those of the parts. MPO: weights as above, beta 0.1, batch 256; learning rate 5e-6 for InternVL2-8B,
     1e-6 for InternVL2.5, 2e-7 for InternVL3 (authors' shell scripts).
     """
@@ -54,33 +54,33 @@ class Mixture(Loss):
             raise ValueError("is empty; a mixture has at least one part")
         names = [part.loss.name for part in parts]
         if len(set(names)) < len(names):
-            raise ValueError(f"has a loss twice: {', '.join(names)}; add up their weights in one part")
+            raise ValueError(f"has the same loss twice: {', '.join(names)}; add up the weights in one part")
         for part in parts:
             if part.loss.unit == "list":
                 raise ValueError(
-                    f"has {part.loss.name}, a loss of whole lists; the parts of a mixture are losses of pairs"
+                    f"has {part.loss.name}, a loss of ranked lists; the parts of a mixture are losses of pairs"
                 )
         for part in parts[1:]:
             if part.loss.keeps_state:
                 raise ValueError(
-                    f"has {part.loss.name} in a later place; it keeps a running state and must be first"
+                    f"has {part.loss.name}, which keeps a running state, in a later place; put it first"
                 )
         return parts
 
     @property
     def needs(self) -> frozenset[str]:
-        """What any part needs; weights only where every part takes them, or a pair's weight would count by halves."""
+        """Everything that a part needs; weights only if every part honours them, or half of a loss would be weighted."""
         needs = [part.loss.needs for part in self.parts]
         return frozenset.union(*needs) - {"weights"} | (frozenset.intersection(*needs) & {"weights"})
 
     @property
     def whole_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any part has to see the whole step."""
+        """Whether a part has to be called on the whole step."""
         return any(part.loss.whole_step for part in self.parts)
 
     @property
     def keeps_state(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the first part keeps state; no other can."""
+        """Whether the first part keeps state; no other part may."""
         return self.parts[0].loss.keeps_state
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
@@ -102,7 +102,7 @@ class Mixture(Loss):
 
 
 def _per_pair(loss: Loss, values: Tensor, batch: Batch) -> Tensor:
-    """Values of a loss's units as values of pairs."""
+    """One value for each pair, (pairs,), from the values of a loss's units: (pairs,) or (rows,)."""
     if loss.unit == "pair":
         return values
     return (values[batch.chosen] + values[batch.rejected]) / 2

@@ -1,8 +1,8 @@
-"""Losses that need no reference model: the policy's own (mostly per-token) log-probs are the reward.
+"""Losses that need no reference model: the policy's own log-probs, mostly per token, are the reward.
 
 In: pairs. Out: one loss per pair. L is a completion's summed log-prob, n its number of tokens, a = L / n, s
-the logistic function; NLL_w = -a_w (or orpo's, over the prompt as well), so no loss here needs a forward
-beyond the pair's.
+the logistic function; NLL_w = -a_w (for orpo also over the prompt). No loss here needs another forward pass than
+that of the pair.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -16,21 +16,20 @@ from stages.losses.numerics import expm1, log_odds
 
 
 class SimPO(Loss):
-    """Ranks completions by what generation ranks them by, the mean log-prob, and asks for a margin.
+    """Uses the mean log-prob per token, which generation maximizes too, as the reward, with a target margin.
 
-    No reference holds the policy, so the learning rate and the margin do.
+    No reference keeps the policy in place; only a small learning rate does.
 
     Formula: `-(1 - eps) log s(z) - eps log s(-z)`, `z = beta (a_w - a_l - gamma_beta_ratio)`, eps =
     `label_smoothing`. Paper: arXiv 2405.14734, eq. 6; the smoothing is the authors' code's.
 
-    `gamma_beta_ratio` is the paper's gamma divided by beta, as in the authors' code and rlhf-book. TRL's and
-    LLaMA-Factory's `simpo_gamma` is gamma itself; TRL's `loss_type: simpo` also adds an NLL term unless
-    `cpo_alpha` is 0.
+    `gamma_beta_ratio` is the paper's gamma divided by beta, as in the authors' code and rlhf-book. `simpo_gamma` of
+    TRL and LLaMA-Factory is gamma itself; TRL's `loss_type: simpo` also adds an NLL term unless `cpo_alpha` is 0.
 
-    When: no reference pass is affordable, or dpo makes answers longer.
+    When: scoring with a reference is too expensive, or completions grow longer under dpo.
     Values: batch 128; beta, ratio and learning rate belong together (authors' table): 2.0, 0.5, 6e-7 for
     Llama-3-8B-Base, the defaults here; 2.5, 0.55, 1e-6 for Llama-3-8B-Instruct; 10, 0.5, 8e-7 for Gemma-2-9B; 2.0,
-    0.8, 3e-7 and 2.5, 0.1, 5e-7 for Mistral-7B Base and Instruct. They advise to tune the learning rate first.
+    0.8, 3e-7 and 2.5, 0.1, 5e-7 for Mistral-7B Base and Instruct. They advise tuning the learning rate first.
     """
 
     name: Literal["simpo"] = "simpo"
@@ -50,16 +49,16 @@ class SimPO(Loss):
 
 
 class SimPER(Loss):
-    """Raises the inverse perplexity of the chosen completion and lowers that of the rejected one, and no more.
+    """Raises the inverse perplexity of the chosen completion and lowers that of the rejected one.
 
-    A probability per token is bounded, so a completion that is already unlikely stops being pushed, without a
-    beta or a margin to tune.
+    The inverse perplexity is bounded, so the gradient of an unlikely completion is small, without a beta or a margin
+    to tune.
 
-    Formula: `e^(a_l) - e^(a_w)`. Paper: arXiv 2502.00883; authors' code, tengxiao1/SimPER. It is what alphapo is a
-    logistic curve of at alpha -1.
+    Formula: `e^(a_l) - e^(a_w)`. Paper: arXiv 2502.00883; authors' code, tengxiao1/SimPER. At alpha -1 the reward of
+    alphapo is the inverse perplexity too, less 1.
 
-    When: simpo's settings cannot be tuned. EXAONE Deep and EXAONE 4.0 were trained with it. The reported reward is
-    the mean log-prob per token, as in the authors' code.
+    When: there is no budget to tune simpo. EXAONE Deep and EXAONE 4.0 were trained with it. The reported reward is the
+    mean log-prob per token, as in the authors' code.
     Values: learning rate 6e-7 (authors' for Llama-3-8B-Base; 1e-6 Llama-3-8B-Instruct, 3e-7 and 5e-7 Mistral-7B Base
     and Instruct), batch 128. The loss lies between -1 and 1, and its slopes are small.
     """
@@ -78,25 +77,25 @@ class SimPER(Loss):
 
 
 class ORPO(Loss):
-    """Fine-tunes on the chosen completions and, with a small weight, lowers the odds of the rejected ones.
+    """Supervised learning on the chosen completion, plus an odds ratio against the rejected one, in one stage.
 
-    Supervised learning and preference in one stage, starting from a base model.
+    Starts from a base model, without a supervised stage before it.
 
     Formula: `NLL_w - beta log s(o_w - o_l)`, `o = log(p / (1 - p)) = a - log(1 - e^a)`. Paper: arXiv
     2403.07691, eq. 6 and 7 (beta is its lambda).
 
-    Implementations disagree on the NLL's tokens. `nll_span: completion` takes the chosen completion's, as the
-    ancestor rlhf-book and LLaMA-Factory do; `sequence` takes the prompt's too, from its second token on, as
-    TRL does: `NLL_w = -(log p(prompt) + L_w) / (prompt tokens + n_w)`. TRL averages the
-    NLL over the tokens of a micro-batch, here each pair counts the same.
+    Implementations disagree about the tokens of the NLL. `nll_span: completion` takes those of the chosen completion,
+    as rlhf-book and LLaMA-Factory do; `sequence` also takes those of the prompt from the second on, as TRL does:
+    `NLL_w = -(log p(prompt) + L_w) / (prompt tokens + n_w)`. TRL averages the NLL over the tokens of a micro-batch;
+    here each pair counts the same.
 
-    The odds of a completion that is all but certain are taken to their limit, as in liger and LLaMA-Factory;
-    tunix stops at p = 1 - 1e-7. p = 1, where theirs are infinite, counts as the nearest number below.
+    The odds of a completion of probability near 1 are not clipped, as in liger and LLaMA-Factory; tunix clips p at
+    1 - 1e-7. p = 1, where the odds are infinite, is taken as the nearest number below.
 
-    The metrics are `nll` and `log_odds_ratio` = `o_w - o_l` (TRL logs this as `log_odds_chosen`, and its
-    `log_odds_ratio` is the log-sigmoid of it).
+    The metrics are `nll` and `log_odds_ratio` = `o_w - o_l`. TRL logs the latter as `log_odds_chosen`, and its
+    `log_odds_ratio` is the log-sigmoid of it.
 
-    When: no fine-tuned model to start from. Values: beta 0.1, learning rate 5e-6 to 8e-6 (paper 8e-6;
+    When: there is no fine-tuned model to start from. Values: beta 0.1, learning rate 5e-6 to 8e-6 (paper 8e-6;
     Zephyr-141B-ORPO 0.05 and 5e-6), batch 64.
     """
 
@@ -109,7 +108,7 @@ class ORPO(Loss):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The NLL of the sequence begins with the prompt."""
+        """With `nll_span: sequence` the log-prob of the prompt."""
         return frozenset({"prompt_logps", "num_prompt_tokens"} if self.nll_span == "sequence" else ())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
@@ -130,16 +129,16 @@ class ORPO(Loss):
 
 
 class CPO(Loss):
-    """DPO with a uniform reference, and supervised learning on the chosen completion to hold the policy.
+    """DPO with a uniform reference, plus supervised learning on the chosen completion.
 
     Formula: `-log s(beta (L_w - L_l)) + cpo_alpha NLL_w`. Paper: arXiv 2401.08417, eq. 3 and the
     behaviour-cloning term after it.
 
-    NLL_w is each pair's mean per token; TRL averages it over the tokens of a micro-batch, which is the same
-    when the chosen completions are of equal length.
+    NLL_w is the mean over the tokens of each pair; TRL averages it over the tokens of a micro-batch, which is the
+    same for chosen completions of equal length.
 
-    When: translation, where it comes from: chosen completions worth imitating, rejected ones that are near
-    misses.
+    When: the chosen completions are worth imitating and the rejected ones nearly as good, as in translation, for
+    which it was made.
     Values: beta 0.1, cpo_alpha 1, learning rate 1e-6 (TRL's defaults).
     """
 
@@ -158,15 +157,15 @@ class CPO(Loss):
 
 
 class AlphaPO(Loss):
-    """simpo with a bent reward: alpha says how fast the reward grows as a completion becomes likely.
+    """SimPO with another shape of the reward: alpha sets how fast it grows as a completion becomes likely.
 
-    Positive alpha makes unlikely completions cost more than the logarithm does; alpha towards 0 is simpo.
+    With a positive alpha, unlikely completions cost more than by their log-prob; the limit alpha = 0 is simpo.
 
     Formula: `-log s(beta (r_w - r_l) - gamma)`, `r = (1 - p^-alpha) / alpha`, p = e^a. Paper: arXiv
     2501.03884, section 3.
 
-    gamma is the paper's, not divided by beta as simpo's `gamma_beta_ratio` is. Where `-alpha a` exceeds 20,
-    which takes a large alpha or a hopeless completion, r goes on along its tangent and stays finite.
+    gamma is that of the paper, not divided by beta as in simpo's `gamma_beta_ratio`. Where `-alpha a` exceeds 20,
+    which takes a large alpha or a very unlikely completion, r is continued by its tangent and stays finite.
 
     When: simpo lowers the chosen log-probs too far, or overfits.
     Values: alpha 0.25, beta 2.5, gamma 0.1, learning rate 7e-7 (paper, table 3, Mistral-Instruct), batch 128
@@ -183,7 +182,7 @@ class AlphaPO(Loss):
 
     @field_validator("alpha")
     @classmethod
-    def _alpha_bends(cls, alpha: float) -> float:
+    def _alpha_is_not_0(cls, alpha: float) -> float:
         if alpha == 0:
             raise ValueError("must not be 0; simpo is the loss for alpha 0 (gamma_beta_ratio = gamma / beta)")
         return alpha
@@ -196,11 +195,11 @@ class AlphaPO(Loss):
 
 
 class SFT(Loss):
-    """Imitates the chosen completions, every token alike; the warm-up that recipes start from.
+    """Supervised learning on the chosen completions, every token weighted alike; many recipes start from it.
 
-    Formula: the mean over all chosen tokens of the step of `-log pi(token)`; the loss of one pair is `-L_w`
-    divided by the step's mean number of chosen tokens, so that the mean over pairs is that mean, however the
-    step is split.
+    Formula: the mean of `-log pi(token)` over all chosen tokens of the step. The loss of one pair is `-L_w`
+    divided by the step's mean number of chosen tokens; the mean of this over pairs is the mean over tokens, however
+    the step is split.
 
     When: before any other loss, if the policy has not seen the format; or as a part of a mixture. The
     reported reward is the mean log-prob per token.

@@ -1,8 +1,8 @@
-"""Alignment by optimal transport: whole distributions are compared, rank by rank, instead of pair by pair.
+"""Alignment by optimal transport: sorted values are compared rank by rank, instead of pair by pair.
 
-In: all pairs of an optimizer step, with reference log-probs. Out: one loss per rank. Ranks need the whole
-step, so these losses are called once for it. The k-th loss belongs to the k-th rank, not to the k-th pair,
-which is why they take no weights. Symbols as in `margin.py`.
+In: all pairs of an optimizer step, with reference log-probs. Out: one loss per rank of the sorted values. Ranks
+exist only over the whole step, so these losses are called once for it. The k-th loss belongs to the k-th rank and
+not to the k-th pair, which is why they honour no weights. Symbols as in `margin.py`.
 """
 
 from typing import ClassVar, Literal
@@ -14,16 +14,16 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class AOT(Loss):
-    """Lifts the distribution of margins above the reference's, at every quantile.
+    """Raises the distribution of margins above that of the reference, at every quantile (optimal transport).
 
-    The weakest margin of the policy is held against the weakest of the reference, and so on: the policy
-    improves everywhere in distribution, though not on each pair.
+    The smallest margin of the policy is compared with the smallest of the reference, and so on: the policy improves
+    as a distribution, not on each pair.
 
     Formula: `-log s(beta d_i)`, `d_i = sort(L_w - L_l)_i - sort(R_w - R_l)_i`. Paper: arXiv 2406.05882,
     section 3, paired variant.
 
-    When: large steps (the ranks are those of the step), noisy pairs.
-    Values: beta 0.01 (the paper has no other parameter; TRL adds label smoothing). TRL ranks within a
+    When: large steps, because the ranks are those of the step; noisy pairs.
+    Values: beta 0.01 (the paper has no other parameter; TRL adds label smoothing). TRL sorts within a
     micro-batch, so its gradient depends on how a step is split; here it does not.
     """
 
@@ -43,15 +43,14 @@ class AOT(Loss):
 
 
 class AOTUnpaired(Loss):
-    """Lifts the distribution of chosen log-ratios above that of rejected ones, at every quantile.
+    """Raises the distribution of chosen log-ratios above that of rejected ones, at every quantile.
 
-    It does not matter which rejected completion stood beside which chosen one, only that there are as many,
-    so it reads pairs.
+    It ignores which rejected completion belongs to which chosen one, but needs as many of each, so it reads pairs.
 
     Formula: `-log s(beta d_i)`, `d_i = sort(D_w)_i - sort(D_l)_i`. Paper: arXiv 2406.05882, section 3,
     unpaired variant.
 
-    When: as aot, where prompts of the two sides differ in kind.
+    When: as aot, if the chosen and the rejected completions are best compared as two sets.
     Values: beta 0.01.
     """
 

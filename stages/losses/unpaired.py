@@ -1,4 +1,4 @@
-"""Losses of single completions, desirable or not; they read pairs too, a pair being one of each.
+"""Losses of single completions, each desirable or undesirable; a pair counts as one of each.
 
 In: rows with reference log-probs. Out: one loss per row. D is the summed log-ratio of a row, s the logistic
 function.
@@ -15,19 +15,19 @@ from stages.losses.contract import Batch, Loss, LossOutput, PositiveFloat, Step
 
 
 class KTO(Loss):
-    """Raises what people liked and lowers what they did not, with the diminishing returns of prospect theory.
+    """Raises desirable and lowers undesirable completions, relative to an estimate of the KL to the reference.
 
-    A completion is good or bad relative to how far the policy has moved in general: the reference point z, an
-    estimate of the KL, from completions put behind prompts they do not belong to.
+    The value of gains and losses is that of prospect theory. They are measured from a reference point z, the estimate
+    of the KL divergence, which is computed from mismatched rows: completions after prompts they do not belong to.
 
     Formula: desirable `desirable_weight (1 - s(beta (D - z)))`, undesirable `undesirable_weight (1 - s(beta
     (z - D)))`, `z = max(0, mean D of the step's mismatched rows)` without gradient. Paper: arXiv 2402.01306,
     eq. 7 and 8.
 
-    z is one number for the whole optimizer step and all ranks. TRL and HALOs take it per micro-batch;
-    rlhf-book takes it from matched rows, which makes it 0 most of the time and the loss apo_zero_unpaired.
+    z is one number for the whole optimizer step and all ranks. TRL and HALOs compute it per micro-batch; rlhf-book
+    from matched rows, where it is 0 most of the time and the loss becomes apo_zero_unpaired.
 
-    When: thumbs up and down, or unequal numbers of good and bad answers.
+    When: each completion has a label of its own (thumbs up or down), or the two labels are unequal in number.
     Values: beta 0.1, learning rate 1e-6 (TRL's guide: not above that at beta 0.1; 5e-7 to 5e-6 are in use),
     batch 64 (HALOs' scripts); weights such that `desirable_weight n_D / (undesirable_weight n_U)` is in [1,
     4/3] (eq. 8).
@@ -49,14 +49,14 @@ class KTO(Loss):
 
 
 class APOZeroUnpaired(Loss):
-    """kto whose reference point is the reference itself: z = 0, and no mismatched rows to score.
+    """KTO with the reference point z = 0, so that no mismatched rows are scored.
 
     On pairs it is half of apo_zero.
 
     Formula: desirable `desirable_weight (1 - s(beta D))`, undesirable `undesirable_weight s(beta D)`. Paper:
     APO, arXiv 2408.06266, eq. 7, unpaired as in TRL's `apo_zero_unpaired`.
 
-    When: as kto, when a forward over mismatched rows in every step costs too much.
+    When: as kto, if a forward pass over mismatched rows in every step costs too much.
     Values: as kto.
     """
 
@@ -75,7 +75,7 @@ class APOZeroUnpaired(Loss):
 
 
 def _value_losses(batch: Batch, loss: KTO | APOZeroUnpaired, distances: Tensor) -> LossOutput:
-    """One minus the prospect value of each row at its distance from the reference point."""
+    """One minus the prospect value of each row, from its log-ratio minus the reference point: (rows,)."""
     gains = loss.beta * distances
     losses = torch.where(
         batch.desirable,
@@ -86,24 +86,25 @@ def _value_losses(batch: Batch, loss: KTO | APOZeroUnpaired, distances: Tensor) 
 
 
 class BCO(Loss):
-    """Trains a classifier of good and bad answers whose logit is the reward, shifted by the mean reward.
+    """Trains a classifier of good and bad completions whose logit is the reward, shifted by the mean reward.
 
-    The shift delta makes the bound on dpo's loss tight: a reward counts as good when it is above the average
-    so far.
+    The shift by the mean, delta, tightens the upper bound on dpo's loss: a reward counts as good if it is above the
+    mean so far.
 
     Formula: desirable `-log s(r - delta)`, undesirable `-log s(-(r - delta))`, `r = beta D`, delta the mean
     of all rewards of both classes so far, the present step included, without gradient. Paper: arXiv
     2404.04656, section 4.
 
-    delta is updated once for each optimizer step, over all ranks, and belongs in the checkpoint; in evaluation
-    it is that of the training steps before, 0 before the first. TRL updated it in every micro-batch (and
-    removed its BCO trainer); TRL's `bco_pair` has no delta and is not this loss.
-    `udm` multiplies the losses of undesirable rows by `p / (1 - p)` within [0.5, 10], p the probability that
-    an answer to the prompt is desirable: underlying distribution matching (paper, section 4), for data whose
-    good and bad answers belong to different prompts. TRL's p reads a model's embedding of the prompt, ours
-    its tokens (stages/train/step/density_ratio.py). On pairs all weights are the same, so `udm` is an error there.
+    delta is updated once for each optimizer step, over all ranks, and is saved in checkpoints. In an evaluation it is
+    the mean of the training steps before, 0 before the first. TRL updated it in every micro-batch (and removed its BCO
+    trainer); TRL's `bco_pair` has no delta and is another loss.
+    `udm` multiplies the losses of undesirable rows by `p / (1 - p)`, clipped to [0.5, 10], where p is the probability
+    that a completion of the prompt is desirable: underlying distribution matching (paper, section 4), for data
+    whose desirable and undesirable completions have different prompts. TRL computes p from an embedding of the prompt
+    by a model, align from its tokens (stages/train/step/density_ratio.py). On pairs the two sides have the same
+    prompts, so `udm` is an error there.
 
-    When: as kto, with no mismatched rows to score. The metric `delta` is the shift.
+    When: as kto, without mismatched rows to score. The metric `delta` is the shift.
     Values: beta 0.1 (paper 0.01-0.1), learning rate as kto's (paper 5e-7 for 7-9B), batch 128 (paper,
     appendix C).
     """
@@ -120,7 +121,7 @@ class BCO(Loss):
 
     @property
     def needs(self) -> frozenset[str]:
-        """With `udm` the weights of undesirable rows, too."""
+        """With `udm` also the weights of undesirable rows."""
         return self.always_needs | (frozenset({"density_ratios"}) if self.udm else frozenset())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:

@@ -1,7 +1,7 @@
-"""DPO for pairs that do not count alike: by how much better the chosen is, or how likely the policy finds both.
+"""DPO for pairs of unequal importance: by the difference of their scores, or by their likelihood under the policy.
 
-In: pairs with reference log-probs, and scores (odpo, rpo) or vocabulary sums (wpo). Out: one loss per pair. The
-symbols and the options that all take are in `margin.py`.
+In: pairs with reference log-probs, and scores (odpo, rpo) or collision log-probs (wpo). Out: one loss per pair. The
+symbols and the options of all three are in `margin.py`.
 """
 
 from typing import ClassVar, Literal
@@ -16,18 +16,17 @@ from stages.losses.margin import MarginLoss
 
 
 class ODPO(MarginLoss):
-    """DPO that asks for a margin as large as the chosen completion is better.
+    """DPO with an offset: the required margin grows with the difference of the scores.
 
-    A pair a judge scored 9 to 1 should be told apart further than one scored 6 to 5.
+    A pair with scores 9 and 1 needs a larger margin than one with scores 6 and 5.
 
     Formula: `-log s(beta h - alpha f(s_w - s_l))`, the scores s from the data, `f` one of log, identity,
-    log1p. Paper: ODPO, arXiv 2402.10571, section 3. rlhf-book's README asks for ODPO but links arXiv
+    log1p. Paper: ODPO, arXiv 2402.10571, section 3. rlhf-book's README names ODPO but links arXiv
     2403.00409, which is Provably Robust DPO: that is the loss `rdpo`.
 
-    With `f: log` a gap below 1 asks for less than dpo does, down to a negative margin: that is the paper's
-    choice. An offset of a gap <= 0 has no meaning, so the preference of such a pair has loss 0 (the NLL of
-    `sft_weight` stays), and the metric `odpo_dropped` is the share of these pairs. With alpha 0 scores do not
-    matter, nothing is dropped and this is dpo.
+    With `f: log` the offset of a gap below 1 is negative, as in the paper. For a gap <= 0 the offset is not defined,
+    so the preference of such a pair has loss 0 (the NLL of `sft_weight` stays), and the metric `odpo_dropped` is the
+    share of these pairs. With alpha 0 the scores are ignored, no pair is dropped, and the loss is dpo.
 
     When: every completion has a score on one scale (UltraFeedback's ratings, a reward model).
     Values: alpha 0.5-1, beta 0.1-0.7, f log (paper: beta 0.7 alpha 0.5 on IMDB, 0.05 and 1 on toxicity, 0.5
@@ -40,7 +39,7 @@ class ODPO(MarginLoss):
     f: Literal["log", "identity", "log1p"] = "log"
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The negative log-likelihood that the margin exceeds its offset, 0 without a positive gap."""
+        """The negative log-likelihood that the reward margin exceeds its offset, 0 without a positive gap."""
         keeps = self._keeps(chosen, rejected)
         gaps = torch.where(keeps, _gaps(chosen, rejected), 1.0)
         return torch.where(keeps, -logsigmoid(self.beta * margins - self._offsets(gaps)), 0.0)
@@ -74,25 +73,24 @@ def _gaps(chosen: Rows, rejected: Rows) -> Tensor:
 
 
 class RPO(MarginLoss):
-    """Fits the margin to how much better the chosen completion was scored, instead of pushing it for ever.
+    """Regresses the margin to the difference of the scores (reward-aware preference optimization).
 
-    A reward model's difference is the target: near misses stay near, and a pair that was scored the wrong way
-    round is turned. Reward-aware preference optimization; TRL's `rpo_alpha` is another RPO, here `sft_weight`.
+    Pairs of nearly equal scores keep small margins, and a pair whose rejected completion has the higher score gets a
+    negative one. TRL's `rpo_alpha` is another RPO, here `sft_weight`.
 
-    Formula: with z = beta h and t = eta (s_w - s_l), the scores s from the data, one of these distances:
+    Formula: (paper: arXiv 2502.00203) with z = beta h, t = eta (s_w - s_l), the scores s from the data, and a distance:
 
     - `backward_kl`: `s(t) log(s(t) / s(z)) + s(-t) log(s(-t) / s(-z))`, the cross-entropy with soft labels
       up to a constant;
     - `forward_kl`: `s(z) log(s(z) / s(t)) + s(-z) log(s(-z) / s(-t))`;
     - `squared`: `(z - t)^2`; with beta 1 the regression of REBEL (arXiv 2404.16767), whose eta is this eta.
 
-    Paper: arXiv 2502.00203; the distances are NeMo-Aligner's `rpo_bwd_kl`, `rpo_fwd_kl` and `rpo_sq`.
+    The distances are NeMo-Aligner's `rpo_bwd_kl`, `rpo_fwd_kl` and `rpo_sq`.
 
-    When: every completion has a score on one scale, such as a reward model's. odpo asks for at least an offset,
-    rpo for exactly the difference.
-    Values: eta 1 (NeMo-Aligner's `gt_reward_scale`; scale it so that differences of scores are of the size of a
-    logit), backward_kl; beta and learning rate are dpo's. REBEL: batch 128, learning rate 3e-7 or 1e-7 (authors'
-    code).
+    When: every completion has a score on one scale, such as that of a reward model. odpo requires at least an offset,
+    rpo exactly the difference.
+    Values: eta 1 (NeMo-Aligner's `gt_reward_scale`; eta times a difference of scores is a logit, so scale it to the
+    scores), backward_kl; beta and learning rate are dpo's. REBEL: batch 128, learning rate 3e-7 (authors' code).
     """
 
     name: Literal["rpo"] = "rpo"
@@ -101,7 +99,7 @@ class RPO(MarginLoss):
     distance: Literal["backward_kl", "forward_kl", "squared"] = "backward_kl"
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """The distance of each margin from its target."""
+        """The distance of each reward margin from its target."""
         predicted, target = self.beta * margins, self.eta * _gaps(chosen, rejected)
         match self.distance:
             case "backward_kl":
@@ -113,26 +111,25 @@ class RPO(MarginLoss):
 
 
 def _bernoulli_kl(logits: Tensor, other: Tensor) -> Tensor:
-    """KL divergence of a coin of one log-odds from that of another, in nats."""
+    """KL divergence between two Bernoulli distributions, given their log-odds: (pairs,), nats."""
     log_yes, log_no = logsigmoid(logits), logsigmoid(-logits)
     return log_yes.exp() * (log_yes - logsigmoid(other)) + log_no.exp() * (log_no - logsigmoid(-other))
 
 
 class WPO(MarginLoss):
-    """DPO that lets a pair count as much as the policy would have said it itself.
+    """DPO that weights a pair by the likelihood of both completions under the policy.
 
-    Off-policy data pulls towards completions the policy never makes; weighting by their likelihood under the
-    policy simulates on-policy data.
+    Off-policy data trains on completions that the policy would never generate; the weights simulate on-policy data.
 
     Formula: the loss of dpo times `min(1, w_w w_l)`, without gradient, where
     `w(y) = exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`. Paper: arXiv 2406.11827, eq. 2, with its sampled
     alignment (an on-policy token has weight 1 on average).
 
-    The bound of 1 is that of the authors' code (wzhouad/WPO, run_wpo.py). `clamp_weights: false` leaves it
-    out, as TRL's `use_weighting` does; then pairs of the policy's own likeliest tokens count most, since a greedy
+    The bound of 1 is that of the authors' code (wzhouad/WPO, run_wpo.py). `clamp_weights: false` removes it, as in
+    TRL's `use_weighting`. Then the policy's own most likely completions weigh more than 1: the probability of a greedy
     token is never below the expected probability `sum_v pi(v)^2`.
 
-    When: pairs were written by other models. It needs the vocabulary sum from the scorer.
+    When: the pairs were written by other models. The scoring engine computes the sum over the vocabulary too.
     Values: beta 0.01, batch 128; learning rate 1e-6 and 2 epochs for Llama-3-8B-Instruct, 5e-7 and 1 epoch for
     Mistral-7B (authors' training_configs).
     """
@@ -144,7 +141,7 @@ class WPO(MarginLoss):
     clamp_weights: StrictBool = True
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
-        """Weighted negative log-likelihood of the preference."""
+        """The negative log-likelihood of the preference, weighted."""
         weights = _likelihood(chosen) * _likelihood(rejected)
         return (weights.clamp(max=1) if self.clamp_weights else weights) * -logsigmoid(self.beta * margins)
 

@@ -1,1 +1,1 @@
-"""Models on disk and in memory: finding, identifying, loading, adapters."""
+"""Models: found on disk or on the hub, identified, loaded, with adapters."""

@@ -1,11 +1,8 @@
-"""Low-rank adapters through peft: LoRA, DoRA, and over a 4-bit base QLoRA.
+"""Low-rank adapters through peft: LoRA, DoRA, and QLoRA over a base in 4 bits.
 
-In: a loaded model and the `adapter` block.  Out: the same model with small trainable matrices beside its
-frozen ones, and on disk a folder in peft's own format that names its base model.
-
-The matrices are put into the model itself, so the scoring engine sees the model it always sees. B starts
-at zero, so a fresh adapter changes no log-prob: it has the reference store of its base, to the bit. There
-is no dropout: a policy scored with noise has neither an exact step 0 nor an exact resume.
+In: a loaded model and the block `adapter`.  Out: the same model with small trainable matrices besides its frozen ones,
+and on disk a folder in peft's format that names its base model. The matrix B starts at 0, so a new adapter changes no
+log-prob, and the reference log-probs of its base are its own at step 0, to the bit.
 """
 
 import importlib.util
@@ -14,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.fingerprint import weights_fingerprint
+from cache.safetensors import weights_fingerprint
 from stages.models.loading import ModelSource, load_model, resolve_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Of adapter_config.json, what changes a forward pass.
+# Keys of adapter_config.json that change a forward pass.
 IDENTITY_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 
 
 def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
-    """Raise before anything is loaded: `MachineError` without peft, `UsageError` for modules that are not there."""
+    """Raise `MachineError` if peft is missing, `UsageError` if the model lacks a target module; loads no weights."""
     if settings.name == "none":
         return
     require_peft()
@@ -46,14 +43,14 @@ def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
             }
         )
         raise UsageError(
-            f"adapter.target_modules: {str(error).splitlines()[0][:200]} The matrices of {source.name}: {', '.join(linear)}."
+            f"adapter.target_modules: {str(error).splitlines()[0][:200]} The modules of {source.name}: {', '.join(linear)}."
         ) from error
 
 
 def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: ModelSource) -> Any:
-    """Put a fresh adapter into `model`, freeze the rest, and return peft's wrapper around the same modules.
+    """Put a new adapter into `model`, freeze all other weights, and return peft's wrapper around the same modules.
 
-    A is drawn from `seed`, B is zero. Raises `ValueError` when no module has a wanted name.
+    A is drawn from `seed`, B is 0. Raises `ValueError` if no module has a name in `target_modules`.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -66,7 +63,7 @@ def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: Mod
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_dora=settings.name == "dora",
         use_rslora=settings.use_rslora,
-        lora_dropout=0.0,
+        lora_dropout=0.0,  # with dropout, neither step 0 nor a resumed run would be exact
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,10 +75,10 @@ def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: Mod
 
 
 def save_adapter(adapted: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`; `state` replaces the model's own tensors."""
-    # False: "auto" would ask the hub about the base model.
+    """Write `adapter_model.safetensors` and `adapter_config.json`; `state` replaces the tensors of the model."""
+    # `save_embedding_layers` False, because "auto" would query the hub about the base model.
     adapted.save_pretrained(folder, save_embedding_layers=False, **({"state_dict": state} if state else {}))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card is a form to fill in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty template
     (folder / CONFIG).write_text(_sorted_targets((folder / CONFIG).read_text()), encoding="utf-8")
 
 
@@ -94,14 +91,14 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def load_any(source: ModelSource, compute: Compute) -> Any:
-    """A model folder's model, or an adapter's base with the adapter in it."""
+    """The model of a model folder; for the folder of an adapter its base with the adapter in it."""
     if not is_adapter(source.folder):
         return load_model(source, compute)
     return load_adapter(load_model(base_of(source.folder), compute), source.folder).get_base_model()
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:
-    """Put the tensors of a saved adapter into one of the same shape that is attached already."""
+    """Load the tensors of a saved adapter into one of the same shape that is already attached."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -109,9 +106,9 @@ def load_adapter_weights(adapted: Any, folder: Path) -> None:
 
 
 def halve_frozen_weights(model: Any) -> None:
-    """Store frozen linear layers in bfloat16: under bfloat16 autocast the same numbers to the bit, half the memory.
+    """Store the frozen linear layers in bfloat16: half of the memory, and under bfloat16 autocast the same results to the bit.
 
-    Embeddings, and an output layer tied to them, stay float32: they are read outside autocast.
+    Embeddings, and an output layer tied to them, stay float32, because they are read outside of autocast.
     """
     import torch
 
@@ -129,29 +126,27 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """What peft wrote about an adapter; raises `DataError` when that is not readable."""
+    """The content of adapter_config.json; raises `DataError` if it is not JSON."""
     try:
         return json.loads((folder / CONFIG).read_bytes())
     except ValueError as error:
-        raise DataError(
-            f"{folder / CONFIG} is not readable JSON ({error}); save the adapter again."
-        ) from error
+        raise DataError(f"{folder / CONFIG} is not JSON ({error}). Save the adapter again.") from error
 
 
 def base_of(folder: Path) -> ModelSource:
-    """The base model that an adapter names; raises `AlignError` when it is nowhere to be found."""
+    """The base model that an adapter names; raises `AlignError` if it is not found."""
     config = adapter_config(folder)
     try:
         return resolve_model(config["base_model_name_or_path"], config.get("revision"))
     except DataError as error:
         raise DataError(
-            f"The adapter in {folder} was trained on {config['base_model_name_or_path']}, which is not there. "
-            f"Put the model back, or mend base_model_name_or_path in {folder / CONFIG}."
+            f"The adapter in {folder} was trained on {config['base_model_name_or_path']}, which does not exist. "
+            f"Put the model back, or correct base_model_name_or_path in {folder / CONFIG}."
         ) from error
 
 
 def model_identity(folder: Path) -> Any:
-    """Content of a model folder; for an adapter that of its base, its own weights and their scaling."""
+    """Digest of the weights in a model folder; for an adapter, those of its base and its own, and its configuration."""
     if not is_adapter(folder):
         return weights_fingerprint(folder)
     config = adapter_config(folder)
@@ -163,7 +158,7 @@ def model_identity(folder: Path) -> Any:
 
 
 def require_peft() -> None:
-    """Raise `MachineError` where peft is not installed."""
+    """Raise `MachineError` if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise MachineError(
             "Adapters need peft, which is not installed. Install it with: pip install -e '.[peft]'"
@@ -171,7 +166,7 @@ def require_peft() -> None:
 
 
 def _sorted_targets(text: str) -> str:
-    """peft keeps `target_modules` as a set, whose order changes from process to process."""
+    """The text of adapter_config.json with `target_modules` sorted: peft writes a set, in an order that varies."""
     config = json.loads(text)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"].sort()

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and saying exactly which ones they are."""
+"""Finds, identifies and loads models and tokenizers."""
 
 import json
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.fingerprint import weights_fingerprint
+from cache.safetensors import weights_fingerprint
 from stages.runtime.compute import SCORER_VERSION, Compute
 
-# Keys of config.json that do not change a forward pass.
+# Keys of config.json that do not change a forward pass; those that end in `_token_id` do not either.
 PROVENANCE_KEYS = (
     "_name_or_path",
     "transformers_version",
@@ -23,7 +23,7 @@ PROVENANCE_KEYS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model folder on this machine, the name the user gave it, and the revision where that is a hub's."""
+    """A model folder on this machine, the user's name for it, and the revision if it is from the hub."""
 
     name: str
     folder: Path
@@ -37,9 +37,9 @@ class ModelSource:
 
 
 def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
-    """Find a local model folder, or bring a hub model here; raises `AlignError` when neither exists.
+    """Find a local model folder, or download a hub model; raises `AlignError` if neither exists.
 
-    `or_adapter` takes a folder with an adapter too.
+    With `or_adapter`, the folder of an adapter is accepted too.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -47,17 +47,17 @@ def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> 
             if or_adapter:
                 return ModelSource(name, path)
             raise UsageError(
-                f"{path} holds an adapter, not a model. Make it one with `align merge`, with the configuration that "
-                f"trained it, and give the folder that this names."
+                f"{path} holds an adapter, not a model. Merge it with its base by `align merge` and the configuration "
+                f"that trained it, and give the folder that the command names."
             )
         if not (path / "config.json").is_file():
             raise DataError(
-                f"{path} is no model folder: it has no config.json. Give a folder saved with save_pretrained."
+                f"{path} is not a model folder: config.json is missing. Give a folder written by save_pretrained."
             )
         return ModelSource(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(
-            f"No such model folder: {name}. Give a folder or a hub name with --set policy.model=NAME."
+            f"The model folder {name} does not exist. Give a folder or a hub name with --set policy.model=NAME."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -70,7 +70,7 @@ def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> 
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MachineError(
             f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
-            f"Check the name, the network and `hf auth login`, or give a folder in place of the name."
+            f"Check the name, the network and `hf auth login`, or give a folder."
         ) from error
 
 
@@ -85,7 +85,7 @@ def architecture(folder: Path) -> dict[str, Any]:
 
 
 def reference_identity(source: ModelSource, compute: Compute) -> dict[str, Any]:
-    """What a reference log-prob depends on besides the row's ids. Reads and hashes all weights."""
+    """All that a reference log-prob depends on besides the token ids of its row. Reads and hashes all weights."""
     return {
         "weights": weights_fingerprint(source.folder),
         "architecture": architecture(source.folder),
@@ -95,48 +95,29 @@ def reference_identity(source: ModelSource, compute: Compute) -> dict[str, Any]:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's fast tokenizer; raises `DataError` when the folder has none."""
+    """The fast tokenizer of the model; raises `DataError` if the folder has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{source.folder} has no usable tokenizer ({str(error).splitlines()[0]}). Save one there with save_pretrained."
+            f"{source.folder} has no usable tokenizer ({str(error).splitlines()[0]}). Write one there by save_pretrained."
         ) from error
 
 
 def load_model(source: ModelSource, compute: Compute) -> Any:
-    """The causal LM with float32 weights on the device; autocast, not the weights, makes it bfloat16.
+    """The causal language model on the device, with float32 weights; autocast makes its forward pass bfloat16.
 
-    With `compute.load_in_4bit` the linear layers but the last are frozen in 4 bits.
+    With `compute.load_in_4bit` all linear layers but the output layer are frozen in 4 bits.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if compute.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute.dtype,
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            quantization_config=quantization,
-            device_map={"": compute.device},
-        )
-        for module in model.modules():
-            # On a CPU bitsandbytes 0.50 repacks weights once a layer sees an input without gradient. That
-            # kernel computes in bfloat16, and what an adapter behind it gets for a gradient is wrong.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - Module declares its attributes as tensors
-        return model
-
-    logging.disable_progress_bar()  # a bar of our own says what is going on
+        return _load_in_4bit(source, compute)
+    logging.disable_progress_bar()  # align shows a progress bar of its own
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=torch.float32, attn_implementation="sdpa"
@@ -149,11 +130,35 @@ def load_model(source: ModelSource, compute: Compute) -> Any:
     return model
 
 
+def _load_in_4bit(source: ModelSource, compute: Compute) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute.dtype,
+        ),
+        device_map={"": compute.device},
+    )
+    for module in model.modules():
+        # On a CPU, bitsandbytes 0.50 repacks the weights of a layer at its first call without gradients. The kernel for
+        # repacked weights computes in bfloat16 and passes wrong gradients to an adapter behind it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - Module declares its attributes as tensors
+    return model
+
+
 def check_length(folder: Path, longest: int) -> None:
-    """Raise `UsageError` when rows are longer than the model's positions."""
+    """Raise `UsageError` if the longest row, in tokens, exceeds the positions of the model."""
     limit = architecture(folder).get("max_position_embeddings")
     if isinstance(limit, int) and longest > limit:
         raise UsageError(
-            f"The longest row has {longest} tokens but {folder.name} has {limit} positions. "
+            f"The longest row has {longest} tokens, and {folder.name} has {limit} positions. "
             f"Prepare again with --set prepare.max_length={limit}."
         )

@@ -1,1 +1,1 @@
-"""`align plan`: what a training run will take, before it is started."""
+"""`align plan`: steps, tokens, memory and time of a training run before it is started."""

@@ -1,7 +1,7 @@
-"""A few real forward and backward passes: seconds and peak memory, to hold against what was predicted.
+"""A few real forward and backward passes: their time and peak memory, to compare with the prediction.
 
-In: a policy in training and packs.  Out: seconds of each pass, positions and peak bytes: of what lives in a step,
-which is what is predicted, and of what the process holds for it, which an allocator makes more.
+In: a policy in training and packs.  Out: seconds, positions, and two peaks in bytes: that of the live tensors of a step,
+which is what `memory.py` predicts, and that of the process, which also holds freed memory.
 """
 
 import gc
@@ -21,7 +21,7 @@ CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Measured:
-    """`seconds` and `positions` are of the passes together; bytes are None where the system does not say."""
+    """`seconds` and `positions` are sums over the passes; bytes are None if the system does not report them."""
 
     seconds: float
     positions: int
@@ -31,16 +31,16 @@ class Measured:
 
 
 def measure(policy: Trainable, optimizer: torch.optim.Optimizer, packs: Sequence[Pack]) -> Measured:
-    """Train on `packs` once for the memory and once for the clock, at a learning rate of 0.
+    """Train on `packs`, once to measure memory and once to measure time, at a learning rate of 0.
 
-    On a CPU memory is the process's, less what it held beside weights, gradients and optimizer state before:
-    Python and its libraries are no part of the prediction. The policy has to be loaded after
-    `give_back_freed_memory`, or what loading has freed is counted too.
+    On a CPU the memory is that of the process, less what it held before besides weights, gradients and optimizer
+    state, because the prediction does not include Python and its libraries. The policy has to be loaded after
+    `give_back_freed_memory`, or memory that was freed after loading is counted too.
     """
     device = policy.scorer.compute.device
-    _train(policy, optimizer, packs[:1])  # brings code and optimizer state into memory
+    _train(policy, optimizer, packs[:1])  # loads code and creates the optimizer state
     beside = _held_beside(policy, optimizer, device)
-    _forget_peak(device)
+    _reset_peak(device)
     _train(policy, optimizer, packs)
     peak = _peak_bytes(device)
     if device.type == "cpu":  # as in a run
@@ -59,7 +59,7 @@ def measure(policy: Trainable, optimizer: torch.optim.Optimizer, packs: Sequence
 
 
 def _held_beside(policy: Trainable, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """What this process holds besides weights, gradients and optimizer state; 0 on a GPU, where nothing else is counted."""
+    """Bytes of this process besides weights, gradients and optimizer state; 0 on a GPU, which holds nothing else."""
     if device.type == "cuda":
         return 0
     gc.collect()
@@ -91,7 +91,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR_PEAK.exists():
@@ -107,7 +107,7 @@ def _less(found: int | None, beside: int) -> int | None:
 
 
 def _status(name: str) -> int | None:
-    """A line of Linux's /proc/self/status in bytes; None on other systems."""
+    """The value of a line of Linux's /proc/self/status, in bytes; None on other systems."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

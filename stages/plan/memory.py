@@ -1,10 +1,10 @@
-"""How much memory a training step takes, found out without any: the real step runs on shapes alone.
+"""Predicts the memory of a training step by running it on tensors that have shapes and no data.
 
-In: a model's configuration, the `train`, `adapter` and `compute` blocks, and packs.  Out: bytes by kind.
+In: the configuration of a model, the blocks `train`, `adapter` and `compute`, and packs.  Out: bytes by kind.
 
-The scoring engine runs forward and backward under torch's `FakeTensorMode`, in which tensors have shapes
-and no data, while every storage that lives is counted. So checkpointing, autocast, chunks of the output
-layer and adapters count as what they are; only the optimizer's state is a number for each weight.
+The scoring engine runs its forward and backward pass under torch's `FakeTensorMode`, and every live storage is
+counted, so checkpointing, autocast, chunks of the output layer and adapters are included. Only the optimizer state is
+computed from a number of bytes per weight.
 """
 
 import weakref
@@ -27,13 +27,13 @@ from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
 from stages.train.optimizers import STATE_BYTES
 
-# NF4 with double quantization: 4 bits a weight and 8.13 for each 64 of them.
+# Bytes per weight in NF4 with double quantization: 4 bits, and 8.13 bits for each block of 64 weights.
 NF4_BYTES = 0.516
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Predicted bytes at the worst moment of a step; `activations` is all that is neither of the others."""
+    """Predicted bytes at the peak of a step; `activations` is everything that the other fields do not count."""
 
     weights: int
     gradients: int
@@ -49,7 +49,7 @@ class Memory:
 
 
 class Shapes:
-    """A model of shapes alone, set up for training like the real one; `predict` any number of packs with it."""
+    """A model of shapes, set up for training like the real one."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Shapes:
         compute: Compute,
         num_layers: int | None = None,
     ) -> None:
-        """`num_layers` builds only so many of the model's layers."""
+        """With `num_layers`, only the first layers of the model are built."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from stages.engine.scorer import Scorer
@@ -70,7 +70,7 @@ class Shapes:
             _keep_layers(config.get_text_config(), num_layers)
 
         self._optimizer = STATE_BYTES[train.optimizer]
-        # On the CPU whatever the device: shapes are the same, and a GPU need not be there.
+        # On the CPU whatever the device of the run: the shapes are the same, and no GPU is needed.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         on_cpu = Compute(torch.device("cpu"), compute.dtype, compute.tokens_per_batch)
         with torch.device("meta"):
@@ -91,12 +91,12 @@ class Shapes:
         self.weights -= sum(int(weight.nbytes - weight.numel() * NF4_BYTES) for weight in frozen)
 
     def predict(self, pack: Pack) -> Memory:
-        """Memory of a step whose largest pack is this one, with the gradients of the packs before it in place."""
+        """Memory of a step whose largest pack is `pack`; the gradients of earlier packs are allocated already."""
         with self._mode:
             for parameter in self._trained:
                 parameter.grad = torch.zeros_like(parameter)
             known = [*self._parameters, *(parameter.grad for parameter in self._trained)]
-            with _Living(known) as living, self._scorer.weights_cast_once():
+            with _LiveBytes(known) as live, self._scorer.weights_cast_once():
                 self._scorer(pack).completion_logps.sum().backward()
         gradients = sum(parameter.nbytes for parameter in self._trained)
         trained = sum(parameter.numel() for parameter in self._trained)
@@ -106,14 +106,14 @@ class Shapes:
             weights=self.weights,
             gradients=gradients,
             optimizer=int(trained * self._optimizer),
-            activations=living.peak,
+            activations=live.peak,
             num_parameters=sum(parameter.numel() for parameter in self._parameters),
             num_trained=trained,
         )
 
 
 class LayerwiseShapes:
-    """`Shapes` of a model with equal layers, from one and two of them: many times faster for a deep one."""
+    """`Shapes` of a model whose layers are all equal, extrapolated from one and two layers, which is much faster."""
 
     def __init__(
         self, source: ModelSource, train: TrainSettings, adapter: AdapterSettings, compute: Compute
@@ -124,13 +124,13 @@ class LayerwiseShapes:
         self._one, self._two = (Shapes(source, train, adapter, compute, number) for number in (1, 2))
 
     def predict(self, pack: Pack) -> Memory:
-        """As `Shapes.predict`: what one layer takes, and for each further one the difference that the second makes."""
+        """As `Shapes.predict`: the memory with one layer, plus the difference between two and one for each further layer."""
         one, two = (asdict(shapes.predict(pack)) for shapes in (self._one, self._two))
         return Memory(**{name: one[name] + self._more * (two[name] - one[name]) for name in one})
 
 
 def _linear_weights(model: Any) -> list[torch.Tensor]:
-    """Weights that are loaded in 4 bits: of all linear layers but the output layer."""
+    """The weights that are loaded in 4 bits: those of all linear layers but the output layer."""
     output = model.get_output_embeddings()
     return [
         module.weight
@@ -140,7 +140,7 @@ def _linear_weights(model: Any) -> list[torch.Tensor]:
 
 
 def _replace_tensors(model: Any) -> None:
-    """Fake tensors of the current mode in place of meta tensors, shared where those are."""
+    """Replace meta tensors by fake tensors of the current mode; tied parameters stay tied."""
     fresh: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -154,7 +154,7 @@ def _replace_tensors(model: Any) -> None:
 
 
 def _keep_layers(config: Any, number: int) -> None:
-    """Cut a configuration down to its first layers, with the lists that have an entry for each."""
+    """Cut a configuration, and its lists with one entry per layer, to the first layers."""
     before = config.num_hidden_layers
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == before:
@@ -162,8 +162,8 @@ def _keep_layers(config: Any, number: int) -> None:
     config.num_hidden_layers = number
 
 
-class _Living(TorchDispatchMode):
-    """Bytes of all storages made within it that are alive, and the most there ever were."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all live storages that are made within it: `now`, and their maximum so far, `peak`."""
 
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()
@@ -184,14 +184,14 @@ class _Living(TorchDispatchMode):
         size = storage.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
+        weakref.finalize(storage, self._subtract, size)
 
-    def _forget(self, size: int) -> None:
+    def _subtract(self, size: int) -> None:
         self.now -= size
 
 
 def pairs_pack(batch: int, length: int, vocab_size: int) -> Pack:
-    """A pack of `batch` pairs, prompt and completion together `length` tokens, half of it the prompt."""
+    """A pack of `batch` pairs; prompt and completion have `length` tokens together, half of them in the prompt."""
     random = np.random.default_rng(0)
 
     def draw(number: int) -> np.ndarray:
@@ -212,7 +212,7 @@ def pairs_pack(batch: int, length: int, vocab_size: int) -> Pack:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or what the system says a process may still take."""
+    """Memory of the GPU in bytes; on a CPU the memory that the system reports as available."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[1]
     try:

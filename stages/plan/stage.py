@@ -22,7 +22,7 @@ from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
-from stages.train.preflight import check_feasible
+from stages.train.preflight import check_settings
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (512, 1024, 2048, 4096)
@@ -85,17 +85,17 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
 
     Raises `UsageError` or `MachineError` for settings that cannot be trained with here.
     """
-    check_feasible(job)
+    check_settings(job)
     packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
     say(f"Predicting memory from the shapes of {job.source.name}")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
-    tokens = tokens_per_step * job.plan.steps
+    tokens = tokens_per_step * job.resolved.steps
     table = _table(job)
     if measured:
         say(f"Measuring {len(packs)} forward and backward passes")
     return TrainingPlan(
-        steps=job.plan.steps,
-        batch_size=job.plan.batch_size,
+        steps=job.resolved.steps,
+        batch_size=job.resolved.batch_size,
         tokens=tokens,
         tokens_per_step=tokens_per_step,
         available_bytes=available_bytes(job.compute.device),
@@ -108,8 +108,8 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
 
 def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     """The largest packs of the first steps, the largest first, and the mean positions of a step."""
-    order = epoch_order(rows.cycles, job.settings.seed, 0)
-    size, found, total = job.plan.batch_size, [], 0
+    order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
+    size, found, total = job.resolved.batch_size, [], 0
     starts = range(0, len(order), size)[:COUNTED_STEPS]
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
@@ -151,7 +151,7 @@ def _measure(
         peak_bytes=found.peak_bytes,
         held_bytes=found.held_bytes,
         predicted_bytes=predicted,
-        run_seconds=tokens / rate + job.plan.steps * found.update_seconds,
+        run_seconds=tokens / rate + job.resolved.steps * found.update_seconds,
         device=torch.cuda.get_device_name() if job.compute.device.type == "cuda" else "cpu",
         packs=len(packs),
     )

@@ -1,7 +1,8 @@
-"""What became of the source rows and their tokens: counted while preparing, printed and stored after it."""
+"""What became of the source rows and their tokens: counted while preparing, printed and stored in the manifest after it."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,48 +11,55 @@ from stages.data.rows import SPLITS, Example
 
 
 @dataclass(frozen=True)
-class Made:
-    """An example of a usable row; whether it is kept depends on the rows before it.
+class MadeExample:
+    """The example of a usable row; whether it is kept depends on the rows before it.
 
-    `text` is what duplicates are told by, where they are looked for.
+    `text` is what near duplicates are found by, "" where they are kept. `num_merged` and `loses_characters` are those of
+    `encode.Encoded`.
     """
 
     split: str
     source: str
     example: Example
-    rejoined: int
-    loses_text: bool
+    num_merged: int
+    loses_characters: bool
     text: str
+
+
+@dataclass(frozen=True)
+class CutSummary:
+    """How many prompts or completions were cut, the tokens they lost together, and the median and largest loss."""
+
+    cut: int = 0
+    tokens: int = 0
+    median: int = 0
+    max: int = 0
 
 
 @dataclass
 class Cuts:
-    """How many prompts or completions were cut, and how many of them by how many tokens."""
+    """How many prompts or completions were cut by how many tokens."""
 
     by_tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, tokens: int) -> None:
-        """Count one that lost `tokens` tokens; 0 is none."""
+        """Count one that lost `tokens` tokens; 0 is not a cut."""
         if tokens:
             self.by_tokens[tokens] += 1
 
-    def summary(self) -> dict[str, int]:
-        """How many were cut, the tokens they lost in all, and the median and the largest cut."""
+    def summary(self) -> CutSummary:
+        """The counts in four numbers."""
         if not self.by_tokens:
-            return {"cut": 0, "tokens": 0, "median": 0, "max": 0}
+            return CutSummary()
         sizes = np.array(sorted(self.by_tokens))
         ranks = np.cumsum([self.by_tokens[int(size)] for size in sizes])
         middle = int(np.searchsorted(ranks, (ranks[-1] + 1) // 2))
-        return {
-            "cut": int(ranks[-1]),
-            "tokens": sum(size * count for size, count in self.by_tokens.items()),
-            "median": int(sizes[middle]),
-            "max": int(sizes[-1]),
-        }
+        tokens = sum(size * count for size, count in self.by_tokens.items())
+        return CutSummary(int(ranks[-1]), tokens, int(sizes[middle]), int(sizes[-1]))
 
 
 @dataclass
-class Report:
+class RowCounts:
     """Counts of one batch of source rows, or of all of them together."""
 
     rows_in: Counter[str] = field(default_factory=Counter)
@@ -59,7 +67,7 @@ class Report:
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     prompts: Cuts = field(default_factory=Cuts)
     completions: Cuts = field(default_factory=Cuts)
-    rejoined_at_prompt: int = 0
+    num_merged: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
     rows: Counter[str] = field(default_factory=Counter)
@@ -71,16 +79,16 @@ class Report:
         """Count a row that is not used."""
         self.dropped[source, reason] += 1
 
-    def keep(self, made: Made) -> None:
-        """Count a row that is used, and what was cut off it."""
+    def keep(self, made: MadeExample) -> None:
+        """Count a row that is used, and the tokens it lost."""
         self.rows_kept[made.source] += 1
         self.prompts.add(made.example.prompt_cut)
         for row in made.example.rows:
             self.completions.add(row.cut)
-        self.rejoined_at_prompt += made.rejoined
-        self.notes["characters_lost_by_the_tokenizer"] += made.loses_text
+        self.num_merged += made.num_merged
+        self.notes["characters_lost_by_the_tokenizer"] += made.loses_characters
 
-    def write(self, split: str, examples: list[Example]) -> None:
+    def write(self, split: str, examples: Sequence[Example]) -> None:
         """Count examples that go into a shard."""
         self.examples[split] += len(examples)
         for example in examples:
@@ -89,15 +97,11 @@ class Report:
             self.scored_rows += sum(row.score is not None for row in example.rows)
             self.tokens += len(example.prompt_ids) + sum(len(row.ids) for row in example.rows)
 
-    def add(self, other: "Report") -> None:
-        """Take over the counts of a batch."""
-        self.rows_in += other.rows_in
-        self.rows_kept += other.rows_kept
-        self.dropped += other.dropped
-        self.prompts.by_tokens += other.prompts.by_tokens
-        self.completions.by_tokens += other.completions.by_tokens
-        self.rejoined_at_prompt += other.rejoined_at_prompt
-        self.notes += other.notes
+    def add(self, batch: "RowCounts") -> None:
+        """Add the counts of a batch, whose examples have not been kept or written yet."""
+        self.rows_in += batch.rows_in
+        self.dropped += batch.dropped
+        self.notes += batch.notes
 
     def reasons(self, source: str | None = None) -> dict[str, int]:
         """Dropped rows by reason, of one source or of all."""
@@ -107,8 +111,11 @@ class Report:
                 found[reason] += count
         return dict(sorted(found.items()))
 
-    def counts(self, formats: dict[str, str]) -> dict[str, Any]:
-        """The report as plain numbers, with rows in = kept + dropped checked for every source."""
+    def to_manifest(self, formats: Mapping[str, str]) -> dict[str, Any]:
+        """The counts as the manifest has them; `formats` is the format of each source.
+
+        Checks for every source that rows in = rows kept + rows dropped.
+        """
         for source in formats:
             assert self.rows_in[source] == self.rows_kept[source] + sum(self.reasons(source).values()), (
                 f"a row of {source} was neither kept nor counted as dropped"
@@ -121,22 +128,14 @@ class Report:
             "rows_in": self.rows_in.total(),
             "rows_kept": kept,
             "dropped": self.reasons(),
-            "sources": {
-                source: {
-                    "format": name,
-                    "rows_in": self.rows_in[source],
-                    "rows_kept": self.rows_kept[source],
-                    "dropped": self.reasons(source),
-                }
-                for source, name in formats.items()
-            },
+            "sources": {source: self._of_source(source, format_) for source, format_ in formats.items()},
             "examples": {split: self.examples[split] for split in SPLITS},
             "rows_by_role": dict(sorted(self.rows.items())),
-            "prompts_cut": prompts["cut"],
-            "completions_cut": completions["cut"],
-            "tokens_cut": prompts["tokens"] + completions["tokens"],
-            "cuts": {"prompts": prompts, "completions": completions},
-            "rejoined_at_prompt": self.rejoined_at_prompt,
+            "prompts_cut": prompts.cut,
+            "completions_cut": completions.cut,
+            "tokens_cut": prompts.tokens + completions.tokens,
+            "cuts": {"prompts": asdict(prompts), "completions": asdict(completions)},
+            "rejoined_at_prompt": self.num_merged,
             "notes": {note: count for note, count in sorted(self.notes.items()) if count},
             "kto_weights": kto_weights(self.rows["desirable"], self.rows["undesirable"]),
             "scored_rows": self.scored_rows,
@@ -144,12 +143,20 @@ class Report:
             "tokens": self.tokens,
         }
 
+    def _of_source(self, source: str, format_: str) -> dict[str, Any]:
+        return {
+            "format": format_,
+            "rows_in": self.rows_in[source],
+            "rows_kept": self.rows_kept[source],
+            "dropped": self.reasons(source),
+        }
+
 
 def kto_weights(desirable: int, undesirable: int) -> dict[str, list[float]] | None:
-    """Suggested KTO weights for unbalanced feedback: the range of one weight, the other staying 1.
+    """Suggested KTO weights for unbalanced feedback: the range of one weight while the other stays 1.
 
     They bring desirable_weight n_D / (undesirable_weight n_U) into [1, 4/3] (KTO, 2402.01306, section 4.2).
-    None where the counts are in it already, or one of them is 0.
+    None where the ratio is in this range already, or one of the counts is 0.
     """
     if not desirable or not undesirable or 1 <= desirable / undesirable <= 4 / 3:
         return None

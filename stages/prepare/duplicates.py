@@ -1,9 +1,9 @@
 """Rows that repeat an earlier row: the same prompt and completions, or nearly the same.
 
-The first of them stays. Exact: equal content, which an example's id stands for. Near: at least so large a part
-of all their five-word sequences shared, estimated by MinHash and found by locality-sensitive hashing
-(datasketch). Either remembers something of every row kept, so unlike all else here memory grows with the data:
-about 100 bytes a row for exact, about 2 KB for near.
+The first of them is kept. Exact duplicates have equal content, and so the same example id. Near duplicates share a
+large part of their five-word sequences (Jaccard similarity), estimated by MinHash and found by locality-sensitive
+hashing (datasketch). Both kinds need to remember every row kept, so memory grows with the data: about 100 bytes a row for
+exact, about 2 KB for near.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ NUM_PERMUTATIONS = 128
 
 
 class Duplicates:
-    """Remembers the rows that were kept."""
+    """Remembers the rows that were kept, and finds the ones that repeat them."""
 
     def __init__(self, settings: FilterSettings) -> None:
-        """Raises `MachineError` where near duplicates are wanted and datasketch is not installed."""
+        """Raises `MachineError` when near duplicates are to be dropped and datasketch is not installed."""
         self._kind = settings.duplicates
         self._seen: set[str] = set()
         if self._kind == "near":

@@ -1,7 +1,7 @@
-"""Source rows to examples, a batch at a time: convert, render, tokenize, cut; whatever is not used is counted.
+"""Source rows to examples, a batch at a time: convert, render, tokenize, truncate; every row that is not used is counted.
 
-In: `SourceRow`s. Out: an `Outcome`: examples with their split, and what happened to every other row.
-A batch depends on nothing but its rows, so that batches can be worked on side by side.
+In: `SourceRow`s. Out: an `Outcome`: examples with their split, and what happened to every other row. The outcome of a
+batch depends on its rows alone, so that batches can be worked on side by side.
 """
 
 import hashlib
@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 
 from cache.fingerprint import canonical_json
-from stages.data.columns import as_messages
-from stages.data.readers import BadRow, Flagged, SourceRow
 from stages.data.rows import Example, Row
+from stages.data.source_row import BadRow, Flagged, SourceRow
 from stages.formats import Preference, Tokens, Unusable
-from stages.prepare.counts import Made, Report
+from stages.prepare.counts import MadeExample, RowCounts
 from stages.prepare.filters import Filters, texts_of
-from stages.prepare.shard_writer import compared
-from stages.prepare.truncation import Fitted, fit
+from stages.prepare.heldout import split_of
+from stages.prepare.mismatched import compared
+from stages.prepare.truncation import Truncated, truncate
 from stages.settings.data import PrepareSettings
-from stages.tokenization.encode import Encoded, Plan, Tokenized
-from stages.tokenization.render import Rendered
+from stages.tokenization.encode import Encoded, TextBatch, Tokenized
 from stages.tokenization.template import Template
 
 BAD_ROW = "bad_row"
@@ -30,8 +29,8 @@ Convert = Callable[[Mapping[str, Any]], Preference]
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A row that could not be used: its place in the batch, its location, what is wrong and the reason it is counted under."""
+class RejectedRow:
+    """A row that could not be used: its place in the batch, its location, the problem, and the reason it is counted under."""
 
     place: int
     location: str
@@ -43,19 +42,27 @@ class Rejected:
 class Outcome:
     """What a batch of source rows became, in the order of the rows."""
 
-    report: Report = field(default_factory=Report)
-    made: list[Made] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    counts: RowCounts = field(default_factory=RowCounts)
+    examples: list[MadeExample] = field(default_factory=list)
+    rejected: list[RejectedRow] = field(default_factory=list)
+
+    def reject(self, place: int, row: SourceRow, problem: BadRow) -> None:
+        """Count and list a row that could not be used."""
+        reason = problem.reason if isinstance(problem, Flagged) else BAD_ROW
+        self.counts.drop(row.source, reason)
+        self.rejected.append(RejectedRow(place, row.location, str(problem), reason))
 
 
-@dataclass
-class Converted:
-    """A batch between rendering and tokenizing: the rows that were usable so far, and the outcome so far."""
+@dataclass(frozen=True)
+class ConvertedBatch:
+    """A batch between rendering and tokenizing: the outcome so far, and the rows still in use with their texts.
+
+    Each row comes with its place in the batch.
+    """
 
     outcome: Outcome
-    rows: list[tuple[int, SourceRow, Preference]] = field(default_factory=list)
-    rendered: list[Rendered] = field(default_factory=list)
-    plan: Plan = field(default_factory=lambda: Plan([], [], []))
+    rows: list[tuple[int, SourceRow, Preference]]
+    texts: TextBatch
 
 
 @dataclass(frozen=True)
@@ -72,122 +79,100 @@ class ExampleMaker:
     gathered: frozenset[str] = frozenset()
 
     def make(self, rows: Sequence[SourceRow]) -> Outcome:
-        """All three steps."""
-        converted = self.convert(rows)
-        return self.finish(converted, self.tokenize(converted))
+        """Both steps, with the tokenizer's work between them."""
+        batch = self.convert(rows)
+        return self.finish(batch, self.template.encoder.tokenize(batch.texts.texts))
 
-    def convert(self, rows: Sequence[SourceRow]) -> Converted:
-        """Source rows to rendered text."""
-        batch = Converted(Outcome())
-        report = batch.outcome.report
-        with self.template.watched():
+    def convert(self, rows: Sequence[SourceRow]) -> ConvertedBatch:
+        """First step: source rows to rendered text."""
+        outcome, usable, rendered = Outcome(), [], []
+        with self.template.renderer.chat.one_timer():
             for place, row in enumerate(rows):
-                report.rows_in[row.source] += 1
-                if row.source in self.gathered and row.value is not None:
-                    report.notes["rows_gathered_into_lists"] += len(row.value["rows"])
+                self._count(row, outcome.counts)
                 try:
                     if row.value is None:
                         raise BadRow(row.problem)
                     preference = self.converts[row.source](row.value)
-                    if reason := self.filters.before_rendering(row.value, preference):
-                        raise Unusable(reason)
-                    rendered = self.template.render(preference)
-                    report.notes.update(f"{name}_not_in_template" for name in rendered.unused)
-                    batch.rendered.append(rendered)
-                    batch.rows.append((place, row, preference))
+                    self.filters.check_content(row.value, preference)
+                    text = self.template.renderer.render(preference)
                 except Unusable as reason:
-                    report.drop(row.source, str(reason))
+                    outcome.counts.drop(row.source, str(reason))
                 except BadRow as problem:
-                    self._reject(batch.outcome, place, row, problem)
-        batch.plan = self.template.plan(batch.rendered)
-        return batch
+                    outcome.reject(place, row, problem)
+                else:
+                    outcome.counts.notes.update(f"{name}_not_in_template" for name in text.unused_keys)
+                    rendered.append(text)
+                    usable.append((place, row, preference))
+        return ConvertedBatch(outcome, usable, self.template.encoder.texts_of(rendered))
 
-    def tokenize(self, batch: Converted) -> Tokenized:
-        """Rendered text to ids: the tokenizer's work and nothing else, outside Python's lock."""
-        return self.template.tokenize(batch.plan)
-
-    def finish(self, batch: Converted, tokenized: Tokenized) -> Outcome:
-        """Ids to examples within the limits."""
+    def finish(self, batch: ConvertedBatch, tokenized: Tokenized) -> Outcome:
+        """Second step: ids to examples within the limits."""
         outcome = batch.outcome
-        encoded = self.template.finish(batch.rendered, batch.plan, tokenized)
+        encoded = self.template.encoder.encoded(batch.texts, tokenized)
         for (place, row, preference), ids in zip(batch.rows, encoded, strict=True):
-            if isinstance(ids, BadRow):
-                self._reject(outcome, place, row, ids)
-                continue
-            fitted = self._fitted(preference, ids)
-            if isinstance(fitted, str):
-                outcome.report.drop(row.source, fitted)
-                continue
-            outcome.made.append(self._made(row, preference, ids, fitted))
+            try:
+                if isinstance(ids, BadRow):
+                    raise ids
+                outcome.examples.append(self._example(row, preference, ids))
+            except Unusable as reason:
+                outcome.counts.drop(row.source, str(reason))
+            except BadRow as problem:
+                outcome.reject(place, row, problem)
         outcome.rejected.sort(key=lambda rejected: rejected.place)
         return outcome
 
-    def _reject(self, outcome: Outcome, place: int, row: SourceRow, problem: BadRow) -> None:
-        reason = problem.reason if isinstance(problem, Flagged) else BAD_ROW
-        outcome.report.drop(row.source, reason)
-        outcome.rejected.append(Rejected(place, row.location, str(problem), reason))
+    def _count(self, row: SourceRow, counts: RowCounts) -> None:
+        counts.rows_in[row.source] += 1
+        if row.source in self.gathered and row.value is not None:
+            counts.notes["rows_gathered_into_lists"] += len(row.value["rows"])
 
-    def _fitted(self, preference: Preference, encoded: Encoded) -> Fitted | str:
-        """The example cut to the limits, or the reason why it is not used."""
-        if any(_is_blank(candidate.completion) for candidate in preference.candidates):
-            return "empty_completion"
-        if reason := self.filters.after_encoding(encoded):
-            return reason
-        fitted = fit(encoded.prompt_ids, encoded.completions, self.settings)
-        if fitted is None:
-            return "prompt_too_long"
-        if not all(mask.any() for _, mask in fitted.completions):
-            return "nothing_left_to_train"
-        pair = compared(preference.candidates, fitted.completions)
-        if len(pair) == 2 and all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)):
-            was_cut = fitted.prompt_cut or any(fitted.completions_cut)
-            return "identical_after_truncation" if was_cut else "identical_tokens"
-        return fitted
-
-    def _made(self, row: SourceRow, preference: Preference, encoded: Encoded, fitted: Fitted) -> Made:
+    def _example(self, row: SourceRow, preference: Preference, encoded: Encoded) -> MadeExample:
+        """The example of a row, within the limits; raises `Unusable`."""
+        truncated = self._truncated(preference, encoded)
         # Copies, because a view would keep the ids of the whole batch until its shard is full.
         rows = [
             Row(candidate.role, ids.copy(), mask.copy(), candidate.score, candidate.weight, cut)
             for candidate, (ids, mask), cut in zip(
-                preference.candidates, fitted.completions, fitted.completions_cut, strict=True
+                preference.candidates, truncated.completions, truncated.completions_cut, strict=True
             )
         ]
-        said = [
-            _content(preference.prompt),
-            [[entry.role, _content(entry.completion)] for entry in preference.candidates],
-            preference.tools or [],
-        ]
-        digest = hashlib.blake2b(canonical_json(said), digest_size=12)
-        example = Example(digest.hexdigest(), row.location, fitted.prompt_ids.copy(), rows, fitted.prompt_cut)
+        prompt_ids = truncated.prompt_ids.copy()
+        example = Example(_id_of(preference), row.location, prompt_ids, rows, truncated.prompt_cut)
         is_compared = self.filters.settings.duplicates == "near"
-        return Made(
+        return MadeExample(
             split_of(preference, self.settings.heldout_fraction),
             row.source,
             example,
-            encoded.rejoined,
-            encoded.loses_text,
+            encoded.num_merged,
+            encoded.loses_characters,
             "\n".join(texts_of(preference)) if is_compared else "",
         )
 
+    def _truncated(self, preference: Preference, encoded: Encoded) -> Truncated:
+        """The ids cut to the limits; raises `Unusable` where nothing that can be trained on is left."""
+        if any(_is_blank(candidate.completion) for candidate in preference.candidates):
+            raise Unusable("empty_completion")
+        self.filters.check_lengths(encoded)
+        truncated = truncate(encoded.prompt_ids, encoded.completions, self.settings)
+        if truncated is None:
+            raise Unusable("prompt_too_long")
+        if not all(mask.any() for _, mask in truncated.completions):
+            raise Unusable("nothing_left_to_train")
+        pair = compared(preference.candidates, truncated.completions)
+        if len(pair) == 2 and all(np.array_equal(a, b) for a, b in zip(*pair, strict=True)):
+            was_cut = truncated.prompt_cut or any(truncated.completions_cut)
+            raise Unusable("identical_after_truncation" if was_cut else "identical_tokens")
+        return truncated
 
-def split_of(preference: Preference, heldout_fraction: float) -> str:
-    """Held out or not, by what the prompt says alone, so that a prompt never sits on both sides.
 
-    Text is the user turn it becomes in a chat, and white space does not count, because templates trim
-    it: prompts that two sources write differently and that become the same ids share a side.
-    """
-    digest = hashlib.sha256("\0".join(prompt_texts(preference.prompt)).encode()).digest()
-    return "heldout" if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else "train"
-
-
-def prompt_texts(prompt: Any) -> list[str]:
-    """Roles and texts of a prompt in turn, white space evened out; token ids as they are."""
-    if isinstance(prompt, Tokens):
-        return ["ids", canonical_json(prompt.ids).decode()]
-    said: list[str] = []
-    for turn in as_messages(prompt, "user"):
-        said += [turn["role"], " ".join(str(turn["content"]).split())]
-    return said
+def _id_of(preference: Preference) -> str:
+    """Hex digest of the prompt, the completions with their roles, and the tools: equal content has an equal id."""
+    content = [
+        _content(preference.prompt),
+        [[entry.role, _content(entry.completion)] for entry in preference.candidates],
+        preference.tools or [],
+    ]
+    return hashlib.blake2b(canonical_json(content), digest_size=12).hexdigest()
 
 
 def _content(value: Any) -> Any:

@@ -1,20 +1,20 @@
-"""Python's search for cycles of garbage, kept away from what lives as long as the process.
+"""Python's cyclic garbage collector, kept away from objects that live as long as the process.
 
-Preparing makes many small objects for each row, none of them in a cycle that lasts, and Python would again and again go
-through all that torch and transformers have brought into memory.
+Preparing makes many small objects for each row, none of them in a reference cycle that lasts. With the default
+thresholds Python would again and again traverse all that torch and transformers have brought into memory.
 """
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Objects that are made and not yet gone before Python looks for cycles among the young ones.
+# Objects made and not yet freed before Python looks for reference cycles among the young ones.
 THRESHOLD = 50_000
 
 
 @contextmanager
-def looked_for_seldom() -> Iterator[None]:
-    """Leave out what is in memory already, and look at the rest now and then."""
+def gc_relaxed() -> Iterator[None]:
+    """Exclude the objects that exist already from garbage collection, and collect the others rarely."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(THRESHOLD, *before[1:])

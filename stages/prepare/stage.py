@@ -3,8 +3,8 @@
 Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
 with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used).
 Its identity is the sources' content, the tokenizer, the template and the limits; rows in = rows kept + rows dropped, by
-reason. Memory does not grow with the data: what is held is the batches at
-work and one shard of each split. Run it with `align prepare`.
+reason. Memory does not grow with the data: it holds a few batches and one shard of each split. Run it with
+`align prepare`.
 """
 
 import json
@@ -18,12 +18,13 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.data.columns import NOT_TEXT
 from stages.data.mixing import Source, mixture, sources_identity, sources_of
-from stages.data.readers import SourceRow, read_source, source_identity
+from stages.data.readers import read_source, source_identity
 from stages.data.rows import SPLITS
+from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
-from stages.prepare.counts import Report
+from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
-from stages.prepare.examples import BAD_ROW, ExampleMaker, Rejected
+from stages.prepare.examples import BAD_ROW, ExampleMaker, RejectedRow
 from stages.prepare.filters import Filters
 from stages.prepare.shard_writer import SplitWriter
 from stages.prepare.workers import outcomes
@@ -94,47 +95,51 @@ def prepare(
             source.name: conversion(formats[source.name], source.data, settings) for source in sources
         }
         _announce(formats, sources, template, context)
-        report = Report()
-        streams = {
-            source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
-        }
         gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by is not None)
         maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
-        duplicates = Duplicates(filter_)
-        rows = mixture(sources, streams, data)
-        writers = {split: SplitWriter(draft, split, settings, report) for split in SPLITS}
-        for outcome in outcomes(_batches(rows), maker, settings.num_workers):
-            report.add(outcome.report)
-            _list_rejected(outcome.rejected, data, draft)
-            for made in outcome.made:
-                reason = duplicates.reason(made.example.example_id, made.text)
-                if reason is not None:
-                    report.drop(made.source, reason)
-                    continue
-                report.keep(made)
-                writers[made.split].add(made.example)
-        for writer in writers.values():
-            writer.finish()
-        _refuse_columns_of_no_text(report, sources, draft)
-        if not report.examples["train"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons().items())
-            raise DataError(
-                f"{' + '.join(formats)}: no usable training row among {report.rows_in.total()} ({reasons or 'the source is empty'})."
-            )
-        counts = {
-            **report.counts({name: format_.name for name, format_ in formats.items()}),
-            "turn_end_ids": template.turn_end_ids(),
-        }
+        counts = _write_rows(data, maker, sources, formats, draft)
+        _refuse_columns_of_no_text(counts, sources, draft)
+        _refuse_no_training_row(counts, formats)
+        names = {name: format_.name for name, format_ in formats.items()}
         return context.store.publish(
             draft,
-            counts,
+            {**counts.to_manifest(names), "turn_end_ids": template.turn_end_ids()},
             {},
             context.config_text,
-            data_paths=[source.data.path for source in sources_of(data)],
+            data_paths=[source.data.path for source in sources],
             tokenizer=str(template.tokenizer.name_or_path),
         )
     finally:
         draft.discard()
+
+
+def _write_rows(
+    data: DataSettings,
+    maker: ExampleMaker,
+    sources: list[Source],
+    formats: dict[str, type[Format]],
+    draft: Draft,
+) -> RowCounts:
+    """Read, make and write all examples; returns the counts of all rows."""
+    counts, duplicates = RowCounts(), Duplicates(maker.filters.settings)
+    writers = {split: SplitWriter(draft, split, maker.settings, counts) for split in SPLITS}
+    streams = {
+        source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
+    }
+    batches = _batches(mixture(sources, streams, data))
+    for outcome in outcomes(batches, maker, maker.settings.num_workers):
+        counts.add(outcome.counts)
+        _list_rejected(outcome.rejected, data, draft)
+        for made in outcome.examples:
+            reason = duplicates.reason(made.example.example_id, made.text)
+            if reason is not None:
+                counts.drop(made.source, reason)
+                continue
+            counts.keep(made)
+            writers[made.split].add(made.example)
+    for writer in writers.values():
+        writer.finish()
+    return counts
 
 
 def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
@@ -142,14 +147,14 @@ def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
         yield batch
 
 
-def _list_rejected(rejected: list[Rejected], data: DataSettings, draft: Draft) -> None:
-    """Stop at the first malformed row, or add the rows of a batch that could not be used to rejected.jsonl."""
+def _list_rejected(rejected: list[RejectedRow], data: DataSettings, draft: Draft) -> None:
+    """Raise `DataError` for the first malformed row, or list the batch's rejected rows in rejected.jsonl."""
     if not rejected:
         return
     malformed = [row for row in rejected if row.reason == BAD_ROW]
     if malformed and data.on_bad_row == "error":
         raise DataError(
-            f"{malformed[0].location}: {malformed[0].problem}. Mend the row, or skip such rows with --set data.on_bad_row=skip."
+            f"{malformed[0].location}: {malformed[0].problem}. Fix the row, or skip such rows with --set data.on_bad_row=skip."
         )
     with open(draft.path / "rejected.jsonl", "a", encoding="ascii") as handle:
         for row in rejected:
@@ -157,16 +162,24 @@ def _list_rejected(rejected: list[Rejected], data: DataSettings, draft: Draft) -
             handle.write("\n")
 
 
-def _refuse_columns_of_no_text(report: Report, sources: list[Source], draft: Draft) -> None:
-    """Single rows without text are dropped; where they outnumber the rows kept, the column is another one."""
+def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: Draft) -> None:
+    """Raise `DataError` where rows without text outnumber the rows kept: then the column is not one of text."""
     for source in sources:
-        dropped = report.dropped[source.name, NOT_TEXT]
-        if dropped > report.rows_kept[source.name]:
+        dropped = counts.dropped[source.name, NOT_TEXT]
+        if dropped > counts.rows_kept[source.name]:
             lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
             first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
             raise DataError(
-                f"{first['location']}: {first['problem']}, and so in {dropped:,} of {report.rows_in[source.name]:,} rows of {source.name}. Say in YAML which columns hold text (data.columns), or convert them."
+                f"{first['location']}: {first['problem']}, and so in {dropped:,} of {counts.rows_in[source.name]:,} rows of {source.name}. Say in YAML which columns hold text (data.columns), or convert them."
             )
+
+
+def _refuse_no_training_row(counts: RowCounts, formats: dict[str, type[Format]]) -> None:
+    if not counts.examples["train"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+        raise DataError(
+            f"{' + '.join(formats)}: no usable training row among {counts.rows_in.total()} ({reasons or 'the source is empty'})."
+        )
 
 
 def _choose_format(data: DataSettings) -> type[Format]:
@@ -196,7 +209,7 @@ def _announce(
         context.say(
             "some sources hold text and some token ids: a prompt in both is not recognized as one, so it can be held out in one and trained on in the other; for an evaluation apart use prepare.heldout_fraction=0 and eval.sets"
         )
-    for note in template.notes():
+    for note in template.renderer.notes():
         context.say(note)
 
 

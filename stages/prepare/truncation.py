@@ -1,4 +1,4 @@
-"""Fitting an example into the length limits, in tokens, with one prompt for all its completions.
+"""Cutting an example to the length limits, in tokens, with one prompt for all its completions.
 
 1. `max_prompt_length`: the prompt keeps its end (keep_end) or its start (keep_start).
 2. `max_completion_length`: each completion keeps its start.
@@ -14,8 +14,8 @@ from stages.settings.data import PrepareSettings
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Prompt and `(ids, mask)` completions within the limits, and how many tokens were cut."""
+class Truncated:
+    """Prompt (int32) and `(ids, mask)` completions within the limits, and how many tokens were cut from each."""
 
     prompt_ids: np.ndarray
     completions: list[tuple[np.ndarray, np.ndarray]]
@@ -23,10 +23,10 @@ class Fitted:
     completions_cut: list[int]
 
 
-def fit(
+def truncate(
     prompt_ids: np.ndarray, completions: list[tuple[np.ndarray, np.ndarray]], limits: PrepareSettings
-) -> Fitted | None:
-    """Cut an example to `limits`; None when a prompt that must be kept leaves no room for a completion."""
+) -> Truncated | None:
+    """Cut an example to `limits`; None when the prompt that keep_start keeps leaves no room for a completion."""
     prompt = prompt_ids
     if limits.max_prompt_length is not None and len(prompt) > limits.max_prompt_length:
         prompt = _shorten(prompt, limits.max_prompt_length, limits.truncation_mode)
@@ -39,7 +39,7 @@ def fit(
         return None
     kept = [(ids[:room], mask[:room]) for ids, mask in completions]
     cut = [len(ids) - len(short) for (ids, _), (short, _) in zip(completions, kept, strict=True)]
-    return Fitted(prompt, kept, len(prompt_ids) - len(prompt), cut)
+    return Truncated(prompt, kept, len(prompt_ids) - len(prompt), cut)
 
 
 def _shorten(prompt: np.ndarray, length: int, mode: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Batches worked on side by side, their outcomes in order, with a bounded number of them in memory.
+"""Batches in parallel, their outcomes in order, with a bounded number of them in memory.
 
 In one process, Python works on one batch while the tokenizer's Rust threads work on the batch before it.
-With several, each batch goes to a process as a whole, and the tokenizer there runs on one thread.
+With several processes, each takes a batch as a whole, and the tokenizer there runs on one thread.
 """
 
 import multiprocessing
@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
-from stages.data.readers import SourceRow
-from stages.prepare.examples import ExampleMaker, Outcome
-from stages.prepare.garbage_collection import looked_for_seldom
+from stages.data.source_row import SourceRow
+from stages.prepare.examples import ConvertedBatch, ExampleMaker, Outcome
+from stages.prepare.garbage_collection import gc_relaxed
+from stages.tokenization.encode import Tokenized
 
 BATCHES_PER_WORKER = 2
 
@@ -21,8 +22,8 @@ BATCHES_PER_WORKER = 2
 def outcomes(
     batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker, num_workers: int
 ) -> Iterator[Outcome]:
-    """The outcome of every batch, in the order of the batches, whatever the number of processes."""
-    with looked_for_seldom():  # forked processes have it from here
+    """The outcome of every batch, in the order of the batches; the number of processes does not change it."""
+    with gc_relaxed():  # forked processes inherit it
         if num_workers == 1:
             yield from _in_this_process(batches, maker)
         else:
@@ -31,13 +32,13 @@ def outcomes(
 
 def _in_this_process(batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker) -> Iterator[Outcome]:
     with ThreadPoolExecutor(1) as tokenizing:
-        waiting = None
+        waiting: tuple[ConvertedBatch, Future[Tokenized]] | None = None
         for rows in batches:
-            converted = maker.convert(rows)
-            ids = tokenizing.submit(maker.tokenize, converted)
+            batch = maker.convert(rows)
+            tokenized = tokenizing.submit(maker.template.encoder.tokenize, batch.texts.texts)
             if waiting is not None:
                 yield maker.finish(waiting[0], waiting[1].result())
-            waiting = converted, ids
+            waiting = batch, tokenized
         if waiting is not None:
             yield maker.finish(waiting[0], waiting[1].result())
 
@@ -45,7 +46,7 @@ def _in_this_process(batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker
 def _in_processes(
     batches: Iterable[Sequence[SourceRow]], maker: ExampleMaker, num_workers: int
 ) -> Iterator[Outcome]:
-    # A forked process has the imports and the tokenizer already; where there is no fork it takes seconds.
+    # A forked process has the imports and the tokenizer already; a spawned one needs seconds to load them.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(num_workers, context, _begin, (maker,)) as pool:
@@ -68,7 +69,7 @@ def _begin(maker: ExampleMaker) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for batches for ever."""
+    """End this process when its parent is killed; it would wait for batches for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,1 +1,1 @@
-"""What a stage runs on: store and progress, device and arithmetic, ranks, memory."""
+"""The environment of a stage: store and progress, device and dtype, ranks, memory."""

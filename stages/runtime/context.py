@@ -1,4 +1,4 @@
-"""What every stage is handed besides its configuration: the store, a voice, and progress."""
+"""What every stage is given besides its configuration: the store, a log for people, progress."""
 
 import sys
 import time
@@ -12,17 +12,17 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 def say_on_stderr(line: str) -> None:
-    """Print one line for the person watching; stdout is for results."""
+    """Print one line for people; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Context:
-    """The surroundings of a stage run.
+    """The environment of a stage run.
 
-    `config_text` is the resolved configuration, saved beside the artifact. `arguments` are the
-    command-line arguments that select this configuration, repeated in commands that errors suggest;
-    `loss` is what was given as `--loss`, and `takes_loss` names the commands that have this option.
+    `config_text` is the resolved configuration, saved with the artifact. `arguments` are the command-line arguments of
+    this configuration, repeated in the commands that errors suggest; `loss` is the value of `--loss`, and `takes_loss`
+    names the commands that have this option.
     """
 
     store: Store
@@ -40,9 +40,9 @@ class Context:
 
 @contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Show progress on stderr: a bar on a terminal, else a line now and then.
+    """Show progress on stderr: a bar on a terminal, otherwise a line every `PLAIN_LINE_SECONDS`.
 
-    Yields `advance(amount, note)`.
+    Yields a function `advance(amount, note)`.
     """
     if sys.stderr.isatty():
         with _bar(description, total, unit) as advance:

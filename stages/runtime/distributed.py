@@ -1,4 +1,4 @@
-"""The ranks of a `torchrun` launch, or the one process there is."""
+"""The ranks of a `torchrun` launch; without one, a single rank."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ BUCKET_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank, how many there are, and whether the model is sharded over them (FSDP2)."""
+    """The rank of this process, the number of ranks, and whether the model is sharded over them (FSDP2)."""
 
     rank: int = 0
     size: int = 1
@@ -27,17 +27,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this is the rank that writes files and log lines."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add `tensor` over all ranks, in place."""
+        """Sum `tensor` over all ranks, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, on every rank; the others do not call it."""
+        """Call `make` on the first rank only and return its result on every rank."""
         if self.size == 1:
             return make()
         box = [make() if self.is_main else None]
@@ -50,9 +50,9 @@ class World:
             dist.barrier()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add gradients over all ranks, in flat buckets; a rank without a gradient contributes zeros.
+        """Sum gradients over all ranks, in flat buckets; a rank without a gradient contributes zeros.
 
-        Once a step, after the last micro-batch, so ranks may have any number of micro-batches.
+        Called once per step, after the last pack, so ranks may have different numbers of packs.
         """
         if self.size == 1:
             return
@@ -77,15 +77,14 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
-    from torch.distributed.tensor import (
-        DTensor,
-    )  # takes a second to import: not for commands that train nothing
+    # Slow to import, and not every command trains.
+    from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def join_world(device: torch.device, sharded: bool = False) -> World:
-    """The world `torchrun` made (RANK and WORLD_SIZE in the environment), or a world of one."""
+    """The ranks that `torchrun` started (RANK and WORLD_SIZE in the environment), or a single rank."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not sharded:
         return World()

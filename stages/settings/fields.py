@@ -1,8 +1,7 @@
-"""Configuration blocks: models, arithmetic, sampling, tracking; those of data and of training stand beside.
+"""The configuration blocks for models, compute, sampling and tracking; `data.py` and `train.py` have the others.
 
-Every knob has its default, its unit and its bounds here, in `data_settings.py` or in `train_settings.py`.
-Plain data without torch, so that the command line answers at once. `configs/reference.yaml` lists the
-same keys with the same comments; a test keeps the two equal.
+Every key has its default, its unit and its bounds here. No torch is imported, so that the command line answers at once.
+`configs/reference.yaml` lists the same keys with the same comments; a test keeps the two equal.
 """
 
 from typing import Annotated, Literal
@@ -18,7 +17,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 
 class Settings(BaseModel):
-    """Frozen, with unknown keys, NaN and infinities refused."""
+    """A block that is frozen and refuses unknown keys, NaN and infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -40,44 +39,51 @@ class ReferenceSettings(Settings):
 
 
 class ComputeSettings(Settings):
-    """How models run; the reference and the policy always run the same way."""
+    """How models run: the same for the reference and the policy."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto", description="'auto' takes cuda where there is one, else cpu"
+        default="auto", description="'auto' takes cuda if there is a GPU, else cpu"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="arithmetic of the forward pass; weights stay float32. 'auto' is bfloat16 on a GPU that has it, else float32",
+        description="dtype of the forward pass; weights stay float32. 'auto' takes bfloat16 on a GPU that supports it, else float32",
     )
     tokens_per_batch: PositiveInt = Field(
         default=2048, description="token budget of one forward pass; changes speed and memory, not results"
     )
     load_in_4bit: Flag = Field(
         default=False,
-        description="keep the frozen weights in 4 bits (bitsandbytes, NF4 with double quantization), for the reference and under an adapter alike (QLoRA); a model of its own to the cache",
+        description="load the frozen weights in 4 bits (bitsandbytes, NF4 with double quantization), those of the reference and those under an adapter (QLoRA); the log-probs of such a reference are cached separately",
     )
 
 
 class SampleSettings(Settings):
-    """Generation for evaluation."""
+    """Sampling of completions."""
 
     model: str | None = Field(
         default=None,
         description="folder or hub name to sample from; null means the policy this configuration trains",
     )
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        default="auto", description="'auto' takes vLLM where it can run, else transformers, and says so"
+        default="auto", description="'auto' takes vLLM if it can run, else transformers, and logs which"
     )
     prompts: str | None = Field(
         default=None,
         description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null means the held-out prompts",
     )
-    num_prompts: PositiveInt | None = Field(default=64, description="use only the first so many prompts")
+    num_prompts: PositiveInt | None = Field(
+        default=64, description="number of prompts, from the first on; null means all"
+    )
     num_samples: PositiveInt = Field(default=1, description="completions for each prompt")
     temperature: NonNegativeFloat = Field(default=0.7, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling")
-    top_k: NonNegativeInt = Field(default=0, description="0 keeps all tokens")
-    max_tokens: PositiveInt = Field(default=256, description="tokens in a completion")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="nucleus sampling: from the likeliest tokens that have this probability together",
+    )
+    top_k: NonNegativeInt = Field(
+        default=0, description="sample from this many likeliest tokens; 0 means all"
+    )
+    max_tokens: PositiveInt = Field(default=256, description="maximum number of tokens in a completion")
     seed: NonNegativeInt = Field(
         default=0, description="each (prompt, sample) has its own seed, derived from this one"
     )
@@ -87,17 +93,17 @@ class SampleSettings(Settings):
 
 
 class TrackSettings(Settings):
-    """Dashboards; `metrics.jsonl` is written in any case."""
+    """Dashboards, besides `metrics.jsonl`, which is always written."""
 
     wandb: Literal["disabled", "online", "offline"] = Field(
-        default="disabled", description="Weights & Biases: where to send metrics besides metrics.jsonl"
+        default="disabled", description="send metrics to Weights & Biases besides metrics.jsonl"
     )
     tensorboard: Flag = Field(
         default=False, description="write TensorBoard event files into tensorboard/ in the store"
     )
     trackio: Flag = Field(
         default=False,
-        description="log to trackio, on this machine unless its environment variables say where",
+        description="log to trackio, locally unless its environment variables name a server",
     )
     project: str = Field(default="align", description="project on W&B and trackio")
     run_name: str | None = Field(

@@ -1,7 +1,4 @@
-"""The configuration blocks of training: the loop, and what is trained of the model.
-
-Plain data, as in `settings.py`.
-"""
+"""The configuration blocks of training: the loop, and the adapter."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +20,7 @@ PairStrategy = Literal["best_worst", "all", "adjacent"]
 
 
 class AdapterSettings(Settings):
-    """A low-rank adapter to train instead of the model's own weights, through peft."""
+    """A low-rank adapter of peft, which is trained instead of the model's own weights."""
 
     name: Literal["none", "lora", "dora"] = Field(
         default="none", description="'none' trains all weights; 'lora' and 'dora' train an adapter"
@@ -37,28 +34,28 @@ class AdapterSettings(Settings):
         default="all-linear",
         description="names of the matrices to adapt, a list or a regular expression; 'all-linear' takes all but the output layer",
     )
-    use_rslora: Flag = Field(
-        default=False, description="rank-stabilised scaling, which keeps high ranks learning"
-    )
+    use_rslora: Flag = Field(default=False, description="rank-stabilised scaling, which helps at high ranks")
 
 
 class TrainSettings(Settings):
-    """The training loop; a step is `batch_size` examples however they are split over memory and ranks."""
+    """The training loop. A step is `batch_size` examples, however they are split over ranks and packs."""
 
     learning_rate: PositiveFloat | None = Field(
         default=None,
-        description="peak learning rate; null takes the loss's own recommendation, ten times that for an adapter",
+        description="peak learning rate; null takes the default of the loss, ten times that for an adapter",
     )
     batch_size: PositiveInt | None = Field(
         default=None,
-        description="examples (pairs or ranked lists) in one optimizer step, over all ranks; null takes the loss's own",
+        description="examples (pairs or ranked lists) in one optimizer step, over all ranks; null takes the default of the loss",
     )
     pairs: PairStrategy = Field(
         default="best_worst",
         description="pairs formed from a ranked list: its best with its worst, all with different scores, or neighbours in rank",
     )
     num_epochs: PositiveInt = Field(default=1, description="passes over the training examples")
-    max_steps: PositiveInt | None = Field(default=None, description="stop after so many optimizer steps")
+    max_steps: PositiveInt | None = Field(
+        default=None, description="maximum number of optimizer steps; null means no limit"
+    )
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -86,7 +83,7 @@ class TrainSettings(Settings):
         "adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "adafactor", "rmsprop", "sgd"
     ] = Field(
         default="adamw",
-        description="adamw keeps 8 bytes of state a weight, adamw_bf16 4, adamw_8bit and paged_adamw_8bit 2 (bitsandbytes; paged lets them spill to the host), rmsprop 4, adafactor and sgd next to none",
+        description="adamw keeps 8 bytes of state per weight, adamw_bf16 4, adamw_8bit and paged_adamw_8bit 2 (bitsandbytes; paged moves them to the host when GPU memory is full), rmsprop 4, adafactor and sgd almost none",
     )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="weight decay, on matrices only")
     adam_beta1: Decay = Field(default=0.9, description="AdamW beta1")
@@ -108,25 +105,25 @@ class TrainSettings(Settings):
         description="under torchrun: 'ddp' keeps the whole model on every rank, 'fsdp' shards weights, gradients and optimizer over the ranks",
     )
     seed: NonNegativeInt = Field(
-        default=0, description="order of the examples, and an adapter's first weights"
+        default=0, description="seed of the order of the examples and of the initial weights of an adapter"
     )
     eval_steps: PositiveInt | None = Field(
         default=None,
-        description="evaluate every so many steps, besides step 0 and the end; null means five times in a run",
+        description="steps between evaluations, which also happen at step 0 and at the end; null means five in a run",
     )
     eval_samples: PositiveInt | None = Field(
         default=512, description="held-out examples to evaluate on, always the same; null means all"
     )
     save_steps: PositiveInt | None = Field(
-        default=None, description="write a checkpoint every so many steps; null means at evaluation steps"
+        default=None, description="steps between checkpoints; null means at every evaluation"
     )
     keep_last: NonNegativeInt = Field(
         default=0,
-        description="checkpoints left in the finished policy, the last ones; while training the newest two are always there",
+        description="number of newest checkpoints kept in the finished policy; during training at least two are kept",
     )
     best_metric: str | None = Field(
         default=None,
-        description="held-out metric whose best checkpoint is kept too, for example rewards/accuracies",
+        description="held-out metric by which the best checkpoint is kept, for example rewards/accuracies",
     )
     save_best: Flag = Field(
         default=False,
@@ -141,22 +138,22 @@ class TrainSettings(Settings):
     )
     sample_steps: PositiveInt | None = Field(
         default=None,
-        description="sample the policy every so many steps, besides step 0 and the end, as the block sample says; null means never",
+        description="steps between samples of the policy, with the settings of the block sample, also at step 0 and at the end; null means never",
     )
     sample_prompts: PositiveInt = Field(
-        default=4, description="prompts sampled each time, from the pool that the block sample gives"
+        default=4, description="number of prompts sampled each time, from the prompts of the block sample"
     )
     sample_strategy: SampleStrategy = Field(
         default="fixed",
-        description="which of the pool: always the first, the next ones in turn, or a random draw",
+        description="which prompts to sample: always the first ones, the next ones in turn, or a random draw",
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
-        description="a step whose loss or gradient is NaN or infinite: stop, naming step and rows, or leave the weights as they are and count it",
+        description="at a step whose loss or gradient is NaN or infinite: stop with an error that names step and rows, or skip the step and count it",
     )
     resume: str | None = Field(
         default=None,
-        description="checkpoint folder to continue from, of another run too; null means this run's own newest one",
+        description="checkpoint folder to continue from, possibly of another run; null means the newest checkpoint of this run",
     )
     resume_override: list[str] = Field(
         default=[],

@@ -13,7 +13,7 @@ CHECKED_EVERY = 16
 INSTEAD = "Use --set prepare.tokenizer=tokenizers."
 
 
-class QuickTokenizer:
+class FastokensBackend:
     """Encodes batches as the `tokenizers.Tokenizer` it is made of does."""
 
     def __init__(self, backend: Any) -> None:

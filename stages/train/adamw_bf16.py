@@ -1,4 +1,4 @@
-"""AdamW whose two moments take 4 bytes for each weight instead of 8."""
+"""AdamW with moments in bfloat16: 4 bytes of state for each weight instead of 8."""
 
 from typing import Any
 
@@ -9,13 +9,14 @@ from stages.runtime.distributed import local_part
 
 
 class AdamWBf16(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, 1711.05101) on float32 weights, with both moments kept in bfloat16.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) on float32 weights, with both moments kept in bfloat16.
 
-    bfloat16 has 8 bits of mantissa: with beta2 = 0.999 a second moment moves by less than half a unit in
-    its last place and, rounded to nearest, never would. So moments are rounded up or down at random, in
-    proportion (Gupta et al., 1502.02551): right on average, and a function of (seed, step, parameter) alone,
-    so a resumed run rounds as the uninterrupted one.
+    The moments are rounded stochastically (Gupta et al., arXiv 1502.02551), by random numbers that are a function of
+    (seed, step, parameter) alone, so a resumed run rounds as an uninterrupted one.
     """
+
+    # bfloat16 has 8 bits of mantissa. With beta2 = 0.999 the update of a second moment is less than half of its last
+    # bit, so rounding to nearest would never change it. Stochastic rounding is right on average.
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
 
 def _round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up with the probability of the part that is cut off."""
+    """float32 to bfloat16; the probability of rounding up is the fraction that truncation would remove."""
     noise = torch.randint(
         0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator
     )

@@ -1,7 +1,7 @@
-"""The step-0 audit: cached reference log-probs against the untouched policy, where both are one model.
+"""The audit at step 0: cached reference log-probs against those of the policy, if the policy starts as the reference.
 
-A wrong model, template or dtype, or a value that was tampered with, stops the run here, before the
-first optimizer step, with the row, the token and the difference.
+In: a scorer of the untrained policy, rows, the store.  Out: the largest difference, or an error that names the row, the
+token and the difference, for example after a wrong model, template or dtype, or a changed value in the store.
 """
 
 from typing import TYPE_CHECKING
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
 
 NUM_EXAMPLES = 8
-# Nats a token. float32 differs by rounding of another batch shape; bfloat16 by up to 0.3 in the field.
+# Nats per token. In float32 the shape of a pack changes rounding only; bfloat16 differs by up to 0.3 on real models.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 @torch.no_grad()
 def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps) -> float:
-    """Largest |policy - reference| over a few examples, in nats a token; raises `CorruptError` beyond tolerance."""
+    """Largest |policy - reference| over a few examples, in nats per token; raises `CorruptError` above the tolerance."""
     worst = 0.0
     chosen = np.linspace(0, rows.num_examples - 1, min(NUM_EXAMPLES, rows.num_examples)).astype(int)
     for example in np.unique(chosen):
         group = np.arange(rows.starts[example], rows.ends[example])
-        token_logps = scorer(build_pack(rows, [group])).completion_logps.cpu().numpy()
+        token_logps = scorer(build_pack(rows, [group])).completion_logps.cpu().numpy()  # (completion tokens,)
         ends = np.cumsum(rows.completion_lengths[group])
         for row, live in zip(group, np.split(token_logps, ends[:-1]), strict=True):
             cached = reference.get(rows.keys[row])
@@ -43,7 +43,7 @@ def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps) -> float:
                 token = int(differences.argmax())
                 raise CorruptError(
                     f"Row {rows.keys[row].hex()} ({rows.sources[row]}), completion token {token}: the cached reference "
-                    f"log-prob is {cached[token]:.6f}, the same model now gives {live[token]:.6f}. The store "
+                    f"log-prob is {cached[token]:.6f}, and the same model now gives {live[token]:.6f}. The store "
                     f"{reference.folder} is not of this model: delete it and run `align cache-ref` again."
                 )
     return worst

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: whole or absent, checked before use, newest valid one first.
+"""Checkpoints of a training run: written whole, verified before use.
 
 `checkpoint-<step>/` is a Hugging Face folder (safetensors in float32, configuration, tokenizer; an adapter in peft's
-layout) with the optimizer beside it (under `train.parallel: fsdp` shards of optimizer and weights), the metrics so far
-(`metrics.jsonl`) and `state.json`. The sha256 of each file is written last, into `files.json`, and the folder is
-renamed into place.
+layout) with the optimizer (under `train.parallel: fsdp` shards of optimizer and weights), the metrics so far
+(`metrics.jsonl`) and `state.json`. `files.json` lists the sha256 of each file; it is written last, and then the folder
+is renamed into place.
 """
 
 import shutil
@@ -22,25 +22,44 @@ PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
+class RunState:
+    """What a run needs to continue besides weights, optimizer and logs.
+
+    `identity` is that of the run; None in a checkpoint of an older version.
+    """
+
+    loss_state: dict[str, float]
+    audit_max_abs_diff: float | None
+    identity: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A finished step, as found on disk and checked; `state` is what the loop asked to keep, plain data."""
+    """A checkpoint on disk whose files are verified."""
 
     folder: Path
     step: int
-    state: Mapping[str, Any]
+    state: RunState
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder`, whose files have to be verified before."""
+        fields = read_json(folder / STATE)
+        state = RunState(fields["loss_state"], fields["audit_max_abs_diff"], fields.get("identity"))
+        return cls(folder, fields["step"], state)
 
     @property
     def sha256(self) -> str:
-        """One digest for the whole checkpoint: of the list of its files' digests."""
+        """The digest of the whole checkpoint: that of the list of digests of its files."""
         return sha256_file(self.folder / FILES)
 
 
 def save_checkpoint(
-    root: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None], world: World
+    root: Path, step: int, state: RunState, write: Callable[[Path], None], world: World
 ) -> None:
-    """Write `checkpoint-<step>` under `root`; `write` puts weights, optimizer and metrics into a folder.
+    """Write `checkpoint-<step>` under `root`; `write` writes weights, optimizer and metrics into a folder.
 
-    All ranks call, and so does `write`; the first rank lists the files and renames the folder into place.
+    Every rank calls this and `write`; the first rank lists the files and renames the folder into place.
     """
     final = root / f"{PREFIX}{step}"
     staging = root / f"{TEMPORARY_PREFIX}{final.name}"
@@ -51,17 +70,17 @@ def save_checkpoint(
     write(staging)
     world.barrier()
     if world.is_main:
-        write_json(staging / STATE, {"step": step, **state})
+        write_json(staging / STATE, {"step": step, **vars(state)})
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         digests = {str(path.relative_to(staging)): sha256_file(path) for path in files}
         write_json(staging / FILES, digests)
-        if final.is_dir():  # a damaged one, or it would have been continued from
+        if final.is_dir():  # damaged, or the run would have continued from it
             shutil.rmtree(final)
         publish_folder(staging, final)
 
 
 def remove_old(root: Path, keep_last: int, keep: Iterable[int] = ()) -> None:
-    """Remove all checkpoints but the newest `keep_last` and those of the steps in `keep`."""
+    """Remove all checkpoints except the newest `keep_last` and those of the steps in `keep`."""
     steps = sorted(checkpoint_steps(root))
     for step in steps[: len(steps) - keep_last]:
         if step not in set(keep):
@@ -69,35 +88,35 @@ def remove_old(root: Path, keep_last: int, keep: Iterable[int] = ()) -> None:
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """The steps of all checkpoints under `root`, newest first, whether valid or not."""
+    """The steps of all checkpoints under `root`, valid or not, newest first."""
     names = [folder.name.removeprefix(PREFIX) for folder in root.glob(f"{PREFIX}*")]
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written; damaged newer ones are named and passed over."""
+    """The newest checkpoint whose files are all as written; damaged newer ones are reported and skipped."""
     for step in checkpoint_steps(root):
         folder = root / f"{PREFIX}{step}"
         problem = checkpoint_problem(folder)
         if not problem:
-            return Checkpoint(folder, step, read_json(folder / STATE))
-        say(f"Passing over {folder}: {problem}")
+            return Checkpoint.read(folder)
+        say(f"Skipping {folder}: {problem}")
     return None
 
 
 def checkpoint_problem(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, in a few words; empty when nothing is."""
+    """The first problem found with a checkpoint's files, as a clause; empty if there is none."""
     if not (folder / FILES).is_file():
-        return f"it has no {FILES}, so it was never finished"
+        return f"{FILES} is missing, so the checkpoint was never finished"
     try:
         listed = read_json(folder / FILES)
     except CorruptError:
-        return f"{FILES} is damaged (it is no JSON)"
+        return f"{FILES} is damaged (not JSON)"
     if not isinstance(listed, dict) or STATE not in listed:
         return f"{FILES} does not list {STATE}"
     for name, sha256 in listed.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256_file(folder / name) != sha256:
-            return f"{name} is damaged (its sha256 is not the one written)"
+            return f"{name} is damaged (its sha256 differs from the one in {FILES})"
     return ""

@@ -1,12 +1,10 @@
-"""FSDP2: a policy whose weights, gradients and optimizer state are spread over the ranks.
+"""FSDP2: a policy whose weights, gradients and optimizer state are sharded over the ranks.
 
-In: a `Job` and several ranks.  Out: the model and its `Scorer`, sharded block by block (`fully_shard`).
+In: a `Job` and several ranks.  Out: the model and its `Scorer`, sharded layer by layer (`fully_shard`).
 
-Shards and reductions are float32; blocks compute in bfloat16 where compute.dtype is bfloat16. Embedding,
-last norm and output layer are one shard group of the scorer itself, so they are whole while the scorer
-runs, which reads the output layer's weight outside that layer's forward. Only the first rank reads the
-model, on the CPU; every other one receives its own shards. Gradients are sums over ranks, as the loop
-expects, and each forward pass of one rank needs one of every other: `RowScorer.company` sees to that.
+Shards and reductions are float32; layers compute in the dtype of the configuration. Only the first rank reads the
+model, on the CPU; each other rank receives its own shards. Every forward pass takes all ranks, which
+`RowScorer.padding_packs` ensures.
 """
 
 from collections.abc import Callable
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[Any, Any | None, "Scorer"]:
-    """Model, peft wrapper (or None) and scorer, with this rank's shards of the starting weights.
+    """The model, peft's wrapper (or None) and the scorer, with this rank's shards of the starting weights.
 
     Raises `UsageError` for a model that cannot be scored in packs.
     """
@@ -63,7 +61,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
 
 
 def full_state(scorer: "Scorer", trained_only: bool) -> dict[str, Any]:
-    """The whole tensors by the model's names, on the first rank's CPU; empty on the others. All ranks call."""
+    """The gathered tensors by their names in the model, on the first rank's CPU; empty on the others. Every rank calls."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
@@ -74,19 +72,19 @@ def full_state(scorer: "Scorer", trained_only: bool) -> dict[str, Any]:
 
 
 def save_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
-    """Write this rank's part of weights and optimizer under `folder` (torch's distributed checkpoint)."""
+    """Write this rank's shards of weights and optimizer into `folder` (torch's distributed checkpoint)."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save(_sharded_state(scorer, optimizer, trained_only), checkpoint_id=folder)
 
 
 def are_shards(folder: Path) -> bool:
-    """Whether a checkpoint was written by `save_shards`."""
+    """Whether `save_shards` wrote this checkpoint."""
     return (folder / ".metadata").is_file()
 
 
 def load_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
-    """Put weights and optimizer back from `folder`, whatever number of ranks wrote it."""
+    """Load weights and optimizer from `folder`; any number of ranks may have written it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -117,7 +115,7 @@ def _with_adapter(job: Job, model: Any) -> tuple[Any, Any | None]:
 
 
 def _on_meta(job: Job) -> Any:
-    """The model without memory: shapes only."""
+    """The model on torch's meta device: shapes without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -135,28 +133,31 @@ def _shard(scorer: "Scorer", compute: Compute) -> None:
     )
 
     # Inputs are not cast: the residual stream stays float32 under autocast, as it does without sharding.
-    blocks = MixedPrecisionPolicy(
+    in_layers = MixedPrecisionPolicy(
         param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in _blocks(scorer.model):
-        fully_shard(block, mp_policy=blocks)
+    for layer in _layers(scorer.model):
+        fully_shard(layer, mp_policy=in_layers)
+    # Embedding, last norm and output layer are one group of the scorer itself, so they are whole while the scorer runs:
+    # it reads the weight of the output layer outside of that layer's forward.
     fully_shard(scorer, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     register_fsdp_forward_method(scorer, "in_generation_mode")
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
+            # The loss is already divided by the units of the whole step, so gradients are summed over ranks.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            module.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
 
 
-def _blocks(model: Any) -> list[torch.nn.Module]:
-    """The transformer's layers: the list of as many modules as the configuration has layers."""
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The transformer's layers: the module list that is as long as the configuration's number of layers."""
     number = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
     return list(next((found for found in lists if len(found) == number), []))
 
 
 def _receive(scorer: "Scorer", whole: Any | None, model: Any) -> None:
-    """Fill the shards, and every buffer, with what the first rank has read."""
+    """Fill the shards and the buffers with those of `whole`, which the first rank has read."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     state = {} if whole is None else {f"model.{name}": value for name, value in whole.state_dict().items()}

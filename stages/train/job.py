@@ -1,7 +1,7 @@
-"""What a training run is made from, and what it comes to in numbers before anything is loaded.
+"""A training run before anything is loaded: its inputs, its resolved numbers, its identity.
 
-In: rows, a starting model, a reference store, a loss, settings. Out: the `Plan` (steps, rates, cadence) and
-the identity that names the policy.
+In: rows, a starting model, a reference store, a loss, settings.  Out: `ResolvedRun` (steps, rates, intervals) and the
+identity that names the policy.
 """
 
 import math
@@ -22,9 +22,9 @@ from stages.train.samples import PromptPool
 
 STAGE_VERSION = 3
 NUM_DEFAULT_EVALS = 5
-# A rule of thumb: matrices of low rank that start at zero want steps about ten times as large.
+# Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
 ADAPTER_LEARNING_RATE = 10
-# Settings that change neither the weights nor the metrics beside them, or that `Plan` fills in.
+# Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
     "learning_rate",
     "batch_size",
@@ -42,8 +42,8 @@ NOT_HASHED = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The run in numbers, known before anything is loaded."""
+class ResolvedRun:
+    """Numbers of a run after defaults are filled in and steps are counted; intervals in steps."""
 
     learning_rate: float
     batch_size: int
@@ -53,13 +53,15 @@ class Plan:
     save_steps: int
 
 
-def plan_run(loss: Loss, settings: TrainSettings, num_examples: int, adapter: AdapterSettings) -> Plan:
-    """Fill in the loss's recommendations and count the steps."""
+def resolve_run(
+    loss: Loss, settings: TrainSettings, num_examples: int, adapter: AdapterSettings
+) -> ResolvedRun:
+    """Fill in the defaults of the loss and count the steps."""
     batch_size = settings.batch_size or loss.batch_size
     steps = num_steps(num_examples, batch_size, settings.num_epochs, settings.max_steps)
     eval_steps = settings.eval_steps or max(1, math.ceil(steps / NUM_DEFAULT_EVALS))
     recommended = loss.learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
-    return Plan(
+    return ResolvedRun(
         learning_rate=settings.learning_rate or recommended,
         batch_size=batch_size,
         steps=steps,
@@ -71,10 +73,11 @@ def plan_run(loss: Loss, settings: TrainSettings, num_examples: int, adapter: Ad
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run is made from; `reference` is None exactly for a loss without `needs_reference`.
+    """The inputs of a training run.
 
-    `eval_sets` are rows to evaluate on besides the held-out ones, by name. `origin` is the checkpoint that
-    `train.resume` names, `pool` what is sampled while training, if anything is.
+    `start` is the identity of the starting weights; `reference` is None exactly if the loss needs none; `eval_sets` are
+    evaluation sets by name, besides the held-out rows; `origin` is the checkpoint that `train.resume` names; `pool` has
+    the prompts to sample while training, if `train.sample_steps` is set.
     """
 
     rows: Artifact
@@ -96,14 +99,14 @@ class Job:
         return f"{self.source.short_name}-{self.loss.model_dump()['name']}{adapter}"
 
     @property
-    def plan(self) -> Plan:
-        """The run in numbers."""
-        return plan_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
+    def resolved(self) -> ResolvedRun:
+        """The numbers of the run."""
+        return resolve_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
 
     @property
     def own_identity(self) -> dict[str, Any]:
-        """Everything that changes the trained weights or the metrics beside them, but for where the run continues."""
-        plan = self.plan
+        """Everything that changes the trained weights or the metrics, except the checkpoint that the run continues."""
+        resolved = self.resolved
         return {
             "stage_version": STAGE_VERSION,
             "rows": self.rows.fingerprint,
@@ -113,9 +116,9 @@ class Job:
             "adapter": None if self.adapter.name == "none" else self.adapter.model_dump(mode="json"),
             "train": {
                 **self.settings.model_dump(exclude=NOT_HASHED),
-                "learning_rate": plan.learning_rate,
-                "batch_size": plan.batch_size,
-                "eval_steps": plan.eval_steps,
+                "learning_rate": resolved.learning_rate,
+                "batch_size": resolved.batch_size,
+                "eval_steps": resolved.eval_steps,
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
             "samples": self.pool.identity if self.pool else None,
@@ -123,9 +126,9 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """`own_identity`, and the checkpoint of another run that this one continues, if it does."""
+        """`own_identity`, and the checkpoint of another run that this run continues, if there is one."""
         own = self.own_identity
-        if self.origin is None or self.origin.state["identity"] == own:
+        if self.origin is None or self.origin.state.identity == own:
             return own
         return {**own, "continues": {"checkpoint": self.origin.sha256, "step": self.origin.step}}
 

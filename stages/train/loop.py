@@ -1,13 +1,13 @@
-"""A training run in progress: every step in turn, evaluated, logged and saved.
+"""The training loop: every step in turn, with evaluation, logging, sampling and checkpoints.
 
-A loop on torch alone whose unit is the optimizer step: `batch_size` examples, split over ranks and
-micro-batches by a token budget without changing a number. Weights are float32 masters, the forward
-pass runs under autocast. The order of examples is a function of (seed, epoch), and every decision one of
-the lines logged so far, so a run continued from a checkpoint is the uninterrupted one.
+In: a `Job`, its rows, a checkpoint to continue from.  Out: a trained `Run`, which `publish.py` publishes. A step is
+`batch_size` examples, split over ranks and packs by a token budget without an effect on the results. Weights are
+float32 master weights; the forward pass runs under autocast. The order of the examples is a function of (seed, epoch),
+and every decision (early stopping, best evaluation, warnings) is a function of the lines logged so far, so a run
+continued from a checkpoint equals an uninterrupted one.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,33 +20,33 @@ from cache.errors import AlignError
 from stages.data.rows import RowSet
 from stages.runtime.context import progress
 from stages.runtime.distributed import World
-from stages.train.checkpoints import Checkpoint, remove_old, save_checkpoint
+from stages.train.checkpoints import Checkpoint, RunState, remove_old, save_checkpoint
 from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.monitoring.best_evaluation import Best, best_evaluation, check_metric, eval_name
 from stages.train.monitoring.health import Watch
-from stages.train.monitoring.metrics_log import METRICS, SAMPLES, Tracker, read_metrics
-from stages.train.monitoring.weight_updates import Movement
+from stages.train.monitoring.metrics_log import METRICS, Tracker, copy_logs, read_metrics
+from stages.train.monitoring.weight_updates import WeightUpdates
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
-from stages.train.samples import sample_policy, shown
+from stages.train.samples import console_lines, sample_policy
 from stages.train.schedules import make_schedule
 from stages.train.signals import StopRequest, stop_at_a_step
 from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import accumulate_step, evaluate
 
-# While training; two, so that a damaged one costs steps and not the run.
+# Checkpoints kept while training; two, so that a damaged one costs some steps and not the whole run.
 KEPT_CHECKPOINTS = 2
 
 
 class TrainingDiverged(AlignError):
-    """The loss or the gradient is not finite."""
+    """The loss or the gradient of a step is not finite."""
 
     exit_code = 5
 
 
 class Run:
-    """A training run in progress: policy, optimizer, schedule and where it stands."""
+    """A training run in progress: policy, optimizer, learning rates, and the lines logged so far (`history`)."""
 
     def __init__(
         self,
@@ -58,11 +58,17 @@ class Run:
         world: World,
         say: Callable[[str], None],
     ) -> None:
-        """Load the starting weights. `eval_sets` are named as in the log, the held-out rows ''."""
+        """Load the starting weights. `eval_sets` are evaluation sets by name; the name of the held-out rows is ''."""
         settings = job.settings
-        self.job, self.rows, self.loss, self.settings, self.plan = job, rows, job.loss, settings, job.plan
+        self.job, self.rows, self.loss, self.settings, self.resolved = (
+            job,
+            rows,
+            job.loss,
+            settings,
+            job.resolved,
+        )
         self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
-        self.schedule = make_schedule(settings, self.plan.learning_rate, self.plan.steps)
+        self.schedule = make_schedule(settings, self.resolved.learning_rate, self.resolved.steps)
         self.policy = load_trainable(job, world, say)
         filled = {name: split for name, split in eval_sets.items() if len(split)}
         self.train_scorer, *eval_scorers = make_row_scorers(
@@ -78,42 +84,38 @@ class Run:
         if summary := self.train_scorer.pairs.summary():
             say(summary)
         self.optimizer = make_optimizer(self.policy.parameters, settings)
-        self.movement = Movement(self.policy.parameters)
+        self.weight_updates = WeightUpdates(self.policy.parameters)
         self.loss_state: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self.audit_difference: float | None = None
 
-    def go(self, tracker: Tracker) -> None:
-        """Every remaining step: train, evaluate, log, save, in that order."""
-        tracker.begin(self.checkpoint and self.checkpoint.folder)
-        if self.checkpoint is None:
-            first = {} if self.audit_difference is None else {"audit/max_abs_diff": self.audit_difference}
-            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
-        else:
-            self._restore(self.checkpoint)
-        for key in ("best_metric", "early_stopping_metric"):
-            if (metric := getattr(self.settings, key)) is not None:
-                check_metric(self.history, metric, f"train.{key}")
-        watch = Watch()
-        begin = self.history[-1]["step"]
+    def go(self, tracker: Tracker, audit_difference: float | None) -> None:
+        """Run every remaining step: train, evaluate, log, save, in this order.
+
+        `audit_difference` is the result of the audit at step 0, in nats per token; None if there was no audit.
+        """
+        self._begin(tracker, audit_difference)
+        watch, begin = Watch(), self.last_step
         with (
-            progress("train", self.plan.steps - begin, "steps") as advance,
+            progress("train", self.resolved.steps - begin, "steps") as advance,
             stop_at_a_step(self.say) as request,
         ):
-            for step in range(begin + 1, self.plan.steps + 1):
+            for step in range(begin + 1, self.resolved.steps + 1):
                 if self._stops_early():
                     break
                 metrics = self._step(step)
-                if step % self.plan.eval_steps == 0 or step == self.plan.steps:
+                if step % self.resolved.eval_steps == 0 or step == self.resolved.steps:
                     metrics.update(self._evaluate())
                 metrics.update(self._sample(tracker, step))
                 self._log(tracker, step, metrics)
                 for warning in watch.new_warnings(self.history):
                     self.say(warning)
-                stop = self._is_asked_to_stop(request)
+                stop = self._must_stop(request)
                 self._save_if_due(step, stop)
                 if stop:
-                    self.say(f"Stopped after step {step} of {self.plan.steps}; its checkpoint is written.")
+                    self.say(
+                        f"Stopped after step {step} of {self.resolved.steps}; its checkpoint is written."
+                    )
                     request.end()
                 advance(1, f"loss {metrics.get('loss', math.nan):.4f}")
         if self.settings.keep_last and not (self.folder / f"checkpoint-{self.last_step}").is_dir():
@@ -121,26 +123,38 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The step that was logged last."""
+        """The newest logged step."""
         return self.history[-1]["step"]
 
     @property
     def best(self) -> Best | None:
-        """The best evaluation by `train.best_metric`; None without one."""
+        """The best evaluation by `train.best_metric`; None if that is not set or nothing is evaluated yet."""
         metric = self.settings.best_metric
         return None if metric is None else best_evaluation(self.history, metric)
 
     def examples_of(self, step: int) -> np.ndarray:
-        """Example numbers of a step (1-based): a function of the seed and the step alone."""
-        epoch, index = divmod(step - 1, self.plan.steps_per_epoch)
-        order = epoch_order(self.rows.cycles, self.settings.seed, epoch)
-        return order[index * self.plan.batch_size : (index + 1) * self.plan.batch_size]
+        """Example numbers of a step, (examples,); steps count from 1. A function of the seed and the step alone."""
+        epoch, index = divmod(step - 1, self.resolved.steps_per_epoch)
+        order = epoch_order(self.rows.mismatch_groups, self.settings.seed, epoch)
+        return order[index * self.resolved.batch_size : (index + 1) * self.resolved.batch_size]
+
+    def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:
+        """Evaluate at step 0, or restore the checkpoint."""
+        tracker.begin(self.checkpoint and self.checkpoint.folder)
+        if self.checkpoint is None:
+            self.audit_difference = audit_difference
+            first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
+            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
+        else:
+            self._restore(self.checkpoint)
+        check_metric(self.history, self.settings.best_metric, "train.best_metric")
+        check_metric(self.history, self.settings.early_stopping_metric, "train.early_stopping_metric")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.say(f"Continuing from step {checkpoint.step} of {self.plan.steps} ({checkpoint.folder})")
+        self.say(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
-        self.loss_state = dict(checkpoint.state["loss_state"])
-        self.audit_difference = checkpoint.state["audit_max_abs_diff"]
+        self.loss_state = dict(checkpoint.state.loss_state)
+        self.audit_difference = checkpoint.state.audit_max_abs_diff
         self.history = read_metrics(checkpoint.folder / METRICS)
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -155,10 +169,14 @@ class Run:
         self.policy.sum_gradients()
         norm = self.policy.clip_gradients(self.settings.max_grad_norm)
         if math.isfinite(metrics["loss"]) and math.isfinite(norm):
-            self.movement.remember()
+            self.weight_updates.before_step()
             self.optimizer.step()
             self.loss_state = loss_state
-            metrics = {**metrics, "grad_norm": norm, "weights_changed": self.movement.share(self.world)}
+            metrics = {
+                **metrics,
+                "grad_norm": norm,
+                "weights_changed": self.weight_updates.changed_share(self.world),
+            }
         else:
             self._refuse_or_skip(step, metrics["loss"], norm, examples)
             metrics = {"skipped": 1}
@@ -166,22 +184,22 @@ class Run:
         return {
             **metrics,
             "learning_rate": rate,
-            "epoch": round(step / self.plan.steps_per_epoch, 6),
+            "epoch": round(step / self.resolved.steps_per_epoch, 6),
             "step_seconds": round(time.monotonic() - began, 4),
         }
 
     def _refuse_or_skip(self, step: int, loss: float, norm: float, examples: np.ndarray) -> None:
         rows = ", ".join(self.rows.sources[self.rows.starts[example]] for example in examples[:8])
         what = (
-            f"Step {step}: loss {loss}, gradient norm {norm}. The step holds {len(examples)} examples ({rows}"
+            f"Step {step} has loss {loss} and gradient norm {norm}. Its {len(examples)} examples are ({rows}"
         )
         what += ", ...)" if len(examples) > 8 else ")"
         if self.settings.on_nonfinite == "skip":
-            self.say(f"{what}. Skipped: the weights stay as they are.")
+            self.say(f"{what}. The step is skipped: the weights stay as they are.")
             return
         raise TrainingDiverged(
-            f"{what}. Lower train.learning_rate (now {self.plan.learning_rate:g}), look at these rows, or leave such "
-            f"steps out with --set train.on_nonfinite=skip. The same command continues from the last checkpoint."
+            f"{what}. Lower train.learning_rate (now {self.resolved.learning_rate:g}), check these rows, or skip such "
+            f"steps with --set train.on_nonfinite=skip. The same command continues from the last checkpoint."
         )
 
     def _evaluate(self) -> dict[str, float]:
@@ -194,16 +212,16 @@ class Run:
         return found
 
     def _sample(self, tracker: Tracker, step: int) -> dict[str, float]:
-        """Completions of a few prompts where they are due: to console and files; their metrics."""
+        """Sample a few prompts if samples are due at this step, show and log the completions; return their metrics."""
         every, pool = self.settings.sample_steps, self.job.pool
-        if every is None or pool is None or (step % every and step != self.plan.steps):
+        if every is None or pool is None or (step % every and step != self.resolved.steps):
             return {}
-        occasion = -(-step // every)
+        round_index = -(-step // every)
         records, metrics = sample_policy(
-            self.policy.scorer, self.job.source, pool, step, occasion, in_step=self.world.sharded
+            self.policy.scorer, self.job.source, pool, step, round_index, synced_ranks=self.world.sharded
         )
-        self.say("\n".join([f"Samples at step {step}:", *shown(records)]))
-        tracker.log_samples(records)
+        self.say("\n".join([f"Samples at step {step}:", *console_lines(records)]))
+        tracker.log_samples([vars(record) for record in records])
         return metrics
 
     def _log(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
@@ -219,32 +237,28 @@ class Run:
         if best is None or best.evaluations_since < self.settings.early_stopping_patience:
             return False
         self.say(
-            f"Stopping early after step {self.last_step}: {metric} was best at step {best.step} ({best.value:.4g}), "
+            f"Early stop after step {self.last_step}: {metric} was best at step {best.step} ({best.value:.4g}), "
             f"{best.evaluations_since} evaluations ago."
         )
         return True
 
-    def _is_asked_to_stop(self, request: StopRequest) -> bool:
-        """Whether any rank was signalled; every rank gives the same answer."""
+    def _must_stop(self, request: StopRequest) -> bool:
+        """Whether any rank has received a signal to stop; all ranks return the same."""
         if self.world.size == 1:
             return bool(request.signum)
-        asked = torch.tensor(float(bool(request.signum)), device=self.train_scorer.device)
-        return bool(self.world.sum_(asked))
+        signalled = torch.tensor(float(bool(request.signum)), device=self.train_scorer.device)
+        return bool(self.world.sum_(signalled))
 
     def _save_if_due(self, step: int, stop: bool) -> None:
-        is_last = step == self.plan.steps
+        is_last = step == self.resolved.steps
         metric = self.settings.best_metric
         evaluated = metric is not None and eval_name(metric) in self.history[-1]
         is_best = evaluated and self.best is not None and self.best.step == step
-        if stop or (is_best and not is_last) or (step % self.plan.save_steps == 0 and not is_last):
+        if stop or (is_best and not is_last) or (step % self.resolved.save_steps == 0 and not is_last):
             self._save(step)
 
     def _save(self, step: int) -> None:
-        state = {
-            "loss_state": self.loss_state,
-            "audit_max_abs_diff": self.audit_difference,
-            "identity": self.job.own_identity,
-        }
+        state = RunState(self.loss_state, self.audit_difference, self.job.own_identity)
         save_checkpoint(self.folder, step, state, self._write_state, self.world)
         if self.world.is_main:
             best = [self.best.step] if self.best else []
@@ -253,11 +267,9 @@ class Run:
     def _write_state(self, folder: Path) -> None:
         self.policy.save_state(folder, self.optimizer)
         if self.world.is_main:
-            for name in (METRICS, SAMPLES):
-                if (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, folder / name)
+            copy_logs(self.folder, folder)
 
 
 def _finite(value: Any) -> Any:
-    """A metric as JSON has it: NaN and infinities are null."""
+    """A metric as JSON has it: null for NaN and infinities."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
-"""The optimizer of a training run, by the name and the fields of `train`.
+"""The optimizer of a training run, from its name in the block `train`.
 
-`adamw` is torch's fused AdamW on float32 masters. The others keep less beside each weight; what that
-costs is in docs/memory.md.
+`adamw` is torch's fused AdamW on float32 master weights. The other optimizers keep less state for each weight; their
+effect on training is in docs/memory.md.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from stages.settings.train import TrainSettings
 from stages.train.adamw_bf16 import AdamWBf16
 
-# Bytes of state that each optimizer keeps for a trained weight.
+# Bytes of optimizer state for each trained weight.
 STATE_BYTES = {
     "adamw": 8.0,
     "adamw_bf16": 4.0,
@@ -23,12 +23,12 @@ STATE_BYTES = {
     "sgd": 0.0,
 }
 NEEDS_BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit")
-# bitsandbytes has no state for sharded tensors; the norms of torch's Adafactor fail on them (torch 2.13).
+# bitsandbytes cannot keep state for sharded tensors, and the norms in torch's Adafactor fail on them (torch 2.13).
 NOT_SHARDED = (*NEEDS_BITSANDBYTES, "adafactor")
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that are trained; weight decay acts on matrices only."""
+    """The optimizer for `parameters`, with weight decay on matrices only."""
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [

@@ -1,8 +1,8 @@
-"""The policy while it is trained: all its weights or an adapter, whole on every rank or sharded over them.
+"""The policy in training: all weights or an adapter, whole on every rank (DDP) or sharded over the ranks (FSDP).
 
-In: a `Job`.  Out: a `Trainable`, which the loop trains without knowing which of these it is: it has
-parameters, it scores packs, its gradients are summed and clipped, and it is written as a Hugging Face or
-peft folder with the same files in every case.
+In: a `Job`.  Out: a `Trainable`, which hides these four cases from the training loop: it has parameters, it scores
+packs, its gradients are summed and clipped, and it is written as a Hugging Face or peft folder with the same files in
+each case.
 """
 
 import math
@@ -30,7 +30,7 @@ OPTIMIZER = "optimizer.pt"
 
 @dataclass(frozen=True)
 class Trainable:
-    """A policy in training. `adapted` is peft's wrapper around `model`, or None where all weights are trained."""
+    """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained."""
 
     source: ModelSource
     model: Any
@@ -40,19 +40,20 @@ class Trainable:
     world: World
 
     def sum_gradients(self) -> None:
-        """Add the gradients over all ranks; a sharded model has done so in its backward pass."""
+        """Sum the gradients over all ranks."""
+        # A sharded model has done so in its backward pass.
         if not self.world.sharded:
             self.world.sum_gradients(self.parameters)
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Norm of the whole gradient before it is clipped to `max_norm` (0: not clipped); the same on every rank."""
+        """Clip the gradient to `max_norm` (0: do not clip); return its norm before, which is the same on every rank."""
         from torch.distributed.tensor import DTensor
 
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def save(self, folder: Path) -> None:
-        """Write the policy and its tokenizer; every rank calls this, the first one writes."""
+        """Write the policy and its tokenizer. Every rank calls this; the first rank writes."""
         state = full_state(self.scorer, trained_only=self.adapted is not None) if self.world.sharded else None
         if not self.world.is_main:
             return
@@ -66,14 +67,14 @@ class Trainable:
         elif state is None:
             self.model.save_pretrained(folder)
         else:
-            _whole(self.model.config, state).save_pretrained(folder)
+            _unsharded(self.model.config, state).save_pretrained(folder)
         load_tokenizer(self.source).save_pretrained(folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Write weights and optimizer into a checkpoint's folder: all that `load_state` needs. All ranks call.
+        """Write weights and optimizer into the folder of a checkpoint, for `load_state`. Every rank calls this.
 
-        Weights are written as by `save`, so every checkpoint opens as a model. A sharded run is continued from its
-        shards of weights and optimizer beside them, in torch's distributed format: no rank reads more than its own.
+        Weights are written as by `save`, so a checkpoint is also a model folder. A sharded policy writes its shards of
+        weights and optimizer besides, in torch's distributed format, so that each rank reads only its own part.
         """
         self.save(folder)
         if self.world.sharded:
@@ -82,14 +83,14 @@ class Trainable:
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
     def load_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights and optimizer back exactly as `save_state` found them; all ranks call.
+        """Load weights and optimizer as `save_state` wrote them. Every rank calls this.
 
-        Raises `StaleError` for a checkpoint of the other `train.parallel`.
+        Raises `StaleError` for a checkpoint that was written with the other `train.parallel`.
         """
         if are_shards(folder) != self.world.sharded:
             written, wanted = ("fsdp", "ddp") if are_shards(folder) else ("ddp", "fsdp")
             raise StaleError(
-                f"{folder} was written with train.parallel={written}, this run has {wanted}. Continue it with "
+                f"{folder} was written with train.parallel={written}, and this run has {wanted}. Continue it with "
                 f"--set train.parallel={written}, on any number of ranks."
             )
         if self.world.sharded:
@@ -104,8 +105,8 @@ class Trainable:
 
 
 def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Trainable:
-    """Load the starting weights, with a fresh adapter where one is asked for, ready to be trained."""
-    from stages.engine.scorer import Scorer  # brings transformers' modelling code
+    """Load the starting weights, with a new adapter if the job has one."""
+    from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
     adapted = None
     if world.sharded:
@@ -122,12 +123,12 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
     return Trainable(job.source, model, adapted, scorer, parameters, world)
 
 
-def _whole(config: Any, state: dict[str, torch.Tensor]) -> Any:
-    """A model on the CPU around gathered tensors, so that it is saved as an unsharded one is."""
+def _unsharded(config: Any, state: dict[str, torch.Tensor]) -> Any:
+    """A model on the CPU with the gathered tensors, which is saved as one that was never sharded."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # A copy: the attention that is named here is written into the configuration, which the policy lives by.
+        # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
         model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.tie_weights()

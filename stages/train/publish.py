@@ -1,7 +1,7 @@
 """The end of a training run: the policy as a Hugging Face folder, published as an artifact.
 
-It is put together in a folder of its own, which is renamed into place whole; only then does the run's working
-folder with its checkpoints go. Killed anywhere in between, the run continues from its last checkpoint.
+The policy is written into a folder of its own, which is renamed into place; only then the working folder of the run is
+removed with its checkpoints. If the process is killed in between, the run continues from its last checkpoint.
 """
 
 import os
@@ -13,43 +13,43 @@ from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import CorruptError
-from cache.files import TEMPORARY_PREFIX, read_json
+from cache.files import TEMPORARY_PREFIX
 from stages.runtime.context import Context
-from stages.train.checkpoints import PREFIX, STATE, checkpoint_problem, checkpoint_steps
+from stages.train.checkpoints import PREFIX, Checkpoint, checkpoint_problem, checkpoint_steps
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
-from stages.train.monitoring.metrics_log import METRICS, SAMPLES
+from stages.train.monitoring.metrics_log import copy_logs
 
 FINISHED = "finished"
 
 
 def publish_policy(run: Run, draft: Draft, context: Context) -> None:
-    """Publish the last weights, or with `train.save_best` the best; `draft` is the working folder. All ranks call."""
+    """Publish the last weights, or with `train.save_best` the best. `draft` is the working folder. Every rank calls this."""
     finished = replace(draft, path=draft.path / FINISHED)
     if run.world.is_main:
         shutil.rmtree(finished.path, ignore_errors=True)
         finished.path.mkdir()
     run.world.barrier()
-    best = run.best if run.settings.save_best else None
+    best, loss_state = run.best if run.settings.save_best else None, run.loss_state
     if best is not None and best.step != run.last_step:
         checkpoint = _checkpoint_of(run, best.step, draft.path)
         run.policy.load_state(checkpoint, run.optimizer)
-        run.loss_state = read_json(checkpoint / STATE)["loss_state"]
-        context.say(f"The policy is that of step {best.step}, the best by {run.settings.best_metric}.")
+        loss_state = Checkpoint.read(checkpoint).state.loss_state
+        context.say(f"Publishing the weights of step {best.step}, the best by {run.settings.best_metric}.")
     run.policy.save(finished.path)
     if not run.world.is_main:
         return
-    for name in (METRICS, SAMPLES):
-        if (draft.path / name).is_file():
-            shutil.copyfile(draft.path / name, finished.path / name)
+    copy_logs(draft.path, finished.path)
     for step in checkpoint_steps(draft.path)[: run.settings.keep_last]:
         _link(draft.path / f"{PREFIX}{step}", finished.path / f"{PREFIX}{step}")
-    context.store.publish(finished, _counts(run, best), {}, context.config_text, policy=run.job.source.name)
+    context.store.publish(
+        finished, _counts(run, best, loss_state), {}, context.config_text, policy=run.job.source.name
+    )
     shutil.rmtree(draft.path)
 
 
 def _checkpoint_of(run: Run, step: int, working: Path) -> Path:
-    """The checkpoint of a step: of this run, or of the one it continues."""
+    """The folder of the checkpoint of a step, in this run or in the run that it continues."""
     parents = [working, *([run.job.origin.folder.parent] if run.job.origin else [])]
     problems = {
         folder: checkpoint_problem(folder) for folder in (parent / f"{PREFIX}{step}" for parent in parents)
@@ -59,17 +59,17 @@ def _checkpoint_of(run: Run, step: int, working: Path) -> Path:
             return folder
     raise CorruptError(
         f"The best weights are those of step {step}, and {'; '.join(f'{f}: {p}' for f, p in problems.items())}. "
-        f"Publish the last instead with --set train.save_best=false, continuing with --set train.resume={working}."
+        f"Publish the last weights instead with --set train.save_best=false --set train.resume={working}."
     )
 
 
 def remove_leftovers(policy: Artifact) -> None:
-    """Remove the working folder of a run that was killed between publishing and tidying up."""
+    """Remove the working folder of a run that was killed after it had published its policy."""
     working = policy.path.with_name(f"{TEMPORARY_PREFIX}{policy.path.name}")
     shutil.rmtree(working, ignore_errors=True)
 
 
-def _counts(run: Run, best: Best | None) -> dict[str, Any]:
+def _counts(run: Run, best: Best | None, loss_state: dict[str, float]) -> dict[str, Any]:
     evaluations = [line for line in run.history if any(name.startswith("eval/") for name in line)]
     final = evaluations[-1:] if best is None else [line for line in evaluations if line["step"] == best.step]
     counts: dict[str, Any] = {
@@ -81,14 +81,14 @@ def _counts(run: Run, best: Best | None) -> dict[str, Any]:
         "skipped_steps": sum(bool(line.get("skipped")) for line in run.history),
     }
     if run.loss.keeps_state:
-        counts["loss_state"] = run.loss_state
+        counts["loss_state"] = loss_state
     if run.best is not None:
         counts["best"] = {"metric": run.settings.best_metric, "step": run.best.step, "value": run.best.value}
     return counts
 
 
 def _heldout(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The held-out metrics of a line (at most one), without their prefix."""
+    """The held-out metrics of at most one line, without their prefix."""
     return {
         name.removeprefix("eval/"): value
         for line in lines
@@ -98,7 +98,7 @@ def _heldout(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a folder's files; copies where the file system has no hard links."""
+    """Hard links to all files of a folder; copies if the file system has no hard links."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             place = target / path.relative_to(source)

@@ -1,121 +1,138 @@
-"""Completions of the policy while it is trained: to read along, and to see at once when it degenerates.
+"""Completions sampled during training, so that a degenerate policy is seen early.
 
-In: a pool of prompts and how to sample.  Out: records for `samples.jsonl`, and the metrics `samples/...`. Which
-prompts a step takes is a function of the step alone, and each completion has a seed of its own, so a resumed
-run samples what the uninterrupted one did; training's random state is not touched.
+In: a pool of prompts and sampling settings.  Out: records for `samples.jsonl`, and the metrics `samples/...`. The prompts
+of a step are a function of the step alone, and each completion has its own seed, so a resumed run samples the same as
+an uninterrupted one. The random state of training is not used.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache.fingerprint import fingerprint
 from stages.generation.completion_files import instruction
-from stages.generation.generate import as_completion, check_prompts, open_model, request_seed
-from stages.generation.requests import EngineOptions, Request, Sampling
+from stages.generation.generate import Completion, as_completion, check_prompts, open_model, request_seed
+from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
 from stages.generation.transformers_engine import sample_network
 from stages.models.loading import ModelSource
 from stages.settings.train import SampleStrategy
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
-    from stages.sample.stage import Prompt
 
 GRAM = 4  # tokens
 
 
 @dataclass(frozen=True)
-class PromptPool:
-    """Prompts, how many of them a step takes and by which strategy, and how completions are sampled."""
+class SampleRecord:
+    """One sampled completion: a line of `samples.jsonl`."""
 
-    prompts: Sequence["Prompt"]
+    step: int
+    id: str
+    prompt: str
+    completion: str
+    finish_reason: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptPool:
+    """Prompts, the number of prompts sampled each time, the strategy that chooses them, and sampling settings."""
+
+    prompts: Sequence[Prompt]
     number: int
     strategy: SampleStrategy
     sampling: Sampling
 
     @property
     def identity(self) -> str:
-        """Digest of everything that changes the samples of given weights."""
+        """Digest of all that changes the samples, except the weights."""
         prompts = [[prompt.id, prompt.ids] for prompt in self.prompts]
         how = {"sampling": asdict(self.sampling), "number": self.number, "strategy": self.strategy}
         return fingerprint({"prompts": prompts, **how})
 
 
-def choose(strategy: SampleStrategy, pool: int, number: int, occasion: int, seed: int) -> list[int]:
-    """Places in the pool that the n-th sampling takes (0: before training): pure, each place at most once.
+def choose(strategy: SampleStrategy, pool: int, number: int, round_index: int, seed: int) -> list[int]:
+    """Distinct places in a pool of `pool` prompts. `round_index` counts the rounds of sampling, 0 before training.
 
-    `fixed`: always the first; `round_robin`: the next ones, beginning anew at the end; `random`: drawn from
-    (seed, occasion).
+    `fixed`: always the first `number`; `round_robin`: the next `number`, cyclically; `random`: drawn from
+    (seed, round_index).
     """
     number = min(number, pool)
     if strategy == "fixed":
         return list(range(number))
     if strategy == "round_robin":
-        return [(occasion * number + place) % pool for place in range(number)]
-    return random.Random(f"{seed} {occasion}").sample(range(pool), number)
+        return [(round_index * number + place) % pool for place in range(number)]
+    return random.Random(f"{seed} {round_index}").sample(range(pool), number)
 
 
 def sample_policy(
-    scorer: "Scorer", source: ModelSource, pool: PromptPool, step: int, occasion: int, in_step: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Records of the completions of this step, and their metrics. All ranks call and get the same.
+    scorer: "Scorer",
+    source: ModelSource,
+    pool: PromptPool,
+    step: int,
+    round_index: int,
+    synced_ranks: bool = False,
+) -> tuple[list[SampleRecord], dict[str, float]]:
+    """Records of the completions of this step, and their metrics. Every rank calls this and gets the same.
 
-    `in_step` is for ranks that share one sharded model: each of its forward passes needs all of them. Raises
-    `DataError` naming a prompt of the pool that leaves no room for a completion.
+    `synced_ranks` is for a sharded model, each of whose forward passes takes all ranks. Raises `DataError` for a prompt
+    that leaves no room for a completion.
     """
     sampling = pool.sampling
-    places = choose(pool.strategy, len(pool.prompts), pool.number, occasion, sampling.seed)
+    places = choose(pool.strategy, len(pool.prompts), pool.number, round_index, sampling.seed)
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
     model = open_model(source.folder, sampling, EngineOptions("float32", longest))
-    check_prompts([prompt.ids for prompt in pool.prompts], [prompt.id for prompt in pool.prompts], model)
+    check_prompts(pool.prompts, model)
     requests = [
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)
     ]
     sampled, is_finite = scorer.in_generation_mode(
-        lambda network: sample_network(network, model, requests, sampling, in_step)
+        lambda network: sample_network(network, model, requests, sampling, synced_ranks)
     )
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
-    records = [
-        {
-            "step": step,
-            "id": prompt.id,
-            "prompt": instruction(prompt.shown),
-            "completion": completion.text,
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.token_ids),
-        }
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    records = [_record(step, *pair) for pair in zip(prompts, completions, strict=True)]
     return records, sample_metrics(records, sampled, is_finite)
 
 
+def _record(step: int, prompt: Prompt, completion: Completion) -> SampleRecord:
+    return SampleRecord(
+        step=step,
+        id=prompt.id,
+        prompt=instruction(prompt.content),
+        completion=completion.text,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+    )
+
+
 def sample_metrics(
-    records: Sequence[Mapping[str, Any]], token_ids: Sequence[Sequence[int]], is_finite: Sequence[bool]
+    records: Sequence[SampleRecord], token_ids: Sequence[Sequence[int]], is_finite: Sequence[bool]
 ) -> dict[str, float]:
-    """`samples/...`: mean length in tokens, shares of empty ones and of repeated 4-grams, of non-finite scores."""
+    """`samples/...`: mean length in tokens; shares of empty completions, of repeated 4-grams, of non-finite scores."""
     return {
-        "samples/mean_tokens": fmean(record["num_tokens"] for record in records),
-        "samples/empty_share": fmean(not record["completion"].strip() for record in records),
+        "samples/mean_tokens": fmean(record.num_tokens for record in records),
+        "samples/empty_share": fmean(not record.completion.strip() for record in records),
         "samples/repetition_share": fmean(map(repetition, token_ids)),
         "samples/nonfinite_share": fmean(not finite for finite in is_finite),
     }
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """Share of the 4-grams of token ids that occurred before in the same completion; 0 for one too short."""
+    """Share of the token 4-grams that occurred before in the same completion; 0 if it has none."""
     grams = [tuple(ids[place : place + GRAM]) for place in range(len(ids) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def shown(records: Sequence[Mapping[str, Any]], characters: int = 160) -> list[str]:
-    """One line a record for the console, long texts cut."""
+def console_lines(records: Sequence[SampleRecord], characters: int = 160) -> list[str]:
+    """One line per record for the console; texts longer than `characters` are cut."""
 
     def cut(text: str) -> str:
         flat = " ".join(text.split())
         return flat if len(flat) <= characters else flat[: characters - 3] + "..."
 
-    return [f"  [{cut(record['prompt'])}] {cut(record['completion'])}" for record in records]
+    return [f"  [{cut(record.prompt)}] {cut(record.completion)}" for record in records]

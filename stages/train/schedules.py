@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: transformers' shapes, with a warm-up that wastes no step."""
+"""The learning rate as a pure function of the step: the schedules of transformers, with a first step above 0."""
 
 import math
 from collections.abc import Callable
@@ -9,46 +9,60 @@ import torch
 from cache.errors import UsageError
 from stages.settings.train import TrainSettings
 
+# Schedules that have no warm-up, or one whose first step is above 0 in transformers.
+STARTS_ABOVE_0 = ("constant", "cosine_warmup_with_min_lr")
+
 
 def make_schedule(settings: TrainSettings, learning_rate: float, steps: int) -> Callable[[int], float]:
-    """Learning rate of step 1, 2, ..., `steps`.
+    """The learning rate of step 1, 2, ..., `steps`; raises `UsageError` for arguments that a schedule does not take.
 
-    After warm-up it is that of transformers. In a warm-up of W steps, step s has s / (W + 1) of the peak (as nanoGPT
-    and its heirs), where transformers has (s - 1) / W and so trains the first step at rate 0. Raises `UsageError`
-    for arguments that the shape does not take.
+    After the warm-up it is that of transformers. In a warm-up of W steps, step s has s / (W + 1) of the peak, as in
+    nanoGPT, where transformers has (s - 1) / W, so that its first step has rate 0.
     """
-    from transformers import get_scheduler
-
-    idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=learning_rate)
     name, warmup = settings.lr_scheduler_type, math.ceil(steps * settings.warmup_ratio)
-    given = dict(settings.lr_scheduler_kwargs)
-    if given and name in ("constant", "constant_with_warmup"):
+    factor, first, last = _factors(settings, learning_rate, warmup, steps)
+    if not all(math.isfinite(end) and end >= 0 for end in (first, last)):
         raise UsageError(
-            f"train.lr_scheduler_type={name} takes no further arguments, and train.lr_scheduler_kwargs has "
-            f"{', '.join(given)}. Leave them out."
+            f"train.lr_scheduler_type={name} with train.lr_scheduler_kwargs={_arguments(settings, steps)} gives a "
+            f"learning rate of {first * learning_rate:g} at the first step and {last * learning_rate:g} at the last."
         )
-    if (
-        name == "warmup_stable_decay"
-    ):  # transformers asks how long the last part is; a tenth is its authors' choice
-        given.setdefault("num_decay_steps", math.ceil(steps / 10))
-    try:
-        scheduler: Any = get_scheduler(name, idle, warmup, steps, scheduler_specific_kwargs=given)
-        factors = [scheduler.lr_lambdas[0](step) for step in (0, steps - 1)]
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"train.lr_scheduler_type={name} with train.lr_scheduler_kwargs={given}: {error}. "
-            f"The names are those of transformers' schedule of that name."
-        ) from error
-    if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-        raise UsageError(
-            f"train.lr_scheduler_type={name} with train.lr_scheduler_kwargs={given} gives a learning rate of "
-            f"{factors[0] * learning_rate:g} at the first step and {factors[1] * learning_rate:g} at the last."
-        )
-    has_a_first_step = name in ("constant", "cosine_warmup_with_min_lr")
 
     def rate(step: int) -> float:
-        warms_up = step <= warmup and not has_a_first_step
+        warms_up = step <= warmup and name not in STARTS_ABOVE_0
         position = step * warmup / (warmup + 1) if warms_up else step - 1
-        return learning_rate * scheduler.lr_lambdas[0](position)
+        return learning_rate * factor(position)
 
     return rate
+
+
+def _factors(
+    settings: TrainSettings, learning_rate: float, warmup: int, steps: int
+) -> tuple[Callable[[float], float], float, float]:
+    """The factor on the peak rate as transformers computes it from a step (from 0), and that of the first and last step."""
+    from transformers import get_scheduler
+
+    name, arguments = settings.lr_scheduler_type, _arguments(settings, steps)
+    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=learning_rate)
+    try:
+        scheduler: Any = get_scheduler(name, unused, warmup, steps, scheduler_specific_kwargs=arguments)
+        factor = scheduler.lr_lambdas[0]
+        return factor, factor(0), factor(steps - 1)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"train.lr_scheduler_type={name} does not take train.lr_scheduler_kwargs={arguments}: {error}. "
+            f"Use the names that transformers has for this schedule."
+        ) from error
+
+
+def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:
+    """The arguments of transformers' schedule, besides the numbers of steps."""
+    name, arguments = settings.lr_scheduler_type, dict(settings.lr_scheduler_kwargs)
+    if arguments and name in ("constant", "constant_with_warmup"):
+        raise UsageError(
+            f"train.lr_scheduler_type={name} takes no arguments, and train.lr_scheduler_kwargs has "
+            f"{', '.join(arguments)}. Leave them out."
+        )
+    if name == "warmup_stable_decay":
+        # transformers has no default for the length of the decay; a tenth is the choice of the schedule's authors.
+        arguments.setdefault("num_decay_steps", math.ceil(steps / 10))
+    return arguments

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C while training: the step in hand is finished and saved, then the process ends as asked.
+"""SIGTERM and Ctrl-C during training: the current step is finished and saved, then the process ends.
 
-A second signal of the same kind ends it at once; what an earlier checkpoint holds is kept.
+A second signal of the same kind ends the process at once; earlier checkpoints stay valid.
 """
 
 import signal
@@ -13,12 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Which signal asked to stop, or 0."""
+    """The signal received, 0 if none."""
 
     signum: int = 0
 
     def end(self) -> None:
-        """End the process as the signal would: KeyboardInterrupt (exit code 130) or exit code 143."""
+        """End the process as the signal would: by KeyboardInterrupt (exit code 130) or with exit code 143."""
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signum)
@@ -26,10 +26,10 @@ class StopRequest:
 
 @contextmanager
 def stop_at_a_step(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Within the block a signal only sets the request; the loop looks at it after each step."""
+    """Within the context a signal only sets the request, which the training loop reads after each step."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may handle signals
+        yield request  # Python handles signals in the main thread only
         return
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
@@ -37,7 +37,7 @@ def stop_at_a_step(say: Callable[[str], None]) -> Iterator[StopRequest]:
         request.signum = request.signum or signum
         signal.signal(signum, before[signal.Signals(signum)])
         name = signal.Signals(signum).name
-        say(f"{name}: finishing this step and writing a checkpoint; once more ends at once")
+        say(f"{name}: finishing this step and writing a checkpoint; a second {name} ends at once")
 
     for signum in SIGNALS:
         if before[signum] not in (signal.SIG_IGN, None):

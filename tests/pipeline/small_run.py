@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
 
 from pipeline.config import build_config
 from pipeline.session import Session
+from stages.train.loop import Run
+from tests.forked import on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LN2 = 0.6931471805599453
@@ -52,8 +56,40 @@ def through_training(tree: dict, store: Path) -> dict:
     return run(tree, store, *first, "train")
 
 
-def on_two_ranks(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
-    """A stage under torchrun with gloo."""
+def train_on_two_ranks(tree: dict, store: Path, killed_at: int | None = None) -> list[int]:
+    """Train on two forked ranks; their exit codes.
+
+    Rank 1 is killed as it begins step `killed_at`, when the checkpoint of the step before is whole.
+    """
+
+    def work() -> None:
+        if killed_at is not None:
+            _kill_rank_1(killed_at)
+        run(tree, store, "train")
+
+    return on_two_ranks(work, errors_of(store))
+
+
+def errors_of(store: Path) -> Path:
+    """What the ranks that train in `store` raised."""
+    return store.parent / f"{store.name}-errors.txt"
+
+
+def _kill_rank_1(step: int) -> None:
+    take = Run._step
+
+    def killed(self: Run, number: int) -> dict:
+        if number == step and self.world.rank == 1:
+            while not (self.folder / f"checkpoint-{step - 1}").is_dir():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(self, number)
+
+    Run._step = killed  # type: ignore[method-assign]
+
+
+def torchrun(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
+    """A command on two ranks under the real launcher."""
     config = store.parent / f"{store.name}.yaml"
     config.write_text(yaml.safe_dump(tree))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -65,13 +101,6 @@ def on_two_ranks(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> dict:
-    """What the ranks print in the end."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out)
 
 
 def metrics_of(policy: str | Path) -> list[dict]:

@@ -3,19 +3,19 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from cache.errors import CorruptError, MachineError, StaleError, UsageError
 from pipeline.session import Session
 from stages import merge as merging
-from tests.pipeline.small_run import LN2, ROOT, session, settings, through_training
+from stages.train import loop
+from tests.forked import in_child
+from tests.pipeline.small_run import LN2, run, session, settings, through_training
 
 pytest.importorskip("peft")
 
@@ -112,17 +112,6 @@ def test_sampling_from_the_adapter_is_sampling_from_the_merged_model(tiny_model,
     assert from_adapter != sampled(session(tree, tmp_path))
 
 
-@pytest.mark.slow
-def test_vllm_loads_the_adapter(tiny_model, preferences, tmp_path):
-    pytest.importorskip("vllm")
-    greedy = {"temperature": 0, "max_tokens": 12}
-    tree = adapter_settings(tiny_model, preferences, sample={**greedy, "engine": "transformers"})
-    through_training(tree, tmp_path)
-    expected = sampled(session(tree, tmp_path))
-    tree["sample"] = {**greedy, "engine": "vllm"}
-    assert sampled(session(tree, tmp_path)) == expected
-
-
 def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, preferences, tmp_path):
     pytest.importorskip("vllm")
     tree = adapter_settings(tiny_model, preferences, "dora", sample={"engine": "vllm"})
@@ -132,34 +121,31 @@ def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, prefe
 
 
 @pytest.mark.slow
-def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path):
+def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path, one_thread):
     """SIGKILL by the run itself right after a checkpoint; the second run loads adapter and optimizer."""
     tree = adapter_settings(
         tiny_model, preferences, train={"save_steps": 1, "num_epochs": 2, "batch_size": 4}
     )
     whole = through_training(tree, tmp_path / "whole")
-    store, config = tmp_path / "killed", tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    for stage in ("prepare", "cache-ref"):
-        session(tree, store).run(stage)
-    code = (
-        "import os, signal, sys; import stages.train.loop as loop; save = loop.save_checkpoint\n"
-        "def then_die(root, step, *rest):\n"
-        "    save(root, step, *rest)\n"
-        "    if step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "loop.save_checkpoint = then_die\n"
-        "from pipeline.cli import main; main()"
-    )
-    arguments = ["train", "-c", str(config), "--store", str(store)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False
-    )
-    assert killed.returncode == -9, killed.stderr
+    store = tmp_path / "killed"
+    run(tree, store, "prepare", "cache-ref")
+
+    def killed() -> None:
+        save = loop.save_checkpoint
+
+        def then_die(root: Path, step: int, *rest) -> None:
+            save(root, step, *rest)
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        loop.save_checkpoint = then_die
+        run(tree, store, "train")
+
+    assert in_child(killed) == -signal.SIGKILL
     folder = next((store / "policy").glob(".tmp-*/checkpoint-3"))
     assert "adapter_model.safetensors" in {path.name for path in folder.iterdir()}
     said: list[str] = []
-    resumed = session(tree, store, said).run("train")
+    resumed = run(tree, store, "train", said=said)
     assert any("Continuing from step 3" in line for line in said)
     digests = [
         hashlib.sha256((Path(result["artifact"]) / "adapter_model.safetensors").read_bytes()).hexdigest()

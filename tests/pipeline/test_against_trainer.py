@@ -41,7 +41,7 @@ def examples_of(session: Session) -> list[dict]:
     rows = RowSet.of(session.inputs.job.rows, "train")
     found = []
     for epoch in range(4):
-        for example in epoch_order(rows.cycles, 0, epoch):
+        for example in epoch_order(rows.mismatch_groups, 0, epoch):
             (chosen,) = [row for row in rows.example_rows(example, False) if rows.roles[row] == "chosen"]
             prompt, completion = rows.prompt(chosen).tolist(), rows.completion(chosen).tolist()
             kept = [

@@ -11,31 +11,10 @@ import pytest
 import yaml
 
 from cache.errors import DataError
-from pipeline.cli import main
+from pipeline.commands import COMMANDS
 from pipeline.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def align(tmp_path, monkeypatch, capsys):
-    """Runs a command line in this process and returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["align", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -176,7 +155,7 @@ def test_data_that_cannot_be_used_ends_with_3(align, config, preferences, tmp_pa
     refused(
         align(*prepare, "--set", "policy.model=./missing"),
         3,
-        "No such model folder: ./missing",
+        "The model folder ./missing does not exist",
         "policy.model",
     )
     refused(align(*prepare, "--set", f"policy.model={tmp_path}"), 3, "no model folder", "config.json")
@@ -291,12 +270,13 @@ def test_a_dry_run_writes_nothing(align, config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("stage", ["prepare", "cache-ref", "train", "sample", "run"])
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(align, stage):
     code, out, _ = align(stage, "--help")
     assert code == 0
     assert f"align {stage}" in out
     assert "Examples" in out
+    assert COMMANDS[stage].examples[0] in out
 
 
 def test_no_command_is_help_and_2(align):

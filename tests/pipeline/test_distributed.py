@@ -23,8 +23,7 @@ from transformers import AutoModelForCausalLM
 from cache.files import sha256_file
 from stages.train.checkpoints import FILES
 from stages.train.loop import Run
-from tests.pipeline.ranks import train_on_two_ranks
-from tests.pipeline.small_run import metrics_of, on_two_ranks, run, settings
+from tests.pipeline.small_run import errors_of, metrics_of, run, settings, torchrun, train_on_two_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +162,7 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     expected = run(tree, copy_of(store, "one"), "train")
     spread = spread_over_splits(tree, store, trajectory(expected))
     tree["train"]["parallel"] = "fsdp"
-    assert train_on_two_ranks(tree, store) == [0, 0], errors_of(store)
+    assert train_on_two_ranks(tree, store) == [0, 0], errors_of(store).read_text()
     found = run(tree, store, "train")
     assert found["audit_max_abs_diff"] == 0.0
     assert_same_run(found, expected, spread)
@@ -187,7 +186,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     tree = tree_of(tiny_model, preferences, adapter, num_epochs=3, parallel=parallel, keep_last=1)
     store = prepared(tree, tmp_path / "store")
     two = copy_of(store, "two")
-    assert train_on_two_ranks(tree, two) == [0, 0], errors_of(two)
+    assert train_on_two_ranks(tree, two) == [0, 0], errors_of(two).read_text()
     killed = copy_of(store, "killed")
     ended, by_signal = train_on_two_ranks(tree, killed, killed_at=4)
     assert by_signal == -signal.SIGKILL
@@ -195,7 +194,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     assert not list((killed / "policy").glob("[!.]*"))
     continued_by_one = copy_of(killed, "continued-by-one")
 
-    assert train_on_two_ranks(tree, killed) == [0, 0], errors_of(killed)
+    assert train_on_two_ranks(tree, killed) == [0, 0], errors_of(killed).read_text()
     assert_same_bits(run(tree, killed, "train"), run(tree, two, "train"))
 
     with examples_taken() as order:
@@ -226,15 +225,11 @@ def forget_moments(checkpoint: Path) -> None:
     (checkpoint / FILES).write_text(json.dumps({**listed, path.name: sha256_file(path)}))
 
 
-def errors_of(store: Path) -> str:
-    return (store.parent / f"{store.name}-errors.txt").read_text()
-
-
 def test_torchrun_ends_when_a_rank_is_killed(tiny_model, preferences, tmp_path):
     """Under the real launcher, at whatever point of the run the signal comes."""
     tree = tree_of(tiny_model, preferences, num_epochs=3)
     store = prepared(tree, tmp_path / "store")
-    process = on_two_ranks(tree, store, "train")
+    process = torchrun(tree, store, "train")
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)

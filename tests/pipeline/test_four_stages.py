@@ -1,18 +1,13 @@
 """The stages together: exact anchors at step 0, one cache for every loss, nothing stale, nothing lost."""
 
-import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from cache.artifacts import open_artifact
@@ -20,10 +15,6 @@ from cache.errors import AlignError, CorruptError, StaleError
 from cache.ref_logps import RefLogps
 from tests.pipeline.small_run import (
     LN2,
-    ROOT,
-    finish,
-    metrics_of,
-    on_two_ranks,
     session,
     settings,
     through_training,
@@ -232,68 +223,3 @@ def test_a_dry_run_writes_nothing(tiny_model, preferences, tmp_path) -> None:
     assert stages["prepare"].would == "read and tokenize"
     assert "align prepare" in stages["train"].would
     assert not (tmp_path / "store").exists()
-
-
-def _digest(folder: Path) -> tuple[str, list[dict]]:
-    """sha256 of the weights, and the metrics."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(), metrics_of(folder)
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path) -> None:
-    """SIGKILL in the middle, twice; weights and metrics end as if nothing had happened."""
-    tree = settings(
-        tiny_model,
-        preferences,
-        loss={"name": "bco"},
-        train={"num_epochs": 6, "eval_steps": 3, "save_steps": 1, "batch_size": 4},
-    )
-    whole = through_training(tree, tmp_path / "whole")
-    config, store = tmp_path / "run.yaml", tmp_path / "killed"
-    config.write_text(yaml.safe_dump(tree))
-    for stage in ("prepare", "cache-ref"):
-        session(tree, store).run(stage)
-    command = [sys.executable, "-m", "pipeline", "train", "-c", str(config), "--store", str(store)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    reached = []
-    for lines_before_kill in (4, 12):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        reached.append(_kill_after(process, store, lines_before_kill))
-    assert reached[0] < reached[1] < whole["steps"]
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert "Continuing from step" in finished.stderr
-    policy = next((store / "policy").glob("[!.]*"))
-    assert _digest(policy) == _digest(Path(whole["artifact"]))
-
-
-def _kill_after(process: subprocess.Popen, store: Path, lines: int) -> int:
-    """Wait until so many metrics are written, kill, and return how many there are."""
-    deadline = time.monotonic() + 240
-    count = 0
-    while time.monotonic() < deadline and count < lines:
-        assert process.poll() is None, "the run ended before it could be killed"
-        found = list((store / "policy").glob(".tmp-*/metrics.jsonl"))
-        count = len(found[0].read_text().splitlines()) if found else 0
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return count
-
-
-@pytest.mark.slow
-def test_two_torchrun_ranks_train_like_one(tiny_model, preferences, tmp_path) -> None:
-    tree = settings(tiny_model, preferences, loss={"name": "kto"})
-    alone = through_training(tree, tmp_path / "one")
-    store = tmp_path / "two"
-    session(tree, store).run("prepare")
-    finish(on_two_ranks(tree, store, "cache-ref"))
-    result = finish(on_two_ranks(tree, store, "train"))
-    for name, value in alone["final"].items():
-        assert result["final"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-    one, two = (metrics_of(found["artifact"]) for found in (alone, result))
-    assert [line["loss"] for line in two[1:]] == pytest.approx([line["loss"] for line in one[1:]], abs=1e-5)

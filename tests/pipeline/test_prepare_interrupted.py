@@ -3,64 +3,74 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import exit_code, fork
+from tests.pipeline.small_run import run
+
 pytestmark = pytest.mark.slow
 
 
-def command(data, model, store, workers):
-    return [
-        *(sys.executable, "-m", "pipeline", "prepare", "--store", str(store), "--json"),
-        *("--set", f"data.path={data}", "--set", f"policy.model={model}"),
-        *("--set", f"prepare.num_workers={workers}", "--set", "prepare.heldout_fraction=0.1"),
-    ]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_preparation_starts_anew(tmp_path, tiny_model, workers):
-    data = tmp_path / "rows.jsonl"
-    with open(data, "w") as handle:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Rows of about two and a half shards."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with open(path, "w") as handle:
         for number in range(5_000):
             row = {"prompt": f"question {number} " * 8, "chosen": f"yes {number}", "rejected": "no"}
             handle.write(json.dumps(row) + "\n")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(
-        command(data, tiny_model, whole, 1), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    expected = json.loads((Path(json.loads(done.stdout)["artifact"]) / "manifest.json").read_text())
+    return path
 
-    process = subprocess.Popen(
-        command(data, tiny_model, killed, workers),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    # The first shard is written long before the last row is read.
-    while process.poll() is None and not list(killed.glob("rows/.tmp-*/train-*.arrow")):
-        time.sleep(0.01)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert [path for path in (killed / "rows").iterdir() if not path.name.startswith(".tmp-")] == []
-    until = time.monotonic() + 20
-    while _members(process.pid) and time.monotonic() < until:
+
+def tree_of(data: Path, model: Path, workers: int) -> dict:
+    return {
+        "data": {"path": str(data)},
+        "policy": {"model": str(model)},
+        "prepare": {"num_workers": workers, "heldout_fraction": 0.1},
+    }
+
+
+def manifest(result: dict) -> dict:
+    return json.loads((Path(result["artifact"]) / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(data, tiny_model, tmp_path_factory) -> dict:
+    return manifest(run(tree_of(data, tiny_model, 1), tmp_path_factory.mktemp("whole"), "prepare"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_preparation_starts_anew(data, whole, tmp_path, tiny_model, workers):
+    tree, store = tree_of(data, tiny_model, workers), tmp_path / "store"
+
+    def killed() -> None:
+        os.setsid()
+        sys.addaudithook(kill_at_the_second_shard)
+        run(tree, store, "prepare")
+
+    child = fork(killed)
+    assert exit_code(child) == -signal.SIGKILL
+    (left,) = (store / "rows").iterdir()
+    assert left.name.startswith(".tmp-")
+    assert list(left.glob("train-00000.arrow"))
+    while _members(child):  # the workers do not outlive the process that reads and writes
         time.sleep(0.1)
-    assert _members(process.pid) == []  # the workers do not outlive the process that reads and writes
 
-    done = subprocess.run(
-        command(data, tiny_model, killed, workers), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    found = json.loads((Path(json.loads(done.stdout)["artifact"]) / "manifest.json").read_text())
+    found = manifest(run(tree, store, "prepare"))
     assert [entry for entry in found["files"] if entry["name"] != "config.yaml"] == [
-        entry for entry in expected["files"] if entry["name"] != "config.yaml"
+        entry for entry in whole["files"] if entry["name"] != "config.yaml"
     ]
-    assert found["counts"] == expected["counts"]
+    assert found["counts"] == whole["counts"]
+
+
+def kill_at_the_second_shard(event: str, arguments: tuple) -> None:
+    """An audit hook: the first shard lies there whole, and rows are left to read."""
+    if event == "open" and "train-00001" in str(arguments[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _members(session: int) -> list[int]:

@@ -65,7 +65,7 @@ def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) 
             each, left_out = {"best_worst": (1, 0), "adjacent": (2, 1), "all": (5, 1)}[strategy]
             assert lines == [
                 f"Ranked lists: {each * examples} pairs ({strategy}) from {examples} training examples, "
-                f"{left_out * examples} of equal scores left out"
+                f"{left_out * examples} pairs of equal scores left out"
             ]
     assert len(set(policies.values())) == len(policies)
 
@@ -109,14 +109,14 @@ def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
         (
             {"name": "kto"},
             "ranked",
-            r"Loss kto takes each completion as desirable or not.*train.pairs is all",
+            r"Loss kto needs each completion to be desirable or undesirable.*train.pairs=all",
         ),
         ({"name": "bco"}, "ranked", r"Loss bco .*Use --set train.pairs=best_worst"),
         ({"name": "apo_zero_unpaired"}, "ranked", r"Loss apo_zero_unpaired .*train.pairs=best_worst"),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "bco"}}, {"loss": {"name": "dpo"}}]},
             "ranked",
-            r"Loss mixture takes each completion.*train.pairs=best_worst",
+            r"Loss mixture needs each completion.*train.pairs=best_worst",
         ),
         ({"name": "dpo", "ld_alpha": 0.5}, "ranked", r"Loss dpo with ld_alpha .*leave ld_alpha out"),
         (
@@ -151,6 +151,6 @@ def test_losses_of_lists_refuse_a_part_of_each(tiny_model, graded, tmp_path) -> 
     run.run("prepare")
     run.run("cache-ref")
     with pytest.raises(
-        UsageError, match=r"Loss infonca .* train.pairs=best_worst leaves .* --set train.pairs=all"
+        UsageError, match=r"Loss infonca compares .* train.pairs=best_worst leaves .* --set train.pairs=all"
     ):
         run.run("train")

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,36 @@ from safetensors.torch import load_file
 from cache.errors import AlignError, CorruptError, StaleError, UsageError
 from stages.train.checkpoints import checkpoint_steps, newest_checkpoint
 from stages.train.step.row_scorer import RowScorer
+from tests.forked import in_child
 from tests.pipeline.small_run import metrics_of, run, settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def train(tree: dict, store: Path, said: list[str] | None = None) -> dict:
     return run(tree, store, "train", said=said)
 
 
-@pytest.fixture
-def prepared(tiny_model, preferences, tmp_path) -> tuple[dict, Path]:
-    """A configuration, and a store with its rows and reference log-probs."""
+@pytest.fixture(scope="module")
+def shared_store(tiny_model, shared_preferences, tmp_path_factory) -> tuple[dict, Path]:
     # 18 training examples in steps of 4, so an epoch's fifth step is a partial one; bco carries state from step to step.
     tree = settings(
         tiny_model,
-        preferences,
+        shared_preferences,
         compute={"tokens_per_batch": 120},
         loss={"name": "bco"},
         train={"eval_steps": 3, "save_steps": 1, "keep_last": 1},
     )
-    run(tree, tmp_path / "store", "prepare", "cache-ref")
-    return tree, tmp_path / "store"
+    store = tmp_path_factory.mktemp("resume") / "store"
+    run(tree, store, "prepare", "cache-ref")
+    return tree, store
+
+
+@pytest.fixture
+def prepared(shared_store, tmp_path) -> tuple[dict, Path]:
+    """A configuration, and a store with its rows and reference log-probs."""
+    tree, store = shared_store
+    return deepcopy(tree), shutil.copytree(store, tmp_path / "store")
 
 
 def fresh(store: Path) -> Path:
@@ -56,29 +66,6 @@ def digest(policy: Path) -> dict[str, Any]:
         "loss_state": json.loads((last / "state.json").read_text())["loss_state"],
         "metrics": metrics_of(policy),
     }
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process; its wait status."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            work()
-            status = 0
-        except SystemExit as ended:
-            status = int(str(ended.code))
-        except KeyboardInterrupt:
-            status = 130
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
-
-
-def was_killed(status: int) -> bool:
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def kill_at_file_effect(number: int, within: str) -> None:
@@ -122,7 +109,6 @@ def kill_at_forward(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowScorer, "score", counted)
 
 
-@pytest.mark.slow
 def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None:
     """Log lines, checkpoints being written, renamed and removed, the policy being put together and published."""
     tree, store = prepared
@@ -136,7 +122,7 @@ def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None
             kill_at_file_effect(number, str(store / "policy"))
             train(tree, store)
 
-        if not was_killed(in_child(killed)):
+        if in_child(killed) != -signal.SIGKILL:
             break
         points += 1
         result = train(tree, store)
@@ -145,7 +131,6 @@ def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None
     assert points >= 6
 
 
-@pytest.mark.slow
 def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(prepared, monkeypatch) -> None:
     tree, store = prepared
     whole = digest(Path(train(tree, store)["artifact"]))
@@ -157,7 +142,7 @@ def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(pre
                 kill_at_forward(again, monkeypatch)
                 train(tree, store)
 
-            assert was_killed(in_child(killed)), again
+            assert in_child(killed) == -signal.SIGKILL, again
         assert digest(Path(train(tree, store)["artifact"])) == whole, f"killed at forward {number}"
 
 
@@ -179,10 +164,9 @@ def interrupted(tree: dict, store: Path, after_steps: int, signum: int, times: i
         signal.signal(signal.SIGINT, signal.default_int_handler)
         train(tree, store)
 
-    return os.waitstatus_to_exitcode(in_child(work))
+    return in_child(work)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_and_saves_it(signum, code, prepared) -> None:
     tree, store = prepared
@@ -197,7 +181,6 @@ def test_a_signal_finishes_the_step_and_saves_it(signum, code, prepared) -> None
     assert any("Continuing from step 5 of 10" in line for line in said)
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_at_once(prepared) -> None:
     tree, store = prepared
     tree["train"]["save_steps"] = 100
@@ -206,10 +189,10 @@ def test_a_second_signal_ends_at_once(prepared) -> None:
     assert checkpoint_steps(working) == []
 
 
-@pytest.fixture
-def halfway(prepared) -> tuple[dict, Path, Path]:
-    """A run that was killed when checkpoints of steps 3 and 4 were there; its working folder."""
-    tree, store = prepared
+@pytest.fixture(scope="module")
+def killed_store(shared_store, tmp_path_factory) -> Path:
+    tree, store = shared_store
+    store = shutil.copytree(store, tmp_path_factory.mktemp("killed") / "store")
 
     def killed() -> None:
         from stages.train.loop import Run
@@ -218,10 +201,17 @@ def halfway(prepared) -> tuple[dict, Path, Path]:
         Run._step = lambda self, step: os.kill(os.getpid(), 9) if step == 5 else take(self, step)  # type: ignore
         train(tree, store)
 
-    assert was_killed(in_child(killed))
+    assert in_child(killed) == -signal.SIGKILL
+    return store
+
+
+@pytest.fixture
+def halfway(shared_store, killed_store, tmp_path) -> tuple[dict, Path, Path]:
+    """A run that was killed when checkpoints of steps 3 and 4 were there; its working folder."""
+    store = shutil.copytree(killed_store, tmp_path / "store")
     (working,) = (store / "policy").glob(".tmp-*")
     assert checkpoint_steps(working) == [4, 3]
-    return tree, store, working
+    return deepcopy(shared_store[0]), store, working
 
 
 def test_a_checkpoint_opens_as_a_model(halfway, tiny_model) -> None:
@@ -357,7 +347,7 @@ def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfw
 
 def test_a_resume_that_cannot_be_says_why(halfway, tmp_path) -> None:
     tree, store, working = halfway
-    with pytest.raises(StaleError, match=r"there is no valid checkpoint.*checkpoint-<step>"):
+    with pytest.raises(StaleError, match=r"holds no valid checkpoint.*checkpoint-<step>"):
         train(changed(tree, {}, resume=str(tmp_path / "nowhere")), store)
     with pytest.raises(UsageError, match="is at step 4, and this run has 3 steps"):
         train(changed(tree, {}, resume=str(working), max_steps=3), store)
@@ -427,7 +417,7 @@ def test_early_stopping_ends_after_its_patience(prepared) -> None:
     ]
     assert len(values) == result["steps"] < 30
     assert values.index(max(values)) == len(values) - 3
-    assert any("Stopping early" in line for line in said)
+    assert any("Early stop after step" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +433,7 @@ def test_early_stopping_ends_after_its_patience(prepared) -> None:
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"pwr": 2.0}}, r"pwr"),
         (
             {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2.0}},
-            r"takes no further arguments",
+            r"takes no arguments",
         ),
     ],
 )

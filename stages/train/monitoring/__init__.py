@@ -1,1 +1,1 @@
-"""What a run tells while it trains: metrics, dashboards, best evaluation, health."""
+"""Logs of a training run and what is derived from them: metrics, dashboards, best evaluation, warnings."""

@@ -1,7 +1,7 @@
-"""Dashboards beside `metrics.jsonl`: Weights & Biases, TensorBoard, trackio.
+"""Dashboards besides `metrics.jsonl`: Weights & Biases, TensorBoard, trackio.
 
-Names are those of transformers' users: `train/...`, `eval/...`, over `train/global_step`. Keys and tokens come from
-the environment or from the dashboards' own logins, never from here.
+Metric names are those of transformers' Trainer: `train/...` and `eval/...`, over `train/global_step`. API keys come from
+the environment or from the logins of the dashboards.
 """
 
 import importlib
@@ -18,22 +18,22 @@ RUN_ID = "wandb-id"
 
 
 class Dashboard(Protocol):
-    """Somewhere metrics are sent while a run is in progress."""
+    """A service or a file that receives metrics during a run."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step."""
 
     def log_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record rows of equal columns."""
+        """Record a table; all rows have the same columns."""
 
     def close(self) -> None:
-        """Send what is left and end the run."""
+        """Send what is still buffered and end the run."""
 
 
 def open_dashboards(
     settings: TrackSettings, folder: Path, run_name: str, config: Mapping[str, Any], last_step: int
 ) -> list[Dashboard]:
-    """The dashboards that `settings` ask for. `folder` is the run's own; logs lie in the store above it."""
+    """The dashboards that `settings` enable. `folder` is that of the run; their logs are in the store above it."""
     name = settings.run_name or run_name
     found: list[Dashboard] = []
     if settings.wandb != "disabled":
@@ -46,7 +46,7 @@ def open_dashboards(
 
 
 class _Wandb:
-    """One W&B run for one training run: a continued run finds its id in its own folder."""
+    """One W&B run for one training run. A file in the run's folder keeps its id for a continued run."""
 
     def __init__(self, settings: TrackSettings, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         wandb = _require("wandb", "track.wandb")
@@ -78,7 +78,7 @@ class _Wandb:
 
 
 class _TensorBoard:
-    """Event files in `<store>/tensorboard/<run>`; a continued run hides the steps it replays."""
+    """Event files in `<store>/tensorboard/<run>`; a continued run purges the steps it repeats."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
         _require("tensorboard", "track.tensorboard")
@@ -99,7 +99,7 @@ class _TensorBoard:
 
 
 class _Trackio:
-    """trackio, whose interface is W&B's, on this machine unless its own environment variables say where."""
+    """trackio, whose interface is that of W&B; local unless its environment variables name a server."""
 
     def __init__(self, settings: TrackSettings, name: str, config: Mapping[str, Any], last_step: int) -> None:
         self._trackio = _require("trackio", "track.trackio")

@@ -1,8 +1,7 @@
-"""Where metrics go: `metrics.jsonl`, always, and the dashboards that are asked for.
+"""The log of a run: `metrics.jsonl`, and the dashboards that are enabled.
 
-The file is the truth: a line for each logged step, in order, none twice. A run that continues from a checkpoint
-begins with that checkpoint's copy; dashboards are told the step of each point, so that replayed steps
-fall on the points they repeat.
+`metrics.jsonl` has one line for each logged step, in order, none twice: a run that continues from a checkpoint begins
+with the checkpoint's copy. Dashboards receive the step of each point, so repeated steps overwrite their points.
 """
 
 import json
@@ -18,23 +17,23 @@ SAMPLES = "samples.jsonl"
 
 
 class Tracker:
-    """Appends one line a logged step to `metrics.jsonl` and sends it on; on other ranks than the first, nothing."""
+    """Appends one line per logged step to `metrics.jsonl` and sends it to the dashboards."""
 
     def __init__(self, folder: Path | None, dashboards: Sequence[Dashboard] = ()) -> None:
-        """Write into `folder`; None is for the ranks that do not write."""
+        """Write into `folder`; None on all ranks but the first, which write nothing."""
         self._folder, self._dashboards = folder, dashboards
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Begin the files as a checkpoint holds them, or empty."""
+        """Begin with copies of the files of a checkpoint, or with none."""
         if self._folder is None:
             return
         for name in (METRICS, SAMPLES):
             (self._folder / name).unlink(missing_ok=True)
-            if checkpoint is not None and (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, self._folder / name)
+        if checkpoint is not None:
+            copy_logs(checkpoint, self._folder)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Record metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
+        """Record the metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
         if self._folder is not None:
             _append(self._folder / METRICS, [line])
         metrics = {
@@ -46,7 +45,7 @@ class Tracker:
             dashboard.log(line["step"], metrics)
 
     def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Record sampled completions: flat records with a `step`, all of one step."""
+        """Record the completions sampled at one step, each with its `step`."""
         if self._folder is not None:
             _append(self._folder / SAMPLES, records)
         for dashboard in self._dashboards:
@@ -58,8 +57,15 @@ class Tracker:
             dashboard.close()
 
 
+def copy_logs(source: Path, target: Path) -> None:
+    """Copy the log files that `source` has into `target`."""
+    for name in (METRICS, SAMPLES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; a last one that was cut short is left out."""
+    """The lines of a metrics file, in order, without a last line that was not written to its end."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
 

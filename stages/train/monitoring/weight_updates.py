@@ -1,8 +1,8 @@
-"""Whether a step moves the weights at all: of those with a gradient, the share whose stored value it changed.
+"""The share of the weights whose stored value an optimizer step changes, of those with a gradient.
 
-A learning rate too small for the weights' precision (bfloat16 weights above all) leaves most of them where
-they are, and no other metric shows it. Weights without a gradient (padding, tokens that did not occur) say
-nothing about that and are left out, or a large vocabulary alone would look like a run that stands still.
+In: the trained parameters, before and after a step.  Out: the metric `weights_changed`. A learning rate too small for
+the precision of the weights (above all with bfloat16 weights) leaves most of them unchanged, and no other metric shows
+this.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,19 @@ from stages.runtime.distributed import World, local_part
 SAMPLED_PER_TENSOR = 4096
 
 
-class Movement:
-    """A few evenly spaced weights of each trained tensor, before and after a step."""
+class WeightUpdates:
+    """Compares a few evenly spaced weights of each trained tensor before and after a step."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Watch `parameters`; of a sharded one, each rank watches its own part."""
+        """Compare weights of `parameters`; of a sharded one, each rank compares its own part."""
         self._parameters = parameters
         self._before: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Note the sampled weights before a step, and which of them have a gradient that is not 0."""
+    def before_step(self) -> None:
+        """Copy the compared weights before a step, and note which of them have a gradient other than 0."""
+        # Weights without a gradient (embeddings of tokens that do not occur) are left out: they never change, and with a
+        # large vocabulary they would be the majority.
         self._before = [
             (_sampled(parameter).clone(), _sampled(parameter.grad) != 0)
             for parameter in self._parameters
@@ -33,14 +35,15 @@ class Movement:
         ]
 
     @torch.no_grad()
-    def share(self, world: World) -> float:
-        """Share of these that changed since `remember`, over all ranks; 0 when none had a gradient."""
+    def changed_share(self, world: World) -> float:
+        """Share of these weights that have changed since `before_step`, over all ranks; 0 if none has a gradient."""
         counts = torch.zeros(2, dtype=torch.float64, device=self._parameters[0].device)
-        moved = [parameter for parameter in self._parameters if parameter.grad is not None]
-        for (old, pushed), parameter in zip(self._before, moved, strict=True):
-            counts += torch.stack([((_sampled(parameter) != old) & pushed).sum(), pushed.sum()])
-        changed, total = world.sum_(counts).tolist()
-        return changed / max(total, 1.0)
+        updated = [parameter for parameter in self._parameters if parameter.grad is not None]
+        for (old, has_gradient), parameter in zip(self._before, updated, strict=True):
+            changed = (_sampled(parameter) != old) & has_gradient
+            counts += torch.stack([changed.sum(), has_gradient.sum()])
+        num_changed, total = world.sum_(counts).tolist()
+        return num_changed / max(total, 1.0)
 
 
 def _sampled(tensor: Tensor) -> Tensor:

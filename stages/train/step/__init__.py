@@ -1,1 +1,1 @@
-"""One optimizer step: log-probs, loss, gradient and metrics, however the step is split."""
+"""One optimizer step: log-probs, loss, gradient and metrics, independent of how the step is split."""

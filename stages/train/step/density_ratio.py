@@ -1,14 +1,12 @@
-"""Density-ratio weights of unpaired data: how much more the prompts of good answers look like this one.
+"""Density-ratio weights for unpaired data whose desirable and undesirable completions have different prompts.
 
-Where good and bad answers were given to different prompts, a classifier of answers may learn to tell the
-prompts apart. Weighting each bad answer by p / (1 - p), p the probability that an answer to its prompt is
-good, makes the prompts of the bad answers count as those of the good ones do (arXiv 2404.04656, section 4).
+In: the rows of a split.  Out: one weight for each row. A loss that classifies completions may learn to tell the prompts
+apart instead. The weight p / (1 - p) of an undesirable row, where p is the probability that a completion of its prompt
+is desirable, makes the prompts of both kinds equally distributed (BCO's underlying distribution matching, arXiv
+2404.04656, section 4).
 
-p is a logistic regression on the prompt's tokens and pairs of neighbouring tokens, hashed: no model is
-loaded for it, and it is a function of the training rows alone. A classifier that is asked about a row it was
-fitted on knows that row's label and puts the ratio too low, so p is cross-fitted: the prompts are split into
-parts, and each part is judged by the classifier of the others. TRL embeds prompts with a model, fits on a
-random sample of them and judges those too.
+A classifier knows the labels of the rows it was fitted on and makes their ratios too small, so p is cross-fitted: the
+prompts are divided into folds, and a classifier predicts for the fold that it was not fitted on.
 """
 
 from collections.abc import Iterator
@@ -22,16 +20,16 @@ from cache.errors import DataError
 from stages.data.rows import RowSet
 
 NUM_FEATURES = 2**14
-# TRL's: a prompt that looks like no good answer's still counts half, and none counts more than ten times.
+# Bounds of a weight, as in TRL.
 SMALLEST, LARGEST = 0.5, 10.0
 NUM_FOLDS = 5
 
 
 class DensityRatios:
-    """Weights of undesirable rows, from classifiers of prompts fitted once on a split."""
+    """Weights of undesirable rows, from classifiers of prompts that are fitted once, on the training rows."""
 
     def __init__(self, rows: RowSet) -> None:
-        """Fit on the desirable and undesirable rows of `rows`; raises `DataError` where prompts of a kind are few."""
+        """Fit on the desirable and undesirable rows of `rows`; raises `DataError` for fewer than two prompts of a kind."""
         numbers = np.flatnonzero(np.isin(rows.roles, ("desirable", "undesirable")))
         labels = rows.roles[numbers] == "desirable"
         prompts = [_digest(rows.prompt(row)) for row in numbers]
@@ -43,47 +41,48 @@ class DensityRatios:
         ]
 
     def of(self, rows: RowSet) -> np.ndarray:
-        """float32, one entry per row: the density ratio of an undesirable row's prompt; 1 for all others.
+        """The weight of each row, (rows,), float32: the density ratio of an undesirable row's prompt, 1 for other rows.
 
-        A prompt that the classifiers were fitted on is judged by the one that did not see it; any other by all,
-        and the mean of their ratios taken, so that training and held-out rows have ratios of one kind.
+        A training prompt has the ratio of the classifier that was not fitted on it, any other prompt the mean ratio of
+        all classifiers, so the ratios of training and of held-out rows have the same distribution.
         """
         ratios = np.ones(len(rows), dtype=np.float32)
         numbers = np.flatnonzero(rows.roles == "undesirable")
         if not len(numbers):
             return ratios
         features = _features(rows, numbers)
-        good = np.stack(
+        desirable = np.stack(
             [classifier.predict_proba(features)[:, 1] for classifier in self._classifiers], axis=1
         )
-        found = np.clip(good / (1 - good + 1e-8), SMALLEST, LARGEST)
-        for place, row in enumerate(numbers):
+        by_fold = np.clip(desirable / (1 - desirable + 1e-8), SMALLEST, LARGEST)
+        for index, row in enumerate(numbers):
             fold = self._fold_of.get(_digest(rows.prompt(row)))
-            ratios[row] = found[place].mean() if fold is None else found[place, fold]
+            ratios[row] = by_fold[index].mean() if fold is None else by_fold[index, fold]
         return ratios
 
 
 def _folds(labels: np.ndarray, prompts: list[bytes]) -> np.ndarray:
-    """Which part each row is in: prompts stay whole, and those of each kind are dealt out in turn."""
-    kinds: dict[bytes, set[bool]] = {}
+    """The fold of each row, (rows,): the rows of a prompt are in one fold, and each fold has prompts of both labels."""
+    labels_of: dict[bytes, set[bool]] = {}
     for prompt, label in zip(prompts, labels.tolist(), strict=True):
-        kinds.setdefault(prompt, set()).add(label)
-    num_bad, num_good = (sum(label in found for found in kinds.values()) for label in (False, True))
-    if min(num_good, num_bad) < 2:
+        labels_of.setdefault(prompt, set()).add(label)
+    undesirable, desirable = (sum(label in found for found in labels_of.values()) for label in (False, True))
+    if min(desirable, undesirable) < 2:
         raise DataError(
-            f"loss.udm compares the prompts of desirable and undesirable completions, and the training rows have "
-            f"{num_good:,} prompts with desirable and {num_bad:,} with undesirable ones; it takes two of each. "
-            f"Leave loss.udm out, or add the other kind."
+            f"The training rows have {desirable:,} prompts with desirable and {undesirable:,} with undesirable completions; "
+            f"loss.udm compares two or more of each. Leave loss.udm out, or add completions of the other kind."
         )
-    # Bad ones, then those of both kinds, then good ones: two neighbours are never in one part, so no part has
-    # all of a kind.
-    order = sorted(kinds, key=lambda prompt: (True in kinds[prompt]) - (False in kinds[prompt]))
-    count = min(NUM_FOLDS, num_good, num_bad)
-    fold_of = {prompt: place % count for place, prompt in enumerate(order)}
+    # Undesirable, both, desirable: prompts of one label are neighbours, which are never in the same fold, so a
+    # classifier is always fitted on both labels.
+    order = sorted(labels_of, key=lambda prompt: (True in labels_of[prompt]) - (False in labels_of[prompt]))
+    count = min(NUM_FOLDS, desirable, undesirable)
+    fold_of = {prompt: index % count for index, prompt in enumerate(order)}
     return np.array([fold_of[prompt] for prompt in prompts])
 
 
 def _fit(features: Any, labels: np.ndarray) -> Any:
+    # TRL embeds the prompts with a model, fits on a random sample of them and predicts for the sample too. Hashed tokens
+    # need no model, and p is a function of the training rows alone.
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(class_weight="balanced", max_iter=1000).fit(features, labels)
@@ -94,7 +93,7 @@ def _digest(prompt: np.ndarray) -> bytes:
 
 
 def _features(rows: RowSet, numbers: np.ndarray) -> Any:
-    """Sparse counts of hashed words of the rows' prompts, each row of length 1."""
+    """Hashed counts of tokens and token bigrams of the rows' prompts: sparse (len(numbers), features), rows of norm 1."""
     from sklearn.feature_extraction import FeatureHasher
     from sklearn.preprocessing import normalize
 

@@ -1,8 +1,8 @@
-"""How each field of `Rows` is computed from a scored pack: the one table of what a loss may need of its rows.
+"""The table of what a loss may need of its rows: for each field of `Rows`, the function that computes it.
 
-In: a pack, its token log-probs, the row set it is from, the reference store.  Out: one float32 value for each row of
-the pack. The other names a loss may list in `needs` are not of rows: `kl` is filled in `step.py`, `desirable` is there
-for every loss and is listed for the checks in `stages/train/preflight.py`.
+In: a pack, its token log-probs, and the data of the rows.  Out: one float32 value for each row of the pack. Two names
+in `Loss.needs` are not in the table: `kl` belongs to the whole step (`step.py`), and `desirable` is given to every
+loss and is listed only for the checks in `stages/train/preflight.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,42 +20,39 @@ from stages.engine.packs import Pack, PackLogps
 
 @dataclass(frozen=True)
 class RowSource:
-    """What is known of the rows besides the policy: their columns, and for losses that need them, two things more.
-
-    `density_ratios` has one float32 for each row of `rows`.
-    """
+    """The data of the rows of a split; the last two are None unless the loss needs them."""
 
     rows: RowSet
     reference: RefLogps | None
-    density_ratios: np.ndarray | None
+    density_ratios: np.ndarray | None  # (rows of the split,), float32
 
 
 class ScoredPack:
-    """A pack with its log-probs; each part that fields share is computed once, when a field first reads it."""
+    """A pack with its log-probs, and the intermediate values of its fields, each computed on first use."""
 
     def __init__(self, source: RowSource, pack: Pack, logps: PackLogps) -> None:
-        """Take the pack and log-probs of `Scorer`, whose device the fields are computed on."""
+        """`logps` is what `Scorer` returned for `pack`; the fields are computed on its device."""
         self.source, self.pack, self.logps = source, pack, logps
         self.device = logps.completion_logps.device
         self._token_rows = pack.token_rows.to(self.device)  # (completion tokens,)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """Sum of the values of each row's tokens: (completion tokens,) -> (rows,), float32."""
+        """Sum of the values of each row's tokens, float32: (completion tokens,) -> (rows,)."""
         zeros = torch.zeros(len(self.pack.rows), device=self.device)
         return zeros.index_add(0, self._token_rows, values)
 
     def column(self, values: np.ndarray) -> Tensor:
-        """The pack's rows of a column of the row set: (rows of the set,) -> (rows,), float32."""
+        """The values of the pack's rows in a column of the split, float32: (rows of the split,) -> (rows,)."""
         return torch.from_numpy(values[self.pack.rows]).float().to(self.device)
 
     @cached_property
     def mask(self) -> Tensor:
-        """1 on the tokens that count: (completion tokens,)."""
+        """The completion mask: (completion tokens,)."""
         return self.pack.mask.to(self.device)
 
     @cached_property
     def num_tokens(self) -> Tensor:
-        """Number of tokens that count in each row: (rows,)."""
+        """Number of tokens of each row whose mask is 1: (rows,)."""
         return self.row_sums(self.mask)
 
     @cached_property
@@ -67,7 +64,7 @@ class ScoredPack:
 
     @cached_property
     def shared_mask(self) -> Tensor:
-        """1 on the first min(n_chosen, n_rejected) tokens that count of each row: (completion tokens,)."""
+        """The completion mask up to min(n_chosen, n_rejected) tokens of each example: (completion tokens,)."""
         rows, mask = self.source.rows, self.pack.mask.numpy()
         parts = np.split(mask, np.cumsum(rows.completion_lengths[self.pack.rows])[:-1])
         examples = rows.example_of(self.pack.rows)
@@ -82,15 +79,15 @@ class ScoredPack:
 
     @cached_property
     def prompts(self) -> list[tuple[int, int]]:
-        """Scored tokens of each example's prompt, and the number of rows that share it."""
+        """For each example: the number of scored tokens of its prompt, and the number of its rows."""
         return [
             (segment.prompt_length - 1, len(segment.completion_lengths))
             for segment in self.pack.segments
             if segment.completion_lengths
         ]
 
-    def for_rows(self, values: Tensor) -> Tensor:
-        """A value of each example's prompt for each of the example's rows: (examples,) -> (rows,)."""
+    def repeat_for_rows(self, values: Tensor) -> Tensor:
+        """Repeat the value of each example for each of its rows: (examples,) -> (rows,)."""
         shared_by = torch.tensor([rows for _, rows in self.prompts], device=self.device)
         return values.repeat_interleave(shared_by)
 
@@ -102,11 +99,11 @@ def _collision_logps(scored: ScoredPack) -> Tensor:
 
 def _prompt_logps(scored: ScoredPack) -> Tensor:
     parts = scored.logps.prompt_logps.split([tokens for tokens, _ in scored.prompts])
-    return scored.for_rows(torch.stack([part.sum() for part in parts]))
+    return scored.repeat_for_rows(torch.stack([part.sum() for part in parts]))
 
 
 def _num_prompt_tokens(scored: ScoredPack) -> Tensor:
-    return scored.for_rows(
+    return scored.repeat_for_rows(
         torch.tensor([float(tokens) for tokens, _ in scored.prompts], device=scored.device)
     )
 
@@ -116,8 +113,8 @@ def _density_ratios(scored: ScoredPack) -> Tensor:
     return scored.column(scored.source.density_ratios)
 
 
-# The policy's and the reference's token log-probs go through the same summation, so that equal tokens give a
-# log-ratio of exactly zero.
+# The token log-probs of the policy and of the reference are summed by the same function, so that equal values give a
+# log-ratio of exactly 0.
 FIELDS: Mapping[str, Callable[[ScoredPack], Tensor]] = {
     "logps": lambda scored: scored.row_sums(scored.logps.completion_logps * scored.mask),
     "num_tokens": lambda scored: scored.num_tokens,

@@ -1,6 +1,6 @@
-"""From rows to what a loss sees: policy log-probs beside cached reference log-probs, a value for each row.
+"""From row numbers to the tensors of a loss: packs the rows, scores them with the policy, adds the reference.
 
-In: groups of row numbers, each the rows of one example.  Out: `Rows` and `Batch`, with gradient where that is on.
+In: groups of row numbers, each group the rows of one example.  Out: `Rows` and `Batch`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RowScorer:
-    """Scores groups of rows of one split for one loss."""
+    """Scores rows of one split for one loss."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class RowScorer:
         pairs: PairStrategy = "best_worst",
         density_ratios: np.ndarray | None = None,
     ) -> None:
-        """Line up `rows` with `reference` (None for a reference-free loss); ranked lists are compared by `pairs`.
+        """`reference` is None for a loss that needs none; `pairs` chooses the pairs of ranked lists.
 
-        `density_ratios`, one for each row, are there for a loss that needs them.
+        `density_ratios`, (rows of the split,) float32, is None unless the loss needs them.
         """
         self.scorer, self.rows, self.loss, self.world = scorer, rows, loss, world
         self.pairs = Pairs(rows, pairs)
@@ -48,44 +48,45 @@ class RowScorer:
         self._fields = [name for name in FIELDS if name in ALWAYS | loss.needs]
 
     def packs(self, groups: Sequence[np.ndarray]) -> list[Pack]:
-        """This rank's packs of the groups; the same plan is made on every rank."""
-        plan, shares = self._plan(groups)
+        """The packs that this rank scores; together the ranks score every group once."""
+        packs, shares = self._assign(groups)
         with_prompts = "prompt_logps" in self._fields
         return [
-            build_pack(self.rows, [groups[item] for item in plan[number]], with_prompts)
+            build_pack(self.rows, [groups[item] for item in packs[number]], with_prompts)
             for number in shares[self.world.rank]
         ]
 
-    def company(self, groups: Sequence[np.ndarray]) -> list[Pack]:
-        """Packs to score for nothing, where the model is sharded: its ranks run every forward pass together."""
+    def padding_packs(self, groups: Sequence[np.ndarray]) -> list[Pack]:
+        """Dummy packs that give this rank as many forward passes as the others; none unless the model is sharded."""
+        # FSDP gathers weights in every forward pass, and that takes all ranks.
         if not self.world.sharded:
             return []
-        _, shares = self._plan(groups)
+        _, shares = self._assign(groups)
         idle = max(len(share) for share in shares) - len(shares[self.world.rank])
         shortest = min(groups, key=lambda group: fed_length(self.rows, group))
         return [build_pack(self.rows, [shortest])] * idle
 
-    def _plan(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
-        """Groups of each pack, and packs of each rank."""
+    def _assign(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
+        """The groups of each pack, and the packs of each rank; computed alike on every rank."""
         lengths = [fed_length(self.rows, group) for group in groups]
-        plan = pack_lengths(lengths, self.scorer.compute.tokens_per_batch)
-        return plan, deal([sum(lengths[item] for item in items) for items in plan], self.world.size)
+        packs = pack_lengths(lengths, self.scorer.compute.tokens_per_batch)
+        return packs, deal([sum(lengths[item] for item in items) for items in packs], self.world.size)
 
     def score(self, pack: Pack) -> Rows:
-        """Log-probs of the pack's rows, with gradient where that is on."""
+        """The fields of the pack's rows that the loss needs, (rows of the pack,) each; with gradient if it is enabled."""
         logps = self.scorer(pack, with_collisions="collision_logps" in self._fields)
         scored = ScoredPack(self._source, pack, logps)
         return Rows(**{name: FIELDS[name](scored) for name in self._fields})
 
     @torch.no_grad()
     def score_all(self, groups: Sequence[np.ndarray]) -> Rows:
-        """Log-probs of all rows of the groups, over all ranks, in the groups' order, without gradient."""
+        """The fields of all rows of the groups, in their order, without gradient; scored by all ranks together."""
         numbers = np.concatenate(groups)
         position = {int(row): index for index, row in enumerate(numbers)}
         scored = [
             ([position[int(row)] for row in pack.rows], self.score(pack)) for pack in self.packs(groups)
         ]
-        for pack in self.company(groups):
+        for pack in self.padding_packs(groups):
             self.scorer(pack)
         columns = {name: torch.zeros(len(numbers), device=self.device) for name in self._fields}
         for name, column in columns.items():
@@ -95,7 +96,7 @@ class RowScorer:
         return Rows(**columns)
 
     def batch(self, numbers: np.ndarray, rows: Rows) -> Batch:
-        """How the rows of these row numbers compare: which are desirable, which pair up, which share a prompt."""
+        """`rows`, whose row numbers are `numbers`, with their labels, pairs and lists."""
         roles = self.rows.roles[numbers]
         chosen, rejected = torch.from_numpy(self.pairs.among(numbers)).to(self.device).unbind(1)
         desirable = torch.from_numpy(roles == "desirable").to(self.device)
@@ -115,7 +116,7 @@ def make_row_scorers(
     pairs: PairStrategy,
     train_rows: Callable[[], RowSet],
 ) -> list[RowScorer]:
-    """A `RowScorer` for each row set; what a loss needs that is fitted on the training rows is fitted once."""
+    """A `RowScorer` for each row set. `train_rows` is called only if the loss needs density ratios, to fit them once."""
     ratios = DensityRatios(train_rows()) if "density_ratios" in loss.needs else None
     return [
         RowScorer(scorer, rows, reference, loss, world, pairs, None if ratios is None else ratios.of(rows))

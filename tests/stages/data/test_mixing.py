@@ -152,9 +152,9 @@ def test_every_share_is_part_of_the_identity(tmp_path, chat):
     ("sources", "more", "error", "problem"),
     [
         ([{"path": "a.jsonl"}], {"path": "b.jsonl"}, UsageError, r"data\.path and data\.sources are both set"),
-        ([{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}], {}, UsageError, "two are called 'a'"),
+        ([{"path": "x/a.jsonl"}, {"path": "y/a.jsonl"}], {}, UsageError, "two sources have the name 'a'"),
         ([{"path": "a.jsonl", "count": 1, "weight": 1}], {}, UsageError, "a weight and a count"),
-        ([{"path": "a.jsonl", "count": 9}], {}, DataError, "holds 4 rows and its count is 9"),
+        ([{"path": "a.jsonl", "count": 9}], {}, DataError, "has 4 rows, fewer than its count of 9"),
         ([{"path": "none.jsonl"}], {}, DataError, "No such file: none.jsonl"),
     ],
 )  # fmt: skip

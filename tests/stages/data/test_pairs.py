@@ -91,7 +91,7 @@ def test_strategies_by_hand() -> None:
     assert comparisons(SCORES, "all") == [(2, 0), (2, 3), (2, 1), (0, 3), (0, 1), (3, 1)]
 
 
-def test_ties_are_left_out_and_only_compared_rows_are_fed() -> None:
+def test_ties_are_left_out_and_only_compared_rows_are_scored() -> None:
     examples = ranked_examples()[:3]
     rows = RowSet([to_table(examples, [0, 0, 0])])
     by_strategy = {strategy: Pairs(rows, strategy) for strategy in ("best_worst", "adjacent", "all")}
@@ -101,19 +101,19 @@ def test_ties_are_left_out_and_only_compared_rows_are_fed() -> None:
         "adjacent": [[2, 0], [3, 1]],
         "all": [[2, 0], [2, 3], [2, 1], [0, 1], [3, 1]],
     }
-    fed = {strategy: (found.fed(1) - 4).tolist() for strategy, found in by_strategy.items()}
+    fed = {strategy: (found.scored(1) - 4).tolist() for strategy, found in by_strategy.items()}
     assert fed == {"best_worst": [2, 1], "adjacent": [2, 0, 3, 1], "all": [2, 0, 3, 1]}
     assert (
         by_strategy["best_worst"]
         .summary()
-        .endswith("3 pairs (best_worst) from 3 training examples, 0 of equal scores left out")
+        .endswith("3 pairs (best_worst) from 3 training examples, 0 pairs of equal scores left out")
     )
     assert (
         by_strategy["all"]
         .summary()
-        .endswith("15 pairs (all) from 3 training examples, 3 of equal scores left out")
+        .endswith("15 pairs (all) from 3 training examples, 3 pairs of equal scores left out")
     )
-    numbers = np.concatenate([by_strategy["adjacent"].fed(example) for example in (2, 0)])
+    numbers = np.concatenate([by_strategy["adjacent"].scored(example) for example in (2, 0)])
     found = by_strategy["adjacent"].among(numbers)
     assert numbers[found].tolist() == [[10, 8], [11, 9], [2, 0], [3, 1]]
 
@@ -128,7 +128,7 @@ def test_a_pair_of_equal_scores_stays_a_pair() -> None:
     pairs = Pairs(RowSet([to_table(examples, [0, 0])]), "all")
     assert pairs.of(0).tolist() == [[0, 1]]
     assert pairs.of(1).tolist() == []
-    assert pairs.fed(1).tolist() == [2]
+    assert pairs.scored(1).tolist() == [2]
     assert pairs.summary() == ""
 
 

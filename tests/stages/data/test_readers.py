@@ -156,7 +156,7 @@ def test_a_gz_file_cut_or_damaged_anywhere_is_refused(read, name):
     damaged = bytearray(content)
     damaged[len(content) // 2] ^= 255
     for bad in (content[: len(content) // 2], content[:-1], b"no gz", bytes(damaged)):
-        with pytest.raises(DataError, match=f"{name} is not a whole .gz file"):
+        with pytest.raises(DataError, match=f"{name} is not a complete .gz file"):
             read(name, bad)
 
 

@@ -50,7 +50,7 @@ def test_examples_survive_whatever_the_shards(examples, per_shard):
     row_set = RowSet(shards)
     assert row_set.num_examples == len(examples)
     assert len(row_set) == sum(len(example.rows) for example in examples)
-    assert row_set.cycles.tolist() == cycles
+    assert row_set.mismatch_groups.tolist() == cycles
     for number, example in enumerate(examples):
         numbers = range(row_set.starts[number], row_set.ends[number])
         for row, expected in zip(numbers, example.rows, strict=True):

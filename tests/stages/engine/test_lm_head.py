@@ -62,7 +62,7 @@ def test_bfloat16_states_still_give_float32_log_probs_and_weight_gradients() -> 
 @pytest.mark.skipif(
     not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy"
 )
-def test_torchs_own_head_gives_log_probs_in_bfloat16() -> None:
+def test_torchs_linear_cross_entropy_gives_log_probs_in_bfloat16() -> None:
     """The reason for a head of our own: once this fails, torch's may do."""
     hidden, weight, _, targets = inputs(bias=False)
     torchs = torch.nn.functional.linear_cross_entropy(
@@ -84,6 +84,6 @@ def test_collision_is_the_log_of_the_sum_of_squared_probabilities() -> None:
     )
 
 
-def test_no_token_at_all_is_no_error() -> None:
+def test_zero_tokens_give_empty_log_probs() -> None:
     hidden, weight, _, targets = inputs(bias=False)
     assert TokenLogps.apply(hidden[:0], weight, None, targets[:0], 1.0, None).shape == (0,)

@@ -18,7 +18,7 @@ def test_every_item_is_in_one_pack_and_packs_fit(lengths: list[int], budget: int
 
 
 @given(lengths=lengths_of)
-def test_two_packs_never_fit_into_one(lengths: list[int]) -> None:
+def test_no_two_packs_would_fit_into_one(lengths: list[int]) -> None:
     """Best fit leaves no two packs that could have shared a row."""
     loads = sorted(sum(lengths[item] for item in items) for items in pack_lengths(lengths, 300))
     assert len(loads) < 2 or loads[0] + loads[1] > 300

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cache.errors import DataError, UsageError
-from stages.data.readers import BadRow, SourceRow, read_source
+from stages.data.readers import read_source
+from stages.data.source_row import BadRow, SourceRow
 from stages.formats import (
     FORMATS,
     Tokens,

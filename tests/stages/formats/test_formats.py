@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import DataError
-from stages.data.columns import messages
-from stages.data.readers import BadRow
+from stages.data.messages import messages
+from stages.data.source_row import BadRow
 from stages.formats import FORMATS, Unusable, choose_format, conversion
 from stages.settings.data import DataSettings, PrepareSettings
 
@@ -216,7 +216,7 @@ BAD = [
     ("preference", {"prompt": "q", "chosen": "a", "rejected": 7}, "rejected: expected text, found 7"),
     ("preference", {"prompt": None, "chosen": "a", "rejected": "b"}, "prompt: expected text, found None"),
     ("preference", {"prompt": "q", "chosen": "a", "rejected": B}, "one is text and the other is messages"),
-    ("preference", {"prompt": "q\ud800", "chosen": "a", "rejected": "b"}, "half a surrogate pair at character 1"),
+    ("preference", {"prompt": "q\ud800", "chosen": "a", "rejected": "b"}, "character 1 is half a surrogate pair"),
     ("preference", {"prompt": [], "chosen": A, "rejected": B}, "prompt: expected a non-empty list"),
     ("preference", {"prompt": ["q"], "chosen": A, "rejected": B}, "prompt[0]: expected an object with role and content"),
     ("preference", {"prompt": [{"role": "user"}], "chosen": A, "rejected": B}, "prompt[0]: expected an object"),

@@ -7,7 +7,7 @@ import pytest
 
 from cache.errors import DataError
 from stages.generation.completion_files import (
-    SampleRecord,
+    CompletionRecord,
     instruction,
     read_jsonl,
     write_alpaca_eval,
@@ -17,8 +17,8 @@ from stages.generation.completion_files import (
 CHAT = [{"role": "user", "content": "Wie spät ist es?\n"}]
 
 
-def record(sample_index: int = 0, model: str = "tiny-dpo", prompt=CHAT) -> SampleRecord:
-    return SampleRecord(
+def record(sample_index: int = 0, model: str = "tiny-dpo", prompt=CHAT) -> CompletionRecord:
+    return CompletionRecord(
         "row-1", prompt, "Zwölf \u2028 Uhr", sample_index, 2**53 - 1, "stop", 4, model, "policy"
     )
 

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.errors import DataError, MachineError, UsageError
-from stages.generation.generate import Completion, generate, generate_each, open_model, request_seed
-from stages.generation.requests import EngineOptions, Sampling
-from stages.generation.transformers_engine import keep_likeliest
+from stages.generation.generate import Completion, generate, open_model, request_seed
+from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
+from stages.generation.transformers_engine import keep_likeliest, sample_network
 from stages.generation.vllm_process import failure_cause, kv_cache_bytes
-from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, rows, save_model
+from tests.tiny_llama import EOS, VOCAB_SIZE, greedy_alone, random_prompts, save_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=12, seed=7, num_samples=1)
 SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.9, top_k=50, num_samples=2)
@@ -31,12 +31,17 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("other"), seed=1)
 
 
-def sample(engine, model: Path, prompts, row_ids, sampling: Sampling, options=OPTIONS) -> list[Completion]:
-    return generate(engine, model, prompts, row_ids, sampling, options, say=print)[1]
+def sample(engine, model: Path, prompts, sampling: Sampling, options=OPTIONS) -> list[Completion]:
+    [completions] = generate(engine, [model], prompts, sampling, options, say=print)[1]
+    return completions
 
 
-def by_row(completions: list[Completion], row_ids: list[str]) -> dict[tuple[str, int], tuple]:
-    return {(row_ids[c.prompt_index], c.sample_index): (c.seed, c.token_ids, c.text) for c in completions}
+def prompt(*ids: int, id: str = "a") -> Prompt:
+    return Prompt(id, "", list(ids))
+
+
+def by_prompt(completions: list[Completion], prompts: list[Prompt]) -> dict[tuple[str, int], tuple]:
+    return {(prompts[c.prompt_index].id, c.sample_index): (c.seed, c.token_ids, c.text) for c in completions}
 
 
 def test_seed_depends_on_run_row_and_sample_only():
@@ -47,9 +52,9 @@ def test_seed_depends_on_run_row_and_sample_only():
 
 
 def test_greedy_equals_generate_one_by_one(tiny: Path):
-    prompts, row_ids = rows(20)
-    completions = sample("transformers", tiny, prompts, row_ids, GREEDY)
-    assert [c.token_ids for c in completions] == [greedy_alone(tiny, prompt, [EOS], 12) for prompt in prompts]
+    prompts = random_prompts(20)
+    completions = sample("transformers", tiny, prompts, GREEDY)
+    assert [c.token_ids for c in completions] == [greedy_alone(tiny, p.ids, [EOS], 12) for p in prompts]
     assert [(c.prompt_index, c.sample_index) for c in completions] == [(index, 0) for index in range(20)]
 
 
@@ -58,36 +63,44 @@ def test_completion_does_not_depend_on_the_batch(tiny: Path, dtype):
     """Flat probabilities and many tokens, so that in bfloat16 the shape of a batch alone would change some."""
     options = replace(OPTIONS, dtype=dtype)
     flat = replace(SAMPLED, temperature=2.0, top_p=1.0, top_k=0, max_tokens=32)
-    prompts, row_ids = rows(24)
-    whole = by_row(sample("transformers", tiny, prompts, row_ids, flat, options), row_ids)
-    part = list(range(23, 0, -2))
-    few_prompts, few_ids = [prompts[index] for index in part], [row_ids[index] for index in part]
-    few = by_row(
-        sample("transformers", tiny, few_prompts, few_ids, replace(flat, num_samples=1), options), few_ids
-    )
+    prompts = random_prompts(24)
+    whole = by_prompt(sample("transformers", tiny, prompts, flat, options), prompts)
+    part = prompts[:0:-2]
+    few = by_prompt(sample("transformers", tiny, part, replace(flat, num_samples=1), options), part)
     assert few == {key: whole[key] for key in few}
     assert len({tuple(tokens) for _, tokens, _ in whole.values()}) == 48
 
 
 def test_another_run_seed_gives_other_completions(tiny: Path):
-    prompts, row_ids = rows(3)
-    one = sample("transformers", tiny, prompts, row_ids, SAMPLED)
-    two = sample("transformers", tiny, prompts, row_ids, replace(SAMPLED, seed=8))
+    prompts = random_prompts(3)
+    one = sample("transformers", tiny, prompts, SAMPLED)
+    two = sample("transformers", tiny, prompts, replace(SAMPLED, seed=8))
     assert all(a.token_ids != b.token_ids for a, b in zip(one, two, strict=True))
 
 
 def test_sampled_frequencies_follow_the_probabilities(tiny: Path):
     """Of 800 first tokens at temperature 2 and top_k 4, each share is within 4 standard errors (0.07)."""
-    prompt = [5, 9, 30]
+    ids = [5, 9, 30]
     network = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    logits = network(torch.tensor([prompt])).logits[0, -1].detach()
+    logits = network(torch.tensor([ids])).logits[0, -1].detach()
     top = logits.topk(4)
     expected = dict(zip(top.indices.tolist(), (top.values / 2).softmax(-1).tolist(), strict=True))
     sampling = replace(GREEDY, temperature=2.0, top_k=4, max_tokens=1, num_samples=800)
-    drawn = [c.token_ids[0] for c in sample("transformers", tiny, [prompt], ["a"], sampling)]
+    drawn = [c.token_ids[0] for c in sample("transformers", tiny, [prompt(*ids)], sampling)]
     assert set(drawn) <= set(expected)
     for token, share in expected.items():
         assert drawn.count(token) / 800 == pytest.approx(share, abs=0.07)
+
+
+def test_a_failed_generation_leaves_the_generation_config_of_the_model(tiny: Path):
+    """A policy that is sampled while it trains is saved later with this configuration."""
+    network = AutoModelForCausalLM.from_pretrained(tiny)
+    own = network.generation_config
+    model = open_model(tiny, GREEDY, EngineOptions("float32", 64))
+    with pytest.raises(IndexError):
+        sample_network(network, model, [Request(0, 0, 0, [VOCAB_SIZE])], GREEDY)
+    assert network.generation_config is own
+    assert own.temperature == 9.0
 
 
 def test_keep_likeliest():
@@ -103,12 +116,12 @@ def test_keep_likeliest():
 
 
 def test_stop_ids_end_a_completion(tiny: Path):
-    prompts, row_ids = rows(6)
-    free = sample("transformers", tiny, prompts, row_ids, GREEDY)
+    prompts = random_prompts(6)
+    free = sample("transformers", tiny, prompts, GREEDY)
     assert [c.finish_reason for c in free] == ["length"] * 6
     assert all(len(c.token_ids) == 12 for c in free)
     stop = free[0].token_ids[5]
-    stopped = sample("transformers", tiny, prompts, row_ids, replace(GREEDY, stop_token_ids=(stop,)))
+    stopped = sample("transformers", tiny, prompts, replace(GREEDY, stop_token_ids=(stop,)))
     assert stopped[0].finish_reason == "stop"
     assert stopped[0].token_ids == free[0].token_ids[: free[0].token_ids.index(stop) + 1]
     assert stopped[0].text == "".join(f" w{token}" for token in stopped[0].token_ids[:-1])
@@ -125,14 +138,14 @@ def test_every_declared_end_token_stops(tiny: Path, tmp_path: Path):
 
 
 def test_context_limits_the_completion(tiny: Path):
-    completion = sample("transformers", tiny, [[5] * 90], ["a"], GREEDY)[0]
+    completion = sample("transformers", tiny, [prompt(*[5] * 90)], GREEDY)[0]
     assert (len(completion.token_ids), completion.finish_reason) == (6, "length")
     roomy = replace(OPTIONS, max_model_length=4096)
     assert open_model(tiny, GREEDY, roomy).max_length == 128
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
+    ("ids", "message"),
     [
         ([], "Row bad has an empty prompt"),
         ([5] * 96, "Row bad: the prompt has 96 tokens; at most 95"),
@@ -141,16 +154,16 @@ def test_context_limits_the_completion(tiny: Path):
     ],
 )
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_bad_prompt_is_named_before_anything_starts(tiny: Path, engine, prompt, message):
+def test_bad_prompt_is_named_before_anything_starts(tiny: Path, engine, ids, message):
     with pytest.raises(DataError, match=message):
-        sample(engine, tiny, [[5], prompt], ["good", "bad"], GREEDY)
+        sample(engine, tiny, [prompt(5, id="good"), prompt(*ids, id="bad")], GREEDY)
 
 
 def test_no_prompt_and_no_model_are_errors(tiny: Path, tmp_path: Path):
     with pytest.raises(DataError, match="no prompt to sample"):
-        sample("transformers", tiny, [], [], GREEDY)
+        sample("transformers", tiny, [], GREEDY)
     with pytest.raises(DataError, match=r"Cannot open the model in .*Expected a Hugging Face folder"):
-        sample("transformers", tmp_path / "nothing", [[5]], ["a"], GREEDY)
+        sample("transformers", tmp_path / "nothing", [prompt(5)], GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -171,18 +184,18 @@ def test_without_vllm(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         MachineError, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
     ):
-        sample("vllm", tiny, [[5]], ["a"], GREEDY)
+        sample("vllm", tiny, [prompt(5)], GREEDY)
     said: list[str] = []
-    used, completions = generate("auto", tiny, [[5]], ["a"], GREEDY, OPTIONS, said.append)
+    used, [completions] = generate("auto", [tiny], [prompt(5)], GREEDY, OPTIONS, said.append)
     assert (used, len(completions), len(said)) == ("transformers", 1, 1)
     assert "pip install" in said[0]
 
 
 def test_several_models_are_sampled_on_the_same_prompts(tiny: Path, other: Path):
-    prompts, row_ids = rows(3)
-    used, both = generate_each("transformers", [tiny, other], prompts, row_ids, SAMPLED, OPTIONS, print)
+    prompts = random_prompts(3)
+    used, both = generate("transformers", [tiny, other], prompts, SAMPLED, OPTIONS, print)
     assert used == "transformers"
-    assert both == [sample("transformers", model, prompts, row_ids, SAMPLED) for model in (tiny, other)]
+    assert both == [sample("transformers", model, prompts, SAMPLED) for model in (tiny, other)]
     assert both[0] != both[1]
 
 

@@ -79,7 +79,7 @@ def test_odpo(triple, block, expected):
     assert losses_of(scored, name="odpo", beta=1, **block) == close(*expected)
 
 
-def test_odpo_drops_pairs_without_a_gap_and_says_how_many(triple):
+def test_odpo_drops_and_counts_pairs_without_a_gap(triple):
     """Gaps 4, 0 and -1: only the first pair has a loss, 2 of 3 are dropped."""
     scored = with_rows(triple, scores=[5, 1, 0, 1, 1, 1])
     output = parse_loss({"name": "odpo", "beta": 1})(scored, Step())

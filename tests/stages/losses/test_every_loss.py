@@ -189,7 +189,7 @@ def test_swapping_chosen_and_rejected_flips_every_margin(loss):
 
 
 @each_loss
-def test_needs_are_honest(loss):
+def test_a_loss_reads_exactly_the_fields_in_its_needs(loss):
     """A loss works with what it lists in `needs` and nothing more, and fails loudly without any of it."""
     batch, step = random_batch(), random_step()
     fields = {field.name for field in dataclasses.fields(Rows)} - {"logps", "num_tokens", "weights"}
@@ -217,7 +217,7 @@ def test_only_losses_that_list_desirable_read_it(loss):
 
 
 @each_loss
-def test_weights_change_exactly_the_losses_that_take_them(loss):
+def test_only_losses_that_list_weights_read_them(loss):
     batch = random_batch()
     plain = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, weights=None))
     weighted, unweighted = loss(batch, random_step()).losses, loss(plain, random_step()).losses
@@ -228,7 +228,7 @@ def test_weights_change_exactly_the_losses_that_take_them(loss):
 
 
 @each_loss
-def test_nothing_depends_on_values_outside_the_device(loss):
+def test_a_loss_never_reads_values_back_to_the_host(loss):
     """On the meta device there are no values: `.item()` or a branch on data would raise."""
     batch, step = random_batch(), random_step()
     rows = Rows(**{key: value.to("meta") for key, value in vars(batch.rows).items()})
@@ -247,7 +247,7 @@ def test_float32_stays_float32_and_close_to_float64(loss):
 
 @each_loss
 @pytest.mark.parametrize("logps", [[-2000.0, -1e-4], [-1e-4, -2000.0]])
-def test_hopeless_rows_stay_finite(pairs, loss, logps):
+def test_losses_and_gradients_of_extreme_log_probs_are_finite(pairs, loss, logps):
     """A policy 1000 nats from the reference, up and down: losses and gradients are numbers in float32."""
     columns = {"num_tokens": 200, "weights": 1, "ref_shared_logps": -500, "collision_logps": -1}
     columns |= {"prompt_logps": -9, "num_prompt_tokens": 3, "density_ratios": 2}
@@ -295,7 +295,7 @@ STEP_0 = {
 
 
 @pytest.mark.parametrize("name", STEP_0)
-def test_step_0(name):
+def test_the_value_at_step_0_is_known(name):
     """The policy is the reference: losses are known exactly, and every reward is 0."""
     batch = random_batch()
     batch = dataclasses.replace(

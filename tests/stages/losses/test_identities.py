@@ -68,7 +68,7 @@ def test_rdpo_is_unbiased_under_flipped_labels(batch):
     equal(0.8 * losses(batch, rdpo) + 0.2 * losses(flipped, rdpo), losses(batch, {"name": "dpo"}))
 
 
-def test_cdpo_is_smallest_where_the_policy_believes_in_the_noise(pairs):
+def test_cdpo_has_its_minimum_where_the_policy_assigns_the_noise_rate(pairs):
     """At beta h = log((1 - eps) / eps) the gradient is 0."""
     chosen = torch.tensor([math.log(9) / 0.1], dtype=torch.float64, requires_grad=True)
     batch = pairs([0.0], [0.0], [0.0], [0.0])
@@ -79,7 +79,7 @@ def test_cdpo_is_smallest_where_the_policy_believes_in_the_noise(pairs):
 
 
 @pytest.mark.parametrize("kl", [0.0, -2.5])
-def test_kto_without_distance_is_half_of_apo_zero(batch, kl):
+def test_kto_with_reference_point_0_is_half_of_apo_zero(batch, kl):
     """A negative estimate of the KL counts as 0."""
     step = Step(kl=torch.tensor(kl, dtype=torch.float64))
     kto = losses(batch, {"name": "kto"}, step)
@@ -96,7 +96,7 @@ def test_alpha_divergence_lies_between_reverse_and_forward_kl(batch, coefficient
     equal(losses(batch, block), losses(batch, limit), tolerance=1e-7)
 
 
-def test_every_divergence_has_the_slope_of_dpo_at_the_reference(pairs):
+def test_every_divergence_has_the_gradient_of_dpo_at_the_reference(pairs):
     """f'(u) behaves like log u near u = 1, up to a constant factor: 1, and 1/2 for Jensen-Shannon."""
     nudged = pairs([-5.0 + 1e-6], [-5.0], [-5.0], [-5.0])
     still = pairs([-5.0], [-5.0], [-5.0], [-5.0])

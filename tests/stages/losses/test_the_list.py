@@ -19,7 +19,7 @@ def test_the_union_holds_every_loss():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_docstrings_say_what_a_person_choosing_a_loss_asks(name):
+def test_docstrings_have_formula_when_and_values(name):
     text = LOSSES[name].__doc__ or ""
     assert [key for key in ("Formula: ", "When: ", "Values: ") if key not in text] == []
 
@@ -39,7 +39,7 @@ def test_a_mixture_survives_being_saved():
     assert TypeAdapter(AnyLoss).validate_python(mixture.model_dump()) == mixture
 
 
-def test_numbers_may_be_written_the_way_yaml_misreads_them():
+def test_numbers_that_yaml_reads_as_text_are_accepted():
     """PyYAML reads 5e-2 as a string."""
     assert parse_loss({"name": "dpo", "beta": "5e-2"}) == parse_loss({"name": "dpo", "beta": 0.05})
 
@@ -110,15 +110,15 @@ PARTS = [{"loss": {"name": "dpo"}}, {"loss": {"name": "kto", "betta": 1}, "wiegh
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "dpo", "beta": 1}}]},
-            "loss.parts has a loss twice: dpo, dpo; add up their weights in one part",
+            "loss.parts has the same loss twice: dpo, dpo; add up the weights in one part",
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "bco"}}]},
-            "loss.parts has bco in a later place; it keeps a running state and must be first",
+            "loss.parts has bco, which keeps a running state, in a later place; put it first",
         ),
         (
             {"name": "mixture", "parts": [{"loss": {"name": "infonca"}}]},
-            "loss.parts has infonca, a loss of whole lists; the parts of a mixture are losses of pairs",
+            "loss.parts has infonca, a loss of ranked lists; the parts of a mixture are losses of pairs",
         ),
     ],
 )

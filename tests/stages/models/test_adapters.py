@@ -94,7 +94,7 @@ def adapted_model(folder: Path, name: str, stirred: bool = True, **changes):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
-def test_a_fresh_adapter_changes_no_log_prob(tiny_model, name, compute):
+def test_a_new_adapter_changes_no_log_prob(tiny_model, name, compute):
     bare = load_model(ModelSource(str(tiny_model), tiny_model), FLOAT32)
     with torch.no_grad():
         expected = score(bare, compute)
@@ -103,7 +103,7 @@ def test_a_fresh_adapter_changes_no_log_prob(tiny_model, name, compute):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_packed_log_probs_of_an_adapted_model_are_its_own(tiny_model, name):
+def test_packed_log_probs_with_an_adapter_equal_those_of_the_model(tiny_model, name):
     model, adapted = adapted_model(tiny_model, name)
     with torch.no_grad():
         packed = score(model)
@@ -142,7 +142,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_numbers_and_gradients(tiny_mod
     assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
 
 
-def test_the_seed_draws_the_adapter(tiny_model):
+def test_the_seed_determines_the_initial_adapter(tiny_model):
     def first(seed: int) -> torch.Tensor:
         source = ModelSource(str(tiny_model), tiny_model)
         adapted = attach_adapter(load_model(source, FLOAT32), AdapterSettings(name="lora"), seed, source)
@@ -153,7 +153,7 @@ def test_the_seed_draws_the_adapter(tiny_model):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_saved_adapter_is_one_for_peft_and_for_transformers(tiny_model, name, tmp_path):
+def test_peft_and_transformers_load_a_saved_adapter(tiny_model, name, tmp_path):
     _, adapted = adapted_model(tiny_model, name, use_rslora=True)
     save_adapter(adapted, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -173,7 +173,7 @@ def test_a_saved_adapter_is_one_for_peft_and_for_transformers(tiny_model, name, 
         assert torch.equal(by_the_model(by_transformers), expected)
 
 
-def test_an_adapter_folder_says_what_it_is_and_where_its_base_is(tiny_model, tmp_path):
+def test_an_adapter_folder_is_recognised_and_names_its_base(tiny_model, tmp_path):
     _, adapted = adapted_model(tiny_model, "lora")
     save_adapter(adapted, tmp_path)
     assert is_adapter(tmp_path)
@@ -186,11 +186,11 @@ def test_an_adapter_folder_says_what_it_is_and_where_its_base_is(tiny_model, tmp
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "/nowhere/base"})
     )
-    with pytest.raises(DataError, match=r"trained on /nowhere/base, which is not there"):
+    with pytest.raises(DataError, match=r"trained on /nowhere/base, which does not exist"):
         base_of(tmp_path)
 
 
-def test_modules_that_are_not_there_are_named_before_anything_is_loaded(tiny_model):
+def test_missing_target_modules_are_named_before_weights_are_loaded(tiny_model):
     source = ModelSource(str(tiny_model), tiny_model)
     with pytest.raises(UsageError, match=r"c_attn.*down_proj, gate_proj"):
         check_adapter(AdapterSettings(name="lora", target_modules=("c_attn",)), source)
@@ -208,14 +208,14 @@ def test_padded_heads_stay_a_valid_model(shared_data):
         assert (packed - by_the_model(adapted)).abs().max() < 1e-4
 
 
-def test_all_linear_leaves_the_output_layer_alone(tiny_model, tmp_path):
+def test_all_linear_excludes_the_output_layer(tiny_model, tmp_path):
     _, adapted = adapted_model(tiny_model, "lora")
     save_adapter(adapted, tmp_path)
     names = {name.split(".")[-3] for name in load_file(tmp_path / "adapter_model.safetensors")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_an_adapter_over_4_bit_weights_has_the_gradient_over_the_same_weights_written_out(tiny_model):
+def test_an_adapter_over_4_bit_weights_has_the_gradients_over_the_dequantized_weights(tiny_model):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     source = ModelSource(str(tiny_model), tiny_model)
     quantized = load_model(source, Compute(torch.device("cpu"), torch.float32, 4096, load_in_4bit=True))

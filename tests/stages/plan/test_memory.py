@@ -1,21 +1,17 @@
-"""Predicted memory against what is allocated, offload against none, and settings that are refused."""
+"""Predicted memory against allocated memory, and offloaded activations against activations on the device."""
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cache.errors import MachineError, UsageError
 from stages.engine.activation_offload import offloaded
 from stages.engine.scorer import Scorer
 from stages.models.loading import ModelSource, load_model
 from stages.plan.memory import LayerwiseShapes, Shapes, pairs_pack
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
-from stages.train.preflight import check_feasible
 from tests.tiny_llama import random_llama
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
@@ -69,7 +65,7 @@ def test_predicted_activations_are_what_torch_allocates(model, compute, checkpoi
     assert predicted.activations == pytest.approx(allocated_at_most(scorer, pack), rel=0.05)
 
 
-def test_two_layers_tell_of_six(model):
+def test_memory_of_six_layers_is_extrapolated_from_two(model):
     whole = Shapes(model, TrainSettings(), ALL, FLOAT32)
     layerwise = LayerwiseShapes(model, TrainSettings(), ALL, FLOAT32)
     for cell in ((1, 64), (4, 256)):
@@ -78,7 +74,7 @@ def test_two_layers_tell_of_six(model):
         assert found.total == pytest.approx(expected.total, rel=0.02)
 
 
-def test_what_saves_memory_is_predicted_to(model):
+def test_memory_saving_settings_have_smaller_predictions(model):
     pack = pairs_pack(4, 256, 512)
 
     def predicted(compute=FLOAT32, adapter=ALL, **changes):
@@ -115,41 +111,3 @@ def test_offloaded_activations_give_the_same_gradients(model):
         ]
     assert saved[0].data_ptr() != given.data_ptr()
     assert saved[1].data_ptr() == weight.data_ptr()
-
-
-def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **changes):
-    return SimpleNamespace(
-        settings=TrainSettings(**changes),
-        compute=replace(FLOAT32, load_in_4bit=four_bit),
-        adapter=AdapterSettings(name=adapter),
-        source=model,
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "match"),
-    [
-        ({"four_bit": True}, UsageError, "adapter.name=lora"),
-        ({"four_bit": True, "adapter": "lora", "parallel": "fsdp"}, UsageError, "train.parallel=ddp"),
-        ({"optimizer": "adamw_8bit", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
-        ({"optimizer": "adafactor", "parallel": "fsdp"}, UsageError, "adamw or adamw_bf16"),
-        ({"optimizer": "paged_adamw_8bit"}, MachineError, "Use adamw_8bit"),
-        ({"activation_offload": True}, MachineError, "compute.device is cpu"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_what_cannot_work_is_refused_with_what_to_change(model, changes, error, match):
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(error, match=match):
-        check_feasible(job(model, **changes))
-
-
-def test_a_missing_extra_is_one_line(model, monkeypatch):
-    found = Path  # anything that is not None
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name in ("peft", "bitsandbytes") else found
-    )
-    with pytest.raises(MachineError, match=r"pip install -e '\.\[peft\]'"):
-        check_feasible(job(model, adapter="lora"))
-    with pytest.raises(MachineError, match=r"pip install -e '\.\[bitsandbytes\]'"):
-        check_feasible(job(model, optimizer="adamw_8bit"))

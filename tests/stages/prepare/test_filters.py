@@ -7,7 +7,7 @@ import pytest
 
 from cache.errors import DataError, MachineError, UsageError
 from stages.data.rows import RowSet
-from stages.prepare.filters import Evaluation
+from stages.prepare.filters import EvaluationPrompts
 from stages.prepare.stage import prepare, rows_identity
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.template import Template
@@ -123,7 +123,7 @@ def test_prompts_that_hold_or_repeat_an_evaluation_prompt_are_dropped(tmp_path, 
 def test_real_evaluation_prompts_are_found_and_ordinary_ones_are_not(shared_data, kept):
     path = shared_data / "eval" / "mt_bench_question.jsonl"
     questions = [json.loads(line)["turns"] for line in path.read_text().splitlines()]
-    evaluation = Evaluation([str(path)], 13)
+    evaluation = EvaluationPrompts([str(path)], 13)
     assert all(evaluation.is_in(f"{turn}\n") for turns in questions for turn in turns)
     long = [turn for turns in questions for turn in turns if len(turn.split()) > 12]
     assert len(long) > 80
@@ -138,7 +138,7 @@ def test_real_evaluation_prompts_are_found_and_ordinary_ones_are_not(shared_data
 @pytest.mark.parametrize(
     ("settings", "error", "problem"),
     [
-        ({"drop_pattern": "("}, UsageError, r"filter\.drop_pattern is no regular expression"),
+        ({"drop_pattern": "("}, UsageError, r"filter\.drop_pattern is not a regular expression"),
         ({"decontaminate": ["none.jsonl"]}, DataError, "No such file: none.jsonl"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# Peak memory of preparing alone, in a process of its own.
+# Peak memory of preparing a small file, and then a large one, in a process of its own.
 SCRIPT = """
 import resource, sys, transformers
 from pathlib import Path
@@ -18,8 +18,10 @@ from stages.prepare.stage import prepare
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.tokenization.template import Template
 template = Template(transformers.AutoTokenizer.from_pretrained(sys.argv[1]), "auto", True)
-prepare(DataSettings(path=sys.argv[2]), PrepareSettings(mismatched=False), template, Context(Store(Path(sys.argv[3]))))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+settings, context = PrepareSettings(mismatched=False), Context(Store(Path(sys.argv[2])))
+for path in sys.argv[3:]:
+    prepare(DataSettings(path=path), settings, template, context)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
@@ -37,21 +39,20 @@ def scored(number, count):
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "rows_of_a_prompt"), [(pair, 1), (scored, 2)])
 def test_four_times_the_rows_take_no_more_memory(tmp_path, tiny_model, row, rows_of_a_prompt):
-    peaks = []
+    paths = []
     for count in (6_000, 24_000):
-        path = tmp_path / f"{count}.jsonl"
-        with open(path, "w") as handle:
+        paths.append(tmp_path / f"{count}.jsonl")
+        with open(paths[-1], "w") as handle:
             for number in range(count * rows_of_a_prompt):
                 handle.write(json.dumps(row(number, count)) + "\n")
-        arguments = [str(tiny_model), str(path), str(tmp_path / f"store{count}")]
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *arguments],
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        peaks.append(int(done.stdout))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_model), str(tmp_path / "store"), *map(str, paths)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    small, large = map(int, done.stdout.split())
     # The ids and masks of 18,000 more rows are 30 MB, and Python's objects for their text more than that.
-    assert peaks[1] - peaks[0] < 20e6, peaks
+    assert large - small < 20e6, (small, large)

@@ -16,7 +16,7 @@ from stages.prepare.stage import find_rows, prepare, rows_identity
 from stages.runtime.context import Context
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.tokenization.template import Template
-from stages.train.data_requirements import check_needs
+from stages.train.preflight import check_data
 
 EVERYTHING_FITS = PrepareSettings(max_length=4096, heldout_fraction=0.25)
 
@@ -51,7 +51,7 @@ def examples(artifact):
         found[split] = [
             (
                 rows.sources[rows.starts[number]],
-                int(rows.cycles[number]),
+                int(rows.mismatch_groups[number]),
                 tuple(rows.prompt(rows.starts[number]).tolist()),
                 [
                     (str(rows.roles[row]), tuple(rows.completion(row).tolist()))
@@ -543,8 +543,8 @@ def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, co
     """A library whose ids are off by one in one text of a batch, as a wrong version's would be."""
     pytest.importorskip("fastokens")
     template = Template(chat_tokenizer, "auto", append_eos=True, quick=True)
-    batches = template._encoder._batches
-    right = batches._quick
+    backend = template.encoder.batch_backend
+    right = backend._quick
 
     class Wrong:
         def encode_batch(self, texts, special):
@@ -552,7 +552,7 @@ def test_fastokens_that_disagrees_ends_the_stage(preferences, chat_tokenizer, co
             found[0][-1] += 1
             return [SimpleNamespace(ids=ids) for ids in found]
 
-    batches._quick = Wrong()
+    backend._quick = Wrong()
     with pytest.raises(DataError, match=r"different ids for .*prepare\.tokenizer=tokenizers"):
         prepare(DataSettings(path=str(preferences)), EVERYTHING_FITS, template, context)
 
@@ -589,10 +589,12 @@ def test_a_tie_taken_both_ways_is_one_example_of_two_pairs_with_half_the_weight(
     assert split.keys[tied[0, 0]] == split.keys[tied[1, 1]]
     assert split.weights[won].tolist() == [[1.0, 1.0]]
     assert (dropped.counts["weighted_rows"], both.counts["weighted_rows"]) == (0, 8)
-    check_needs(LOSSES["dpo"](), both, "best_worst", context)
-    check_needs(LOSSES["simpo"](), dropped, "best_worst", context)
-    with pytest.raises(UsageError, match=r"Loss simpo takes no weights, and 8 rows .*Losses that do: dpo, "):
-        check_needs(LOSSES["simpo"](), both, "best_worst", context)
+    check_data(LOSSES["dpo"](), both, "best_worst", context)
+    check_data(LOSSES["simpo"](), dropped, "best_worst", context)
+    with pytest.raises(
+        UsageError, match=r"Loss simpo ignores weights, and 8 rows .*Losses with weights: dpo, "
+    ):
+        check_data(LOSSES["simpo"](), both, "best_worst", context)
     assert both.counts["rows_by_role"] == {"chosen": 6, "rejected": 6, "mismatched": 8}
 
 

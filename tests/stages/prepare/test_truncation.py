@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.prepare.truncation import fit
+from stages.prepare.truncation import truncate
 from stages.settings.data import PrepareSettings
 
 
@@ -27,7 +27,7 @@ def cut(lengths, mode, limits):
         max_completion_length=max_completion_length,
         truncation_mode=mode,
     )
-    return fit(tokens(lengths[0]), [completion(length) for length in lengths[1:]], settings)
+    return truncate(tokens(lengths[0]), [completion(length) for length in lengths[1:]], settings)
 
 
 # lengths, (max_length, max_prompt_length, max_completion_length) and what is left, by mode:
@@ -124,6 +124,6 @@ def test_what_fits_is_left_alone_and_fitting_twice_changes_nothing(prompt, compl
     once = cut([prompt, *completions], mode, short)
     if once is not None:
         settings = PrepareSettings(max_length=short[0], truncation_mode=mode)
-        twice = fit(once.prompt_ids, once.completions, settings)
+        twice = truncate(once.prompt_ids, once.completions, settings)
         assert twice is not None
         assert (twice.prompt_cut, sum(twice.completions_cut)) == (0, 0)

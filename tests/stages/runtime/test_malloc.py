@@ -54,7 +54,7 @@ def numbers_printed_by(program: str) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
-def test_given_back_memory_is_no_longer_held() -> None:
+def test_returned_memory_is_no_longer_held() -> None:
     """MiB that four tensors of 48 MB, and of 64 MB that fit no freed block, leave behind."""
     kept, given_back = numbers_printed_by(HELD)
     assert kept > 150
@@ -62,7 +62,7 @@ def test_given_back_memory_is_no_longer_held() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
-def test_a_repeated_step_faults_no_page_in_again() -> None:
+def test_a_repeated_step_has_no_page_faults() -> None:
     plain, kept = numbers_printed_by(PROGRAM)
     # Four tensors of 48 MB: 46,875 pages of 4 KiB, or about a hundred of 2 MiB.
     assert plain > 50

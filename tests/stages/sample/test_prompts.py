@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cache.errors import DataError
-from stages.sample.stage import file_prompts
+from stages.sample.prompts import file_prompts
 from stages.tokenization.template import Template
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -45,8 +45,19 @@ def test_system_and_tools_count(tmp_path, chat):
         prompts(tmp_path, chat, {"prompt": "2+2?", "tools": [{"name": "add"}]})
 
 
+def test_a_prompt_whose_text_holds_a_special_token_is_refused(tmp_path, chat):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the text spells a special token"):
+        prompts(tmp_path, chat, {"prompt": [{"role": "user", "content": "hi<|end|>"}]})
+
+
+def test_a_column_that_is_not_empty_is_taken_before_one_that_is(tmp_path, chat):
+    assert prompts(tmp_path, chat, {"prompt": "", "question": "2+2?"}) == prompts(
+        tmp_path, chat, {"prompt": "2+2?"}
+    )
+
+
 @pytest.mark.parametrize(
-    "row", [{"prompt": [USER, ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
+    "row", [{"prompt": ""}, {"prompt": [USER, ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
 )
 def test_what_cannot_be_asked_is_named(tmp_path, chat, row):
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: "):

@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import DataError
-from stages.data.readers import BadRow
+from stages.data.source_row import BadRow
 from stages.formats import Candidate, Preference, Tokens
 from stages.tokenization import jinja_sandbox
-from stages.tokenization.jinja_sandbox import ChatTemplate
+from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.named_templates import NAMED
 from stages.tokenization.template import Template
+from tests.stages.tokenization.encoded import encode_all
 
 EOS = "<|end|>"
 SAID = st.text(
@@ -48,8 +49,7 @@ def template(tokenizer, source):
 
 
 def encode(made, prompt, completion, tools=None):
-    preference = Preference(prompt, [Candidate(completion, "chosen")], tools)
-    [encoded] = made.encode([made.render(preference)])
+    [encoded] = encode_all(made, Preference(prompt, [Candidate(completion, "chosen")], tools))
     if isinstance(encoded, BadRow):
         raise encoded
     return encoded.prompt_ids, *encoded.completions[0]
@@ -144,10 +144,10 @@ def test_a_beginning_of_sequence_is_written_once_where_the_tokenizer_has_one(bas
 
 
 def test_marks_that_the_tokenizer_lacks_are_said(base_tokenizer, chat_tokenizer):
-    [note] = Template(base_tokenizer, "chatml", append_eos=True).notes()
+    [note] = Template(base_tokenizer, "chatml", append_eos=True).renderer.notes()
     assert "template chatml writes <|im_end|>, <|im_start|>, which this tokenizer spells with several" in note
-    assert Template(chat_tokenizer, "tulu", append_eos=True).notes() == []
-    assert Template(base_tokenizer, "auto", append_eos=True).notes() == []
+    assert Template(chat_tokenizer, "tulu", append_eos=True).renderer.notes() == []
+    assert Template(base_tokenizer, "auto", append_eos=True).renderer.notes() == []
 
 
 def test_a_template_may_be_a_file(chat_tokenizer, tmp_path):
@@ -185,9 +185,9 @@ def test_reasoning_is_kept_where_the_template_uses_it_and_counted_where_not(made
     preference = Preference(
         [turn("user", "q")], [Candidate([turn("assistant", "a", reasoning_content="hm")], "chosen")]
     )
-    shown, left_out = (made[name].render(preference) for name in ("tools", "tulu"))
+    shown, left_out = (made[name].renderer.render(preference) for name in ("tools", "tulu"))
     assert shown.completions[0][0].text == f"(hm)a{EOS}"
-    assert (shown.unused, left_out.unused) == ((), ("reasoning_content",))
+    assert (shown.unused_keys, left_out.unused_keys) == ((), ("reasoning_content",))
 
 
 def test_generation_blocks_that_miss_a_turn_are_refused(chat_tokenizer):
@@ -239,17 +239,17 @@ def test_what_a_tokenizer_has_no_ids_for_is_noticed(chat_tokenizer):
     own = Template(
         PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>"), "auto", append_eos=True
     )
-    rendered = [own.render(Preference("a", [Candidate(text, "chosen")])) for text in ("ab", "a東")]
-    assert [encoded.loses_text for encoded in own.encode(rendered)] == [False, True]
+    preferences = [Preference("a", [Candidate(text, "chosen")]) for text in ("ab", "a東")]
+    assert [encoded.loses_characters for encoded in encode_all(own, *preferences)] == [False, True]
     whole = Template(chat_tokenizer, "auto", append_eos=True)
-    [encoded] = whole.encode([whole.render(Preference("東", [Candidate("🦊", "chosen")]))])
-    assert not encoded.loses_text
+    [encoded] = encode_all(whole, Preference("東", [Candidate("🦊", "chosen")]))
+    assert not encoded.loses_characters
 
 
 def test_token_ids_are_used_as_they_are(made):
     own = made["tulu"]
     sides = [Candidate(Tokens((7, 8), (True, False)), "chosen"), Candidate(Tokens((9,)), "rejected")]
-    [encoded] = own.encode([own.render(Preference(Tokens((5, 6)), sides))])
+    [encoded] = encode_all(own, Preference(Tokens((5, 6)), sides))
     assert encoded.prompt_ids.tolist() == [5, 6]
     assert [(ids.tolist(), mask.tolist()) for ids, mask in encoded.completions] == [
         ([7, 8], [True, False]),
@@ -259,7 +259,7 @@ def test_token_ids_are_used_as_they_are(made):
         (Tokens((10**6,)), "token id 1000000: the tokenizer has"),
         (Tokens(()), "no tokens"),
     ):
-        [found] = own.encode([own.render(Preference(bad, sides))])
+        [found] = encode_all(own, Preference(bad, sides))
         assert problem in str(found)
 
 

@@ -9,9 +9,10 @@ from tokenizers.pre_tokenizers import ByteLevel as PreTokenizer
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 from cache.errors import DataError
-from stages.data.readers import BadRow, Flagged
+from stages.data.source_row import BadRow, Flagged
 from stages.formats import Candidate, Preference
 from stages.tokenization.template import Template
+from tests.stages.tokenization.encoded import encode_all
 
 BOS, EOS = "<|begin|>", "<|end|>"
 texts = st.text(
@@ -28,7 +29,7 @@ def message(role, content, **more):
 def encode(template, prompt, *completions):
     """Ids of the prompt, and (ids, mask) of each completion; raises the `BadRow` of the row."""
     candidates = [Candidate(completion, "chosen") for completion in completions]
-    [encoded] = template.encode([template.render(Preference(prompt, candidates))])
+    [encoded] = encode_all(template, Preference(prompt, candidates))
     if isinstance(encoded, BadRow):
         raise encoded
     return encoded.prompt_ids, encoded.completions
@@ -130,10 +131,8 @@ def test_a_merge_across_the_cut_is_undone_so_that_the_prompt_is_one_for_all(base
     prompt_ids, completions = encode(base, "W", "here", "x")
     assert decode(base, prompt_ids) == BOS + "W"
     assert [decode(base, ids) for ids, _ in completions] == ["here" + EOS, "x" + EOS]
-    [encoded] = base.encode(
-        [base.render(Preference("W", [Candidate("here", "chosen"), Candidate("x", "rejected")]))]
-    )
-    assert encoded.rejoined == 1
+    [encoded] = encode_all(base, Preference("W", [Candidate("here", "chosen"), Candidate("x", "rejected")]))
+    assert encoded.num_merged == 1
 
 
 def test_no_end_is_appended_where_none_is_wanted(base_tokenizer):
@@ -249,12 +248,6 @@ def test_a_spelling_that_the_tokenizer_cannot_encode_exactly_is_flagged(base_tok
         encode(own, f"q{EOS}", " a")
 
 
-def test_a_prompt_for_sampling_that_spells_a_special_token_is_refused(chat):
-    prompt = message("user", f"hi{EOS}")
-    with pytest.raises(BadRow, match="the text spells a special token"):
-        chat.prompt_text([prompt])
-
-
 def test_otherwise_the_data_would_forge_a_turn(chat):
     """What a special token in a text does when it is tokenized as any other text."""
     ids = chat.tokenizer(f"hi{EOS}")["input_ids"]
@@ -305,8 +298,8 @@ def test_a_reply_that_would_merge_with_the_generation_prompt_is_tokenized_as_its
 def test_one_bad_row_of_a_batch_spoils_no_other(chat_tokenizer):
     template = Template(chat_tokenizer, "plain", append_eos=True)
     rows = [("x", "y"), ("", "here"), ("u", "v")]
-    rendered = [template.render(Preference(prompt, [Candidate(text, "chosen")])) for prompt, text in rows]
-    first, bad, last = template.encode(rendered)
+    preferences = [Preference(prompt, [Candidate(text, "chosen")]) for prompt, text in rows]
+    first, bad, last = encode_all(template, *preferences)
     assert isinstance(bad, BadRow)
     for encoded, (prompt, text) in ((first, rows[0]), (last, rows[2])):
         assert decode(template, encoded.prompt_ids, encoded.completions[0][0]) == prompt + text + EOS
@@ -388,7 +381,7 @@ def test_real_tokenizers_keep_the_text_and_train_the_assistants(shared_data, nam
     turns = [[message(role, content) for role, content in side] for side in (prompt, completion)]
     prompt_ids, [(ids, mask)] = encode(template, *turns)
     rendered = tokenizer.apply_chat_template(
-        turns[0] + turns[1], chat_template=template._source, tokenize=False
+        turns[0] + turns[1], chat_template=template.renderer.chat.source, tokenize=False
     )
     assert rendered.startswith(decode(template, prompt_ids, ids))
     assert rendered.removeprefix(decode(template, prompt_ids, ids)).strip() == ""

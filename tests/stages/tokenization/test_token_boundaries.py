@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from stages.tokenization.token_boundaries import PATTERNS, Joins
+from stages.tokenization.token_boundaries import PATTERNS, TokenBoundaries
 
 # What patterns tell apart: letters of both cases and of none, digits, marks, white space of several kinds,
 # contractions, combining characters, pieces of added tokens and whole ones.
@@ -70,11 +70,11 @@ def ids(tokenizer, text):
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_is_called_separate_has_the_ids_of_the_whole(tokenizers, name):
     tokenizer = tokenizers[name]
-    joins = Joins(tokenizer)
-    assert joins.is_known
+    boundaries = TokenBoundaries(tokenizer)
+    assert boundaries.is_known
     yes, no = 0, 0
 
-    @settings(max_examples=200)
+    @settings(max_examples=400)
     @example("x'", "re")
     @example("a \n", "  \n b")
     @example("q\n", "<|end|>")
@@ -84,7 +84,7 @@ def test_what_is_called_separate_has_the_ids_of_the_whole(tokenizers, name):
     @given(texts, texts)
     def check(before, after):
         nonlocal yes, no
-        if joins.are_separate(joins.tail(before), before, after):
+        if boundaries.can_split(boundaries.tail(before), before, after):
             yes += 1
             assert ids(tokenizer, before) + ids(tokenizer, after) == ids(tokenizer, before + after)
         else:
@@ -109,10 +109,10 @@ def test_what_is_called_separate_has_the_ids_of_the_whole(tokenizers, name):
 def test_a_tokenizer_the_argument_was_not_made_for_is_never_cut(change):
     tokenizer = trained(GPT2)
     change(tokenizer)
-    joins = Joins(tokenizer)
-    assert not joins.is_known
-    assert joins.tail("a\n") is None
-    assert not joins.are_separate(joins.tail("a\n"), "a\n", "b")
+    boundaries = TokenBoundaries(tokenizer)
+    assert not boundaries.is_known
+    assert boundaries.tail("a\n") is None
+    assert not boundaries.can_split(boundaries.tail("a\n"), "a\n", "b")
 
 
 def test_real_chats_are_nearly_always_cut(shared_data):
@@ -120,14 +120,14 @@ def test_real_chats_are_nearly_always_cut(shared_data):
     import gzip
 
     tokenizer = Tokenizer.from_file(str(shared_data / "tokenizers" / "olmo2_dolma2" / "tokenizer.json"))
-    joins = Joins(tokenizer)
+    boundaries = TokenBoundaries(tokenizer)
     with gzip.open(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz") as lines:
         rows = [json.loads(line) for _, line in zip(range(200), lines, strict=False)]
     separate = 0
     for row in rows:
         head, _, reply = row["chosen"].rpartition("\n\nAssistant: ")
         before, after = f"<|endoftext|><|user|>\n{head}\n<|assistant|>\n", f"{reply}<|endoftext|>"
-        if joins.are_separate(joins.tail(before), before, after):
+        if boundaries.can_split(boundaries.tail(before), before, after):
             separate += 1
             assert ids(tokenizer, before) + ids(tokenizer, after) == ids(tokenizer, before + after)
     assert separate > 190

@@ -9,7 +9,7 @@ from stages.train.data_order import epoch_order, num_steps
 
 
 @given(sizes=st.lists(st.integers(min_value=1, max_value=5), min_size=1, max_size=30), seed=st.integers(0, 5))
-def test_an_epoch_holds_whole_cycles_in_another_order_each_time(sizes: list[int], seed: int) -> None:
+def test_an_epoch_holds_whole_mismatch_groups_in_a_new_order(sizes: list[int], seed: int) -> None:
     cycles = np.repeat(np.arange(len(sizes)), sizes)
     order = epoch_order(cycles, seed, 0)
     assert sorted(order) == list(range(len(cycles)))

@@ -39,7 +39,7 @@ def steps(
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_it_learns(name):
+def test_the_optimizer_reduces_the_loss(name):
     weight, optimizer = made(name)
     rate = {"sgd": 5000.0, "adafactor": 0.5}.get(name, 0.05)
     first = steps(weight, optimizer, 1, rate)
@@ -47,7 +47,7 @@ def test_it_learns(name):
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_state_is_as_large_as_planned(name):
+def test_optimizer_state_has_the_predicted_size(name):
     weight, optimizer = made(name)
     steps(weight, optimizer, 1)
     tensors = {id(value): value for value in optimizer.state[weight].values() if torch.is_tensor(value)}
@@ -56,7 +56,7 @@ def test_state_is_as_large_as_planned(name):
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_saved_state_goes_on_to_the_bit(name):
+def test_training_from_saved_state_is_equal_to_the_bit(name):
     weight, optimizer = made(name)
     steps(weight, optimizer, 3)
     file = io.BytesIO()
@@ -68,7 +68,7 @@ def test_saved_state_goes_on_to_the_bit(name):
     assert torch.equal(weight, again)
 
 
-def test_weight_decay_acts_on_matrices_alone():
+def test_weight_decay_acts_on_matrices_only():
     matrix, vector = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))
     optimizer = make_optimizer([matrix, vector], TrainSettings(optimizer="adamw_bf16", weight_decay=0.5))
     for group in optimizer.param_groups:

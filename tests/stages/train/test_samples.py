@@ -2,10 +2,10 @@
 
 import pytest
 
-from stages.train.samples import choose, repetition, sample_metrics
+from stages.train.samples import SampleRecord, choose, repetition, sample_metrics
 
 
-def test_strategies() -> None:
+def test_each_strategy_chooses_its_prompts() -> None:
     assert [choose("fixed", 5, 2, n, 0) for n in range(3)] == [[0, 1]] * 3
     assert [choose("round_robin", 5, 2, n, 0) for n in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
     drawn = [choose("random", 50, 4, n, 0) for n in range(20)]
@@ -16,7 +16,7 @@ def test_strategies() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["fixed", "round_robin", "random"])
-def test_a_small_pool_is_taken_whole(strategy) -> None:
+def test_all_prompts_of_a_small_pool_are_sampled(strategy) -> None:
     assert sorted(choose(strategy, 3, 8, 5, 0)) == [0, 1, 2]
 
 
@@ -29,7 +29,10 @@ def test_repetition_counts_4_grams_seen_before(ids, share) -> None:
 
 
 def test_metrics_of_samples() -> None:
-    records = [{"completion": " \n", "num_tokens": 1}, {"completion": "aaaa", "num_tokens": 7}]
+    records = [
+        SampleRecord(0, "p", "prompt", completion, "length", tokens)
+        for completion, tokens in [(" \n", 1), ("aaaa", 7)]
+    ]
     assert sample_metrics(records, [[0], [7] * 7], [True, False]) == {
         "samples/mean_tokens": 4.0,
         "samples/empty_share": 0.5,

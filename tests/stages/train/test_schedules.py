@@ -47,7 +47,7 @@ def test_after_warm_up_the_rates_are_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_step_of_the_warm_up_is_wasted(name: str) -> None:
+def test_the_warm_up_rises_from_above_0(name: str) -> None:
     found = rates(name)
     assert min(found[:-1]) > 0
     assert found[:WARMUP] == sorted(found[:WARMUP])
@@ -61,7 +61,7 @@ def test_without_warm_up_the_first_step_has_the_peak(name: str) -> None:
     assert rates(name, 0.0)[0] == pytest.approx(PEAK, rel=0.01)
 
 
-def test_an_argument_the_shape_does_not_take_is_named() -> None:
+def test_an_argument_that_the_schedule_does_not_take_is_named() -> None:
     settings = TrainSettings(lr_scheduler_type="cosine", lr_scheduler_kwargs={"min_lr_rate": 0.1})
     with pytest.raises(UsageError, match=r"lr_scheduler_type=cosine.*min_lr_rate"):
         make_schedule(settings, PEAK, STEPS)

@@ -34,7 +34,7 @@ SICK = {
     "kl_exploding": (WINDOW, {"kl": 51.0}, ("51", "50")),
     "accuracy_at_chance": (LONG_WINDOW, {"rewards/accuracies": 0.52}, ("0.520",)),
     "no_gradient": (1, {"grad_norm": 0.0}, ("step 1",)),
-    "weights_stand_still": (WINDOW, {"weights_changed": 0.2}, ("20%",)),
+    "weights_unchanged": (WINDOW, {"weights_changed": 0.2}, ("20%",)),
     "steps_skipped": (2, {"skipped": 1}, ("2 of the last 2",)),
     "samples_degenerate": (
         1,
@@ -44,7 +44,7 @@ SICK = {
 }
 
 
-def test_a_healthy_run_is_left_alone() -> None:
+def test_a_healthy_run_has_no_warning() -> None:
     for number in range(2 * LONG_WINDOW):
         assert [check(lines(number)) for check in CHECKS] == [""] * len(CHECKS)
 
@@ -54,7 +54,7 @@ def test_every_check_has_its_case() -> None:
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_a_sick_run_is_told_what_and_how_much(name: str) -> None:
+def test_a_warning_names_the_problem_and_its_numbers(name: str) -> None:
     number, changes, parts = SICK[name]
     found = {check.__name__: check(lines(number, **changes)) for check in CHECKS}
     assert all(part in found[name] for part in parts), found[name]
@@ -70,20 +70,20 @@ def test_a_sick_run_is_told_what_and_how_much(name: str) -> None:
         ("both_falling", {"logratios/chosen": -20.0, "logratios/rejected": 1.0, "logps/chosen": -120.0}),
         ("kl_exploding", {"kl": 49.0}),
         ("accuracy_at_chance", {"rewards/accuracies": 0.56}),
-        ("weights_stand_still", {"weights_changed": 0.2, "learning_rate": 0.0}),
+        ("weights_unchanged", {"weights_changed": 0.2, "learning_rate": 0.0}),
     ],
 )
-def test_just_inside_the_range_is_healthy(name: str, changes: dict) -> None:
+def test_a_metric_just_inside_its_range_is_no_warning(name: str, changes: dict) -> None:
     check = next(check for check in CHECKS if check.__name__ == name)
     assert check(lines(2 * LONG_WINDOW, **changes)) == ""
 
 
-def test_metrics_that_a_loss_does_not_have_warn_of_nothing() -> None:
+def test_missing_metrics_are_no_warning() -> None:
     bare = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(50)]
     assert [check(bare) for check in CHECKS] == [""] * len(CHECKS)
 
 
-def test_a_warning_comes_once_and_again_after_a_recovery() -> None:
+def test_a_warning_is_repeated_only_after_a_recovery() -> None:
     watch, history = Watch(), [{"step": 0}]
     said = []
     for step, norm in enumerate([1.0, 0.0, 0.0, 1.0, 0.0], start=1):

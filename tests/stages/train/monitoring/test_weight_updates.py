@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from stages.runtime.distributed import World
-from stages.train.monitoring.health import MOVED_SHARE
-from stages.train.monitoring.weight_updates import Movement
+from stages.train.monitoring.health import CHANGED_SHARE
+from stages.train.monitoring.weight_updates import WeightUpdates
 
 RATE = 5e-7  # the shipped rates of preference losses
 
@@ -20,25 +20,25 @@ def share_of_a_step(dtype: torch.dtype, seen: int) -> float:
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
     model(torch.arange(seen)).float().square().sum().backward()
-    movement = Movement(parameters)
-    movement.remember()
+    updates = WeightUpdates(parameters)
+    updates.before_step()
     optimizer.step()
-    return movement.share(World())
+    return updates.changed_share(World())
 
 
 @pytest.mark.parametrize("seen", [20, 2000])
-def test_float32_weights_move_though_most_tokens_do_not_occur(seen) -> None:
+def test_a_step_changes_nearly_all_float32_weights_with_a_gradient(seen) -> None:
     assert share_of_a_step(torch.float32, seen) > 0.99
 
 
 @pytest.mark.parametrize("seen", [20, 2000])
-def test_bfloat16_weights_do_not(seen) -> None:
+def test_a_step_changes_few_bfloat16_weights(seen) -> None:
     """The published count for weights of this spread at this rate is 1 %; a warning is due far above."""
-    assert share_of_a_step(torch.bfloat16, seen) < 0.05 < MOVED_SHARE
+    assert share_of_a_step(torch.bfloat16, seen) < 0.05 < CHANGED_SHARE
 
 
-def test_a_step_without_a_gradient_moves_nothing() -> None:
+def test_the_share_without_a_gradient_is_0() -> None:
     parameter = nn.Parameter(torch.ones(10))
-    movement = Movement([parameter])
-    movement.remember()
-    assert movement.share(World()) == 0.0
+    updates = WeightUpdates([parameter])
+    updates.before_step()
+    assert updates.changed_share(World()) == 0.0

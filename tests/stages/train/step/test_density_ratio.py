@@ -30,7 +30,7 @@ COUNTS = {
 }
 
 
-def test_bad_answers_count_more_where_answers_are_mostly_good() -> None:
+def test_undesirable_rows_count_more_where_most_completions_are_desirable() -> None:
     """Four good answers to a bad one make p about 0.8 and p / (1 - p) 4; one to four 0.25, raised to 0.5."""
     rows, new = rows_of(COUNTS), rows_of({(1, "undesirable"): 30, (2, "undesirable"): 30}, seed=1)
     fitted = DensityRatios(rows)
@@ -94,10 +94,10 @@ def test_copies_of_a_prompt_are_judged_by_a_classifier_that_saw_none_of_them() -
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({(1, "desirable"): 3}, r"loss.udm compares .* 3 prompts with desirable and 0 with undesirable"),
+        ({(1, "desirable"): 3}, r"3 prompts with desirable and 0 with undesirable completions; loss.udm"),
         (
             {(1, "desirable"): 1, (2, "undesirable"): 9},
-            r"1 prompts with desirable and 9 with .* takes two of each",
+            r"1 prompts with desirable and 9 with .*; loss.udm compares two or more of each",
         ),
     ],
 )

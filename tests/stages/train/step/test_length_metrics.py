@@ -20,7 +20,7 @@ def metrics_of(rewards: list[float], tokens: list[int]) -> dict[str, list[float]
     return {name: values.reshape(-1).tolist() for name, values in length_metrics(batch, output).items()}
 
 
-def test_pairs_fall_into_the_bucket_of_their_longer_completion() -> None:
+def test_a_pair_is_in_the_range_of_its_longer_completion() -> None:
     found = metrics_of([1, 0, 0, 1, 2, 2, 1, 0, 1, 0], [64, 3, 3, 65, 256, 10, 1024, 9, 2000, 1])
     assert found["accuracies/1-64"] == [1.0]
     assert found["accuracies/65-256"] == [0.0, 0.5]
@@ -45,7 +45,7 @@ def test_an_undefined_correlation_is_left_out(rewards, tokens) -> None:
     assert "length_bias" not in metrics_of(rewards, tokens)
 
 
-def test_unpaired_rows_have_neither() -> None:
+def test_unpaired_rows_have_no_length_metrics() -> None:
     rows = Rows(logps=torch.zeros(3), num_tokens=torch.ones(3))
     empty = torch.zeros(0, dtype=torch.long)
     output = LossOutput(torch.zeros(3), torch.zeros(3))

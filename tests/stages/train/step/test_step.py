@@ -1,12 +1,8 @@
 """A step's gradient and metrics do not depend on how the step is split, for every loss there is."""
 
-import os
-import socket
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from cache.ref_logps import RefLogps
 from stages.data.rows import Example, Row, RowSet, to_table
@@ -19,6 +15,7 @@ from stages.runtime.distributed import World, join_world
 from stages.settings.train import PairStrategy
 from stages.train.step.row_scorer import RowScorer
 from stages.train.step.step import accumulate_step, evaluate
+from tests.forked import on_two_ranks
 from tests.tiny_llama import random_llama
 
 NUM_EXAMPLES = 16
@@ -212,7 +209,7 @@ def test_a_ranked_list_s_loss_is_the_one_of_transformers_log_probs(tmp_path) -> 
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_the_budgets_mean_what_they_are_called() -> None:
+def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     rows = make_rows()
     lengths = [
         int(rows.prompt_lengths[a] + (rows.completion_lengths[a : a + 2] - 1).sum()) for a in rows.starts
@@ -260,37 +257,21 @@ def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
     assert (naive - exact).norm() > 1e-3 * exact.norm()
 
 
-def _rank(rank: int, port: int, folder: str, results) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    world = join_world(torch.device("cpu"))
-    rows = make_rows()
-    reference = RefLogps(folder, {"made": "for the test"})
-    for name, block in BLOCKS.items():
-        found = step_of(block, rows, reference, 120, world, passes=2)
-        if rank == 0:
-            results[name] = found
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_two_ranks_change_nothing(made) -> None:
+def test_two_ranks_change_nothing(made, tmp_path) -> None:
     """Real gloo ranks, each with its own share of the packs, against one process."""
     rows, reference = made
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        ranks = [
-            context.Process(target=_rank, args=(rank, port, reference.folder, results)) for rank in (0, 1)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=240)
-        assert [process.exitcode for process in ranks] == [0, 0]
-        found = dict(results)
+
+    def work() -> None:
+        world = join_world(torch.device("cpu"))
+        found = {
+            name: step_of(block, rows, reference, 120, world, passes=2) for name, block in BLOCKS.items()
+        }
+        if world.is_main:
+            torch.save(found, tmp_path / "found.pt")
+
+    errors = tmp_path / "errors.txt"
+    assert on_two_ranks(work, errors) == [0, 0], errors.read_text()
+    found = torch.load(tmp_path / "found.pt")
     for name, block in BLOCKS.items():
         assert_same(found[name], step_of(block, rows, reference, BUDGETS["1x16"], World(), passes=2))

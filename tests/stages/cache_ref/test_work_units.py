@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UsageError
-from stages.cache_ref import stage
-from stages.cache_ref.stage import Worker, choose_worker
-from tests.pipeline.small_run import finish, on_two_ranks, session, settings
+from stages.cache_ref import work_units
+from stages.cache_ref.work_units import Worker, choose_worker
+from tests.forked import on_two_ranks
+from tests.pipeline.small_run import run, session, settings
 
 
 def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], list[int]]:
@@ -20,7 +21,7 @@ def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], 
 
 def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_path, monkeypatch):
     """Some rows are in several units: the preferences are given twice, with the second half reversed."""
-    monkeypatch.setattr(stage, "UNIT_EXAMPLES", 5)
+    monkeypatch.setattr(work_units, "UNIT_EXAMPLES", 5)
     lines = preferences.read_text().splitlines()
     preferences.write_text("\n".join([*lines, *reversed(lines)]) + "\n")
     tree = settings(tiny_model, preferences)
@@ -38,7 +39,8 @@ def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
     tree, store = settings(tiny_model, preferences), tmp_path / "two"
     alone, _ = scored_by(tree, tmp_path / "one", None)
     session(tree, store).run("prepare")
-    finish(on_two_ranks(tree, store, "cache-ref"))
+    errors = tmp_path / "errors.txt"
+    assert on_two_ranks(lambda: run(tree, store, "cache-ref"), errors) == [0, 0], errors.read_text()
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
 
 

@@ -1,0 +1,73 @@
+"""KTO's mismatched rows: each example of a small group is given the completions of another one, with another prompt.
+
+In: examples in order. Out: groups of examples (mismatch groups), within which completions rotate. The KL estimate of
+KTO needs completions that do not belong to their prompts (2402.01306, section 4.1).
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from stages.data.pairs import best_and_worst
+from stages.data.rows import Example, Row
+from stages.formats import Candidate
+
+# Examples of a mismatch group; small, so that an optimizer step of any usual size holds whole groups.
+GROUP_EXAMPLES = 4
+Value = TypeVar("Value")
+
+
+def compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Value]) -> Sequence[Value]:
+    """The values of the entries that are compared: the best and the worst of a ranked list, else the first two.
+
+    Unpaired feedback has one; a tie that is kept both ways has its pair twice.
+    """
+    scores = [entry.score for entry in entries if entry.role == "ranked" and entry.score is not None]
+    return [values[place] for place in best_and_worst(scores)] if scores else values[:2]
+
+
+def last_groups(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    """The examples left at the end, fewer than two whole groups of them, as groups in which none is alone."""
+    middle = GROUP_EXAMPLES if len(examples) >= GROUP_EXAMPLES + 2 else len(examples)
+    return [group for group in (examples[:middle], examples[middle:]) if group]
+
+
+def add_mismatched(group: Sequence[Example], max_length: int) -> None:
+    """Add to each example, as mismatched rows, the completions of another one in the group, cut to `max_length` tokens.
+
+    A ranked list gives its best and its worst, as a pair does.
+    """
+    prompts = [example.prompt_ids.tolist() for example in group]
+    matched = [list(compared(example.rows, example.rows)) for example in group]
+    for example, donor in zip(group, _donors(prompts), strict=True):
+        if donor is None:
+            continue
+        room = max_length - len(example.prompt_ids)
+        example.rows += [
+            Row("mismatched", row.ids[:room], row.mask[:room], cut=row.cut + max(0, len(row.ids) - room))
+            for row in matched[donor]
+            if row.mask[:room].any()
+        ]
+
+
+def _donors(prompts: Sequence[Any]) -> list[int | None]:
+    """For each example of a group, the one whose completions become its mismatched rows; None where there is none.
+
+    The next one; or, where neighbours share a prompt, the nearest rotation in which none gets completions of its own
+    prompt, so that every completion serves once. Where there is no such rotation, the next one with another prompt.
+    """
+    count = len(prompts)
+    for step in range(1, count):
+        rotated = [(index + step) % count for index in range(count)]
+        if all(prompts[index] != prompts[donor] for index, donor in enumerate(rotated)):
+            return list(rotated)
+    return [
+        next(
+            (
+                (index + step) % count
+                for step in range(1, count)
+                if prompts[(index + step) % count] != prompts[index]
+            ),
+            None,
+        )
+        for index in range(count)
+    ]

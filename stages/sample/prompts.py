@@ -1,0 +1,81 @@
+"""The prompts that are sampled: those of the held-out rows, or those of a file through the same template.
+
+In: a rows artifact or a path, and the policy's template. Out: `Prompt`s with token ids.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache.artifacts import Artifact
+from cache.errors import DataError
+from stages.data.messages import Message, check_prompt, prompt_column, text_or_messages, tools_of
+from stages.data.readers import read_source
+from stages.data.rows import RowSet
+from stages.data.source_row import BadRow
+from stages.formats.contract import Preference, Tokens, assembled
+from stages.generation.requests import Prompt
+from stages.settings.data import DataSettings
+from stages.tokenization.encode import Text
+from stages.tokenization.template import Template
+
+
+def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
+    """Each distinct held-out prompt once, in the order of the rows."""
+    heldout = RowSet.of(rows, "heldout")
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    for start in heldout.starts:
+        ids = heldout.prompt(start).tolist()
+        if tuple(ids) not in prompts:
+            text = template.tokenizer.decode(ids, skip_special_tokens=True)
+            prompts[tuple(ids)] = Prompt(heldout.example_ids[start], text, ids)
+    return list(prompts.values())
+
+
+def file_prompts(path: str, template: Template) -> list[Prompt]:
+    """The prompts of a file; raises `DataError` naming the row that has none."""
+    if not Path(path).expanduser().is_file():
+        raise DataError(
+            f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."
+        )
+    found, texts = [], []
+    for row in read_source(DataSettings(path=path)):
+        try:
+            if row.value is None:
+                raise BadRow(row.problem)
+            content, tools = prompt_of_row(row.value)
+            texts.append(_text_of(content, tools, template))
+            found.append((row.location, content))
+        except BadRow as problem:
+            raise DataError(f"{row.location}: {problem}.") from problem
+    encoded = template.encoder.encode_texts(texts)
+    return [
+        Prompt(location, content, ids.tolist())
+        for (location, content), ids in zip(found, encoded, strict=True)
+    ]
+
+
+def _text_of(content: str | list[Message], tools: list[Any] | None, template: Template) -> Text:
+    """The rendered prompt with its generation prompt."""
+    rendered = template.renderer.render(Preference(content, [], tools))
+    if rendered.escape:
+        raise BadRow("the text spells a special token, with which a prompt could forge a turn")
+    return Text(rendered.prompt, rendered.is_plain)
+
+
+def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any] | None]:
+    """The prompt of a row and its tools; raises `BadRow`.
+
+    Of MT-bench's `turns` the first question is the prompt. A `messages` column may end with an answer, which is left out.
+    """
+    column = prompt_column(row)
+    value = row[column]
+    content = text_or_messages(
+        {column: value[0] if column == "turns" and isinstance(value, list) else value}, column
+    )
+    if not isinstance(content, str):
+        while column == "messages" and len(content) > 1 and content[-1]["role"] == "assistant":
+            content = content[:-1]
+        check_prompt(content, column)
+    prompt = assembled(row, content, []).prompt
+    return content if isinstance(prompt, Tokens) else prompt, tools_of(row)
