@@ -28,7 +28,11 @@ DPO_FAMILY = [
     ),
     ({"name": "ipo"}, {"loss_types": ["ipo"]}, "normalize: mean; TRL has no sum"),
     ({"name": "hinge"}, {"loss_types": ["hinge"]}, ""),
-    ({"name": "exo"}, {"loss_types": ["exo_pair"], "label_smoothing": 1e-3}, "TRL keeps eps in float32"),
+    (
+        {"name": "exo", "label_smoothing": 1e-3},
+        {"loss_types": ["exo_pair"], "label_smoothing": 1e-3},
+        "TRL keeps eps in float32",
+    ),
     ({"name": "nca"}, {"loss_types": ["nca_pair"]}, ""),
     ({"name": "sppo"}, {"loss_types": ["sppo_hard"]}, ""),
     ({"name": "aot"}, {"loss_types": ["aot"]}, "one micro-batch, so TRL's ranks are the step's"),
@@ -40,7 +44,11 @@ DPO_FAMILY = [
     ({"name": "apo_zero"}, {"loss_types": ["apo_zero"]}, ""),
     ({"name": "apo_down"}, {"loss_types": ["apo_down"]}, ""),
     ({"name": "discopop"}, {"loss_types": ["discopop"]}, ""),
-    ({"name": "wpo"}, {"loss_types": ["sigmoid"], "use_weighting": True}, ""),
+    (
+        {"name": "wpo", "clamp_weights": False},
+        {"loss_types": ["sigmoid"], "use_weighting": True},
+        "TRL does not bound the weights",
+    ),
     ({"name": "sft"}, {"loss_types": ["sft"]}, "one micro-batch, so TRL's token mean is the step's"),
     (
         {
@@ -106,6 +114,8 @@ DEFINITIONS = [
     "sft, aot, aot_unpaired, kto: the statistic (token count, ranks, z) is the optimizer step's here and a"
     " micro-batch's in TRL. Compared on one micro-batch, where both are the same.",
     "simpo: TRL's simpo_gamma is gamma, ours is gamma / beta; TRL's cpo_alpha is 1 unless set to 0.",
+    "wpo: the authors' code bounds the product of the weights at 1, ours by default; TRL does not. Compared without.",
     "ld_alpha: rewards are of whole completions here, of length-desensitised ones in TRL. Losses agree.",
-    "Not in TRL 1.16, so without a row: odpo, ipo with normalize: sum, weights per pair, bco with its delta.",
+    "Not in TRL 1.16, so without a row: odpo, rpo, dpop, chipo, cal_dpo, simper, plackett_luce, infonca, exo_rw, qrpo,"
+    " ipo with normalize: sum, apo_zero and apo_down with normalize: mean, weights per pair, bco with its delta.",
 ]

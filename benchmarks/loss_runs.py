@@ -187,7 +187,8 @@ def batch_of(rows):
     from stages.losses import Batch
 
     index = torch.arange(NUM_PAIRS)
-    return Batch(rows, torch.arange(2 * NUM_PAIRS) < NUM_PAIRS, index, index + NUM_PAIRS)
+    is_chosen = torch.arange(2 * NUM_PAIRS) < NUM_PAIRS
+    return Batch(rows, is_chosen, index, index + NUM_PAIRS, index.repeat(2), NUM_PAIRS)
 
 
 def step_of(rows, kl=None, state=None):

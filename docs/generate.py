@@ -105,7 +105,7 @@ def _data(cls: type[Loss]) -> str:
     if cls is Mixture:
         return "pairs"
     loss = cls()
-    data = "unpaired or pairs" if loss.unit == "row" else "pairs"
+    data = {"pair": "pairs", "row": "unpaired or pairs", "list": "ranked lists or pairs"}[loss.unit]
     return (
         data
         + (" with scores" if "scores" in loss.needs else "")

@@ -13,36 +13,46 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from cache.errors import UsageError
-from stages.losses.anchored import NCA, SPPO, APODown, APOZero
+from stages.losses.anchored import NCA, SPPO, APODown, APOZero, CalDPO
 from stages.losses.contract import Batch, Loss, LossOutput, Rows, Step
+from stages.losses.listwise import QRPO, EXORw, InfoNCA, PlackettLuce
 from stages.losses.mixture import Mixture, Part
-from stages.losses.pairwise import CDPO, DPO, EXO, IPO, RDPO, DiscoPOP, DPONorm, Hinge
-from stages.losses.reference_free import CPO, ORPO, SFT, AlphaPO, SimPO
+from stages.losses.pairwise import CDPO, DPO, DPOP, EXO, IPO, RDPO, ChiPO, DiscoPOP, DPONorm, Hinge
+from stages.losses.reference_free import CPO, ORPO, SFT, AlphaPO, SimPER, SimPO
 from stages.losses.transport import AOT, AOTUnpaired
 from stages.losses.unpaired import BCO, KTO, APOZeroUnpaired
-from stages.losses.weighted import ODPO, WPO
+from stages.losses.weighted import ODPO, RPO, WPO
 
 SingleLoss = Annotated[
     DPO
     | CDPO
     | RDPO
     | DPONorm
+    | DPOP
     | IPO
     | ODPO
+    | RPO
     | Hinge
     | EXO
+    | ChiPO
     | NCA
     | SPPO
+    | CalDPO
     | AOT
     | AOTUnpaired
     | APOZero
     | APODown
     | DiscoPOP
     | WPO
+    | PlackettLuce
+    | InfoNCA
+    | EXORw
+    | QRPO
     | KTO
     | APOZeroUnpaired
     | BCO
     | SimPO
+    | SimPER
     | ORPO
     | CPO
     | AlphaPO

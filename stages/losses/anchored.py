@@ -44,10 +44,12 @@ class SPPO(Loss):
     rates are 1 for the chosen and 0 for the rejected completion, as in TRL's `sppo_hard`.
 
     Formula: `(D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`. Paper: arXiv 2405.00675, eq. 4.7 with P in {0, 1}.
+    The authors' code takes half the sum, and estimated win rates; TRL the sum, as here.
 
     When: the pairs are samples of the policy itself, and training goes in rounds.
-    Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64 (paper, appendix C). The loss begins at 1/(2
-    beta^2), which is 500,000: gradients are large, and every step is clipped.
+    Values: beta 1e-3 (eta 1e3), learning rate 5e-7, batch 64, one epoch a round with RMSprop (authors' pipeline.sh;
+    `train.optimizer: rmsprop`). The loss begins at 1/(2 beta^2), which is 500,000: gradients are large, and every step
+    is clipped, so the factor of two changes nothing.
     """
 
     name: Literal["sppo"] = "sppo"
@@ -62,25 +64,56 @@ class SPPO(Loss):
         return LossOutput(losses, self.beta * batch.rows.logratios.detach())
 
 
+class CalDPO(Loss):
+    """DPO plus a regression of both log-ratios to +1/(2 beta) and -1/(2 beta) (calibrated DPO).
+
+    The regression keeps the chosen log-prob from falling: it gives the rewards the scale of a ground truth of 1/2 for
+    the chosen and -1/2 for the rejected completion.
+
+    Formula: `-log s(h) + (D_w - 1/(2 beta))^2 + (D_l + 1/(2 beta))^2`: dpo with beta 1 and sppo. Paper: arXiv
+    2412.14516; authors' code, Cal-DPO/Cal-DPO.
+
+    When: dpo lowers the probability of the chosen completions.
+    Values: beta 1e-3 (authors' Mistral-7B and TL;DR; also 3e-3, and 0.1 for HH), learning rate 5e-7, with RMSprop. At
+    this beta the squares are far larger than the logistic term, and every step is clipped.
+    """
+
+    name: Literal["cal_dpo"] = "cal_dpo"
+    learning_rate: ClassVar[float] = 5e-7
+    beta: PositiveFloat = 1e-3
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        chosen, rejected = (rows.logratios for rows in batch.pairs())
+        target = 1 / (2 * self.beta)
+        calibration = (chosen - target).square() + (rejected + target).square()
+        return LossOutput(
+            calibration - logsigmoid(chosen - rejected), self.beta * batch.rows.logratios.detach()
+        )
+
+
 class APOZero(Loss):
     """Raises the chosen and lowers the rejected completion, each against the reference.
 
     For data whose chosen completions are better than the policy's own.
 
     Formula: `1 - s(beta D_w) + s(beta D_l)`. Paper: APO, arXiv 2408.06266, eq. 7. rlhf-book leaves out the 1.
+    `normalize: mean` takes d = D / n for D, so that a long completion moves no further than a short one, as the
+    length-normalised objectives of LFM2 do (arXiv 2511.23404); the default is the paper's sum.
 
     When: the chosen completions come from a stronger model. apo_zero_unpaired is the same for unpaired data.
-    Values: beta 0.05-0.1 (SmolLM3 0.05, paper 0.1); learning rate 1e-6 (SmolLM3 3B; the paper's 2e-7 is for
-    8B).
+    Values: beta 0.05-0.1 (SmolLM3 0.05, paper 0.1); under `mean` larger, as a mean is smaller than a sum (dpo_norm
+    takes 5); learning rate 1e-6 (SmolLM3 3B; the paper's 2e-7 is for 8B).
     """
 
     name: Literal["apo_zero"] = "apo_zero"
     learning_rate: ClassVar[float] = 1e-6
     beta: PositiveFloat = 0.1
+    normalize: Literal["sum", "mean"] = "sum"
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
-        chosen, rejected, rewards = _rewards(batch, self.beta)
+        chosen, rejected, rewards = _rewards(batch, self.beta, self.normalize)
         return LossOutput(torch.sigmoid(-chosen) + torch.sigmoid(rejected), rewards)
 
 
@@ -91,6 +124,7 @@ class APODown(Loss):
     is worth imitating.
 
     Formula: `s(beta D_w) + 1 - s(beta h)`. Paper: APO, arXiv 2408.06266, eq. 8. rlhf-book leaves out the 1.
+    `normalize: mean` as in apo_zero, h being the difference of the d = D / n.
 
     When: the policy is stronger than the models that wrote the data.
     Values: beta 0.1 (paper); learning rate 1e-6 for 1-3B as apo_zero's (the paper's 2e-7 is for 8B).
@@ -99,14 +133,16 @@ class APODown(Loss):
     name: Literal["apo_down"] = "apo_down"
     learning_rate: ClassVar[float] = 1e-6
     beta: PositiveFloat = 0.1
+    normalize: Literal["sum", "mean"] = "sum"
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
-        chosen, rejected, rewards = _rewards(batch, self.beta)
+        chosen, rejected, rewards = _rewards(batch, self.beta, self.normalize)
         return LossOutput(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), rewards)
 
 
-def _rewards(batch: Batch, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen and rejected rewards, (pairs,) each, with gradient; rewards of all rows, (rows,), without."""
+def _rewards(batch: Batch, beta: float, normalize: str = "sum") -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen and rejected scores, (pairs,) each, with gradient; rewards of all rows, (rows,), without."""
     rewards = beta * batch.rows.logratios
-    return rewards[batch.chosen], rewards[batch.rejected], rewards.detach()
+    scores = rewards / batch.rows.num_tokens if normalize == "mean" else rewards
+    return scores[batch.chosen], scores[batch.rejected], rewards.detach()

@@ -79,13 +79,15 @@ class Batch:
 
     Unpaired data has no pairs. In paired data each chosen row is desirable and each rejected row is not. A row of a
     ranked list may be in several pairs and on both sides, so only data without such rows goes with a loss that lists
-    "desirable" in its needs.
+    "desirable" in its needs. Rows of one prompt have one number in `lists`.
     """
 
     rows: Rows
     desirable: Tensor  # (rows,), bool
     chosen: Tensor  # (pairs,), indices into the rows
     rejected: Tensor  # (pairs,), indices into the rows
+    lists: Tensor  # (rows,), from 0 to num_lists - 1
+    num_lists: int
 
     def pairs(self) -> tuple[Rows, Rows]:
         """The chosen and the rejected row of each pair: `Rows` of shape (pairs,)."""
@@ -98,12 +100,14 @@ class Step:
 
     `kl`: mean log-ratio (policy minus reference) of the step's mismatched rows, not clamped, without gradient; a
     scalar, None unless the loss needs it. `tokens_per_pair`: mean number of chosen tokens of a pair. `state`: the
-    running numbers of the loss from earlier steps, see `Loss.next_state`.
+    running numbers of the loss from earlier steps, see `Loss.next_state`. `training`: whether `state` will be updated
+    by the rows; False in an evaluation.
     """
 
     kl: Tensor | None = None
     tokens_per_pair: float = 1.0
     state: dict[str, float] = field(default_factory=dict)
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # What one entry of `LossOutput.losses` belongs to: a (chosen, rejected) pair, or a row.
-    unit: ClassVar[Literal["pair", "row"]] = "pair"
+    # What one entry of `LossOutput.losses` belongs to: a (chosen, rejected) pair, a row, or the rows of a prompt.
+    unit: ClassVar[Literal["pair", "row", "list"]] = "pair"
     # The part of `needs` that does not depend on the options.
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     # The loss of one unit depends on the other units of the step (by sorted values or running statistics), so the

@@ -10,15 +10,12 @@ reference's, n_w, n_l their token counts; D = L - R, d = D / n, h = D_w - D_l; s
 import math
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
-
-# exp(80) is 5.5e34; float32 ends at 3.4e38, which leaves room for sums and products with beta.
-_MAX_EXPONENT = 80.0
+from stages.losses.numerics import expm1
 
 
 class MarginLoss(Loss):
@@ -35,7 +32,9 @@ class MarginLoss(Loss):
       than the reverse KL (f-DPO, arXiv 2309.16240, table 1). forward_kl: `1 - e^-D`; js_divergence: `log 2 +
       log s(D)`; alpha_divergence: `(e^((c - 1) D) - 1) / (c - 1)`, where c is `f_alpha_divergence_coef` in (0,
       1): the limit c = 1 is reverse_kl, c = 0 is forward_kl. TRL's c is 1 - alpha of the paper; at the usual 0.5
-      the two agree. Exponents are clipped at 80, so no loss is infinite.
+      the two agree. Beyond an exponent of 20 both exponentials are continued by their tangent, so that scores, their
+      squares and gradients are finite in float32 for any completion, and never 0. TRL clips exponents at 80, where
+      squares are infinite (ipo) and gradients 0.
     - weights in the data: the chosen row's weight multiplies the whole loss of its pair.
 
     The reported rewards are `beta * D` whatever the options, never divided by a length, as in TRL: so the dashboards
@@ -109,10 +108,10 @@ class MarginLoss(Loss):
             case "reverse_kl":
                 return logratios
             case "forward_kl":
-                return -torch.expm1((-logratios).clamp(max=_MAX_EXPONENT))
+                return -expm1(-logratios)
             case "js_divergence":
                 return math.log(2) + logsigmoid(logratios)
             case "alpha_divergence":
                 assert self.f_alpha_divergence_coef is not None
                 exponent = self.f_alpha_divergence_coef - 1
-                return torch.expm1((exponent * logratios).clamp(max=_MAX_EXPONENT)) / exponent
+                return expm1(exponent * logratios) / exponent

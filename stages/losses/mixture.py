@@ -27,15 +27,21 @@ class Mixture(Loss):
     """A weighted sum of other losses on the same pairs, as in MPO.
 
     Formula: `sum_k weight_k loss_k`. A loss of single completions counts `(l_w + l_l) / 2` for a pair, its
-    mean over the two rows. The best known mixture is MPO (arXiv 2411.10442): dpo 0.8, bco 0.2, sft 1. TRL writes it
-    with `loss_type` and `loss_weights`; its `bco_pair` is the sum of both sides, twice our bco, and has no shift.
+    mean over the two rows.
+
+    The best known mixture is MPO (arXiv 2411.10442). The authors' code (OpenGVLab/InternVL, trainer_dpo.py) adds 0.8
+    dpo, 0.2 times the sum of bco's two sides, and the NLL per token of each chosen completion. That is `bco` with
+    weight 0.4 and `dpo` with weight 0.8 and `sft_weight` 1.25 (0.8 x 1.25 = 1), as in configs/mixture.yaml. A part
+    `sft` of weight 1 averages over all tokens of the step instead. TRL writes MPO with `loss_type` and `loss_weights`;
+    its `bco_pair` is the sum of both sides, without the shift.
 
     The reported rewards are those of the first part. A part that keeps a running state learns it from the reported
     rewards, so it has to be the first. The metrics and the unweighted loss of each part are reported as
     `<part>/<metric>`.
 
     When: dpo alone lets the chosen log-probs fall (dpo + sft), or two losses complement each other.
-    Values: those of the parts; MPO's weights are above.
+    Values: those of the parts. MPO: weights as above, beta 0.1, batch 256; learning rate 5e-6 for InternVL2-8B,
+    1e-6 for InternVL2.5, 2e-7 for InternVL3 (authors' shell scripts).
     """
 
     name: Literal["mixture"] = "mixture"
@@ -49,6 +55,11 @@ class Mixture(Loss):
         names = [part.loss.name for part in parts]
         if len(set(names)) < len(names):
             raise ValueError(f"has the same loss twice: {', '.join(names)}; add up the weights in one part")
+        for part in parts:
+            if part.loss.unit == "list":
+                raise ValueError(
+                    f"has {part.loss.name}, a loss of ranked lists; the parts of a mixture are losses of pairs"
+                )
         for part in parts[1:]:
             if part.loss.keeps_state:
                 raise ValueError(

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from stages.losses.contract import PositiveFloat, Rows
+from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
 from stages.losses.margin import MarginLoss
+from stages.losses.numerics import expm1
 
 
 class DPO(MarginLoss):
@@ -110,6 +111,29 @@ class DPONorm(MarginLoss):
         return -logsigmoid(self.beta * margins)
 
 
+class DPOP(MarginLoss):
+    """DPO with a penalty on the margin when the chosen log-ratio falls below 0 (DPO-Positive).
+
+    The loss of dpo also falls when both completions become less likely, the rejected one more. The penalty keeps the
+    chosen completion at least as likely as under the reference. The Smaug models were trained with it.
+
+    Formula: `-log s(beta (h - dpop_lambda max(0, -D_w)))`. Paper: arXiv 2402.13228, version of July 2024; earlier
+    versions had the penalty outside of beta by mistake (authors, abacusai/smaug #2).
+
+    When: the completions of a pair differ in few tokens, as in maths, where dpo lowers both the most.
+    Values: dpop_lambda 50 (paper; results hardly differ from 5 to 500, say its authors); beta and learning rate are
+    dpo's.
+    """
+
+    name: Literal["dpop"] = "dpop"
+    dpop_lambda: NonNegativeFloat = 50.0
+
+    def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
+        """The negative log-likelihood of the preference, with the penalty on the margin."""
+        penalties = torch.relu(-self._logratios(chosen))
+        return -logsigmoid(self.beta * (margins - self.dpop_lambda * penalties))
+
+
 class IPO(MarginLoss):
     """Regresses the margin to a finite target, where DPO pushes it without bound.
 
@@ -123,7 +147,8 @@ class IPO(MarginLoss):
 
     When: labels are few or clean, and margins grow too far under dpo.
     Values: beta 0.1. The target is then 5 nats, under `mean` 5 nats per token, which is never reached: the loss is
-    nearly linear, and a beta of 0.01-0.1 acts mostly like a factor of the learning rate.
+    nearly linear, and a beta of 0.01-0.1 acts mostly like a factor of the learning rate. Under `sum` the target is
+    within the spread of the margins, and training hardly moves (docs/losses.md).
     """
 
     name: Literal["ipo"] = "ipo"
@@ -167,18 +192,46 @@ class EXO(MarginLoss):
     Formula: `s(z) [log s(z) - log(1 - eps)] + s(-z) [log s(-z) - log eps]`, z = beta h, eps =
     `label_smoothing` > 0. Paper: arXiv 2402.00856, eq. 16.
 
-    When: the completions are samples of the reference, with one good completion among many poor ones.
-    Values: beta 0.1, learning rate 1e-6, batch 64 (paper, appendix B); eps 1e-3 (TRL).
+    When: the completions are samples of the reference, with one good completion among many poor ones. exo_rw is the
+    same for ranked lists with scores.
+    Values: beta 0.5 on HH and TL;DR, 0.1 on IMDB; eps e^-10 = 4.54e-5; learning rate 1e-6, batch 64 (authors' code,
+    haozheji/exact-optimization, which also divides the logits by a temperature of 0.8). TRL: eps 1e-3.
     """
 
     name: Literal["exo"] = "exo"
-    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    beta: PositiveFloat = 0.5
+    label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 4.54e-5
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
         """KL from the policy's preference to the smoothed label."""
         log_win, log_lose = logsigmoid(self.beta * margins), logsigmoid(-self.beta * margins)
         eps = self.label_smoothing
         return log_win.exp() * (log_win - math.log1p(-eps)) + log_lose.exp() * (log_lose - math.log(eps))
+
+
+class ChiPO(Loss):
+    """DPO with a chi-squared divergence added to the KL, so that the reward also grows with the ratio itself.
+
+    A completion that the policy makes far likelier than the reference already has a large reward, so the policy does
+    not overfit to it.
+
+    Formula: `-log s(beta (phi_w - phi_l))`, `phi = e^D + D`, the derivative of `(u - 1)^2 / 2 + u log u` at u = e^D.
+    Paper: chi-squared preference optimization, arXiv 2407.13399, algorithm 1. The paper clips the difference of
+    the rewards at twice the largest reward, where the gradient is 0; here e^D is continued by its tangent beyond D = 20.
+
+    When: dpo overfits, as in long training or with a small beta. Far below the reference the loss is that of dpo.
+    Values: beta and learning rate are dpo's; at the reference the gradient is twice that of dpo.
+    """
+
+    name: Literal["chipo"] = "chipo"
+    beta: PositiveFloat = 0.1
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        logratios = batch.rows.logratios
+        links = logratios + expm1(logratios)
+        losses = -logsigmoid(self.beta * (links[batch.chosen] - links[batch.rejected]))
+        return LossOutput(losses, self.beta * logratios.detach())
 
 
 class DiscoPOP(MarginLoss):

@@ -7,15 +7,12 @@ that of the pair.
 
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.losses.contract import Batch, Loss, LossOutput, NonNegativeFloat, PositiveFloat, Rows, Step
-
-# Log-odds are infinite at p = 1, so mean log-probs are clipped here; float32 still resolves the odds at this value.
-_MAX_MEAN_LOGP = -1e-6
+from stages.losses.numerics import expm1, log_odds
 
 
 class SimPO(Loss):
@@ -30,13 +27,14 @@ class SimPO(Loss):
     TRL and LLaMA-Factory is gamma itself; TRL's `loss_type: simpo` also adds an NLL term unless `cpo_alpha` is 0.
 
     When: scoring with a reference is too expensive, or completions grow longer under dpo.
-    Values: beta 2-10, ratio 0.1-0.8, learning rate 3e-7 to 1e-6, batch 128 (authors' table; 2.0 and 0.5 are
-    theirs for Llama-3-8B-Base). They advise tuning the learning rate first, then the ratio, then beta.
+    Values: batch 128; beta, ratio and learning rate belong together (authors' table): 2.0, 0.5, 6e-7 for
+    Llama-3-8B-Base, the defaults here; 2.5, 0.55, 1e-6 for Llama-3-8B-Instruct; 10, 0.5, 8e-7 for Gemma-2-9B; 2.0,
+    0.8, 3e-7 and 2.5, 0.1, 5e-7 for Mistral-7B Base and Instruct. They advise tuning the learning rate first.
     """
 
     name: Literal["simpo"] = "simpo"
     always_needs: ClassVar[frozenset[str]] = frozenset()
-    learning_rate: ClassVar[float] = 1e-6
+    learning_rate: ClassVar[float] = 6e-7
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.0
     gamma_beta_ratio: NonNegativeFloat = 0.5
@@ -48,6 +46,34 @@ class SimPO(Loss):
         z = self.beta * (chosen.mean_logps - rejected.mean_logps - self.gamma_beta_ratio)
         losses = -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
         return LossOutput(losses, self.beta * batch.rows.mean_logps.detach())
+
+
+class SimPER(Loss):
+    """Raises the inverse perplexity of the chosen completion and lowers that of the rejected one.
+
+    The inverse perplexity is bounded, so the gradient of an unlikely completion is small, without a beta or a margin
+    to tune.
+
+    Formula: `e^(a_l) - e^(a_w)`. Paper: arXiv 2502.00883; authors' code, tengxiao1/SimPER. At alpha -1 the reward of
+    alphapo is the inverse perplexity too, less 1.
+
+    When: there is no budget to tune simpo. EXAONE Deep and EXAONE 4.0 were trained with it. The reported reward is the
+    mean log-prob per token, as in the authors' code.
+    Values: learning rate 6e-7 (authors' for Llama-3-8B-Base; 1e-6 Llama-3-8B-Instruct, 3e-7 and 5e-7 Mistral-7B Base
+    and Instruct), batch 128. The loss lies between -1 and 1, and its slopes are small.
+    """
+
+    name: Literal["simper"] = "simper"
+    always_needs: ClassVar[frozenset[str]] = frozenset()
+    learning_rate: ClassVar[float] = 6e-7
+    batch_size: ClassVar[int] = 128
+
+    def __call__(self, batch: Batch, step: Step) -> LossOutput:
+        """One loss per pair."""
+        mean_logps = batch.rows.mean_logps
+        inverse_perplexities = mean_logps.exp()
+        losses = inverse_perplexities[batch.rejected] - inverse_perplexities[batch.chosen]
+        return LossOutput(losses, mean_logps.detach())
 
 
 class ORPO(Loss):
@@ -62,6 +88,9 @@ class ORPO(Loss):
     as rlhf-book and LLaMA-Factory do; `sequence` also takes those of the prompt from the second on, as TRL does:
     `NLL_w = -(log p(prompt) + L_w) / (prompt tokens + n_w)`. TRL averages the NLL over the tokens of a micro-batch;
     here each pair counts the same.
+
+    The odds of a completion of probability near 1 are not clipped, as in liger and LLaMA-Factory; tunix clips p at
+    1 - 1e-7. p = 1, where the odds are infinite, is taken as the nearest number below.
 
     The metrics are `nll` and `log_odds_ratio` = `o_w - o_l`. TRL logs the latter as `log_odds_chosen`, and its
     `log_odds_ratio` is the log-sigmoid of it.
@@ -86,7 +115,7 @@ class ORPO(Loss):
         """One loss per pair."""
         chosen, rejected = batch.pairs()
         nll = self._nll(chosen)
-        log_odds_ratio = _log_odds(chosen.mean_logps) - _log_odds(rejected.mean_logps)
+        log_odds_ratio = log_odds(chosen.mean_logps) - log_odds(rejected.mean_logps)
         losses = nll - self.beta * logsigmoid(log_odds_ratio)
         metrics = {"nll": nll.detach(), "log_odds_ratio": log_odds_ratio.detach()}
         return LossOutput(losses, self.beta * batch.rows.mean_logps.detach(), metrics)
@@ -97,12 +126,6 @@ class ORPO(Loss):
         assert chosen.prompt_logps is not None, "prompt_logps is not in the needs of the loss"
         assert chosen.num_prompt_tokens is not None, "num_prompt_tokens is not in the needs of the loss"
         return -(chosen.prompt_logps + chosen.logps) / (chosen.num_prompt_tokens + chosen.num_tokens)
-
-
-def _log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p; accurate for p near 0 and near 1."""
-    logps = mean_logps.clamp(max=_MAX_MEAN_LOGP)
-    return logps - torch.log(-torch.expm1(logps))
 
 
 class CPO(Loss):
@@ -141,7 +164,8 @@ class AlphaPO(Loss):
     Formula: `-log s(beta (r_w - r_l) - gamma)`, `r = (1 - p^-alpha) / alpha`, p = e^a. Paper: arXiv
     2501.03884, section 3.
 
-    gamma is that of the paper, not divided by beta as in simpo's `gamma_beta_ratio`.
+    gamma is that of the paper, not divided by beta as in simpo's `gamma_beta_ratio`. Where `-alpha a` exceeds 20,
+    which takes a large alpha or a very unlikely completion, r is continued by its tangent and stays finite.
 
     When: simpo lowers the chosen log-probs too far, or overfits.
     Values: alpha 0.25, beta 2.5, gamma 0.1, learning rate 7e-7 (paper, table 3, Mistral-Instruct), batch 128
@@ -165,7 +189,7 @@ class AlphaPO(Loss):
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
-        rewards = self.beta * -torch.expm1(-self.alpha * batch.rows.mean_logps) / self.alpha
+        rewards = self.beta * -expm1(-self.alpha * batch.rows.mean_logps) / self.alpha
         margins = rewards[batch.chosen] - rewards[batch.rejected]
         return LossOutput(-logsigmoid(margins - self.gamma), rewards.detach())
 

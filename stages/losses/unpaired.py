@@ -95,8 +95,9 @@ class BCO(Loss):
     of all rewards of both classes so far, the present step included, without gradient. Paper: arXiv
     2404.04656, section 4.
 
-    delta is updated once for each optimizer step, over all ranks, and is saved in checkpoints. TRL updated it in
-    every micro-batch (and removed its BCO trainer); TRL's `bco_pair` has no delta and is another loss.
+    delta is updated once for each optimizer step, over all ranks, and is saved in checkpoints. In an evaluation it is
+    the mean of the training steps before, 0 before the first. TRL updated it in every micro-batch (and removed its BCO
+    trainer); TRL's `bco_pair` has no delta and is another loss.
     `udm` multiplies the losses of undesirable rows by `p / (1 - p)`, clipped to [0.5, 10], where p is the probability
     that a completion of the prompt is desirable: underlying distribution matching (paper, section 4), for data
     whose desirable and undesirable completions have different prompts. TRL computes p from an embedding of the prompt
@@ -126,13 +127,18 @@ class BCO(Loss):
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
         rewards = self.beta * batch.rows.logratios
-        seen_sum, seen_count = _seen(step.state)
-        delta = (seen_sum + rewards.detach().sum()) / (seen_count + len(rewards))
+        delta = self._delta(rewards.detach(), step)
         losses = -logsigmoid(torch.where(batch.desirable, rewards - delta, delta - rewards))
         if self.udm:
             assert batch.rows.density_ratios is not None, "density_ratios is not in the needs of the loss"
             losses = losses * batch.rows.density_ratios
         return LossOutput(losses, rewards.detach(), {"delta": delta.expand_as(losses)})
+
+    def _delta(self, rewards: Tensor, step: Step) -> Tensor:
+        seen_sum, seen_count = _seen(step.state)
+        if step.training:
+            return (seen_sum + rewards.sum()) / (seen_count + len(rewards))
+        return rewards.new_tensor(seen_sum / max(1.0, seen_count))
 
     def next_state(self, rewards: Tensor, state: dict[str, float]) -> dict[str, float]:
         """Sum and count of all rewards seen, in double precision."""

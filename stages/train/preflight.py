@@ -99,7 +99,7 @@ def check_data(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Context
     """Raise an `AlignError` if the prepared rows lack something that the loss needs."""
     roles = rows.counts["rows_by_role"]
     name = loss.model_dump()["name"]
-    if loss.unit == "pair" and not roles.get("chosen") and not roles.get("ranked"):
+    if loss.unit != "row" and not roles.get("chosen") and not roles.get("ranked"):
         others = [other for other, cls in LOSSES.items() if cls.unit == "row"]
         raise UsageError(
             f"Loss {name} needs pairs of a chosen and a rejected completion, and {rows.path} has none. "
@@ -129,6 +129,11 @@ def check_data(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Context
         raise UsageError(
             f"Loss {name} with udm compares the prompts of desirable and undesirable completions, and in the pairs of "
             f"{rows.path} both have the same prompts. Leave udm out, or use unpaired data."
+        )
+    if loss.unit == "list" and roles.get("ranked") and pairs != "all":
+        raise UsageError(
+            f"Loss {name} compares all completions of a prompt, and train.pairs={pairs} leaves out some of those in the "
+            f"ranked lists of {rows.path}. Use --set train.pairs=all."
         )
     if pairs != "best_worst":
         _check_pairs(loss, name, rows, pairs)

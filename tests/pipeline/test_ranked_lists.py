@@ -72,6 +72,23 @@ def test_one_reference_pass_serves_every_strategy(tiny_model, graded, tmp_path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["plackett_luce", "infonca", "exo_rw", "qrpo"])
+def test_losses_of_lists_train_on_all_completions_of_a_prompt(loss, tiny_model, graded, tmp_path) -> None:
+    """From lists of four and from the pairs of best and worst, which are lists of two: other weights, same metrics."""
+    policies = []
+    for blocks in ({"prepare": {"graded": "ranked"}, "train": {"pairs": "all"}}, {}):
+        run = session_of(tiny_model, graded, tmp_path / "store", loss={"name": loss}, **blocks)
+        run.run("prepare")
+        run.run("cache-ref")
+        result = run.run("train")
+        assert not result["reused"]
+        assert result["step0"]["rewards/accuracies"] == 0.5
+        assert result["final"]["rewards/margins"] != 0
+        policies.append(weights(result))
+    assert policies[0] != policies[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "kto", "bco"])
 def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
     loss, tiny_model, graded, tmp_path
@@ -126,4 +143,17 @@ def test_what_cannot_be_compared_by_other_strategies_says_what_to_type(
     run.run("prepare")
     run.run("cache-ref")
     with pytest.raises(UsageError, match=message):
+        run.run("train")
+
+
+def test_losses_of_lists_refuse_a_part_of_each(tiny_model, graded, tmp_path) -> None:
+    """The default, best_worst, would leave two of four out."""
+    run = session_of(
+        tiny_model, graded, tmp_path / "store", prepare={"graded": "ranked"}, loss={"name": "infonca"}
+    )
+    run.run("prepare")
+    run.run("cache-ref")
+    with pytest.raises(
+        UsageError, match=r"Loss infonca compares .* train.pairs=best_worst leaves .* --set train.pairs=all"
+    ):
         run.run("train")

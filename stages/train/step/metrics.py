@@ -29,7 +29,8 @@ class Totals:
     def add_batch(self, batch: Batch, output: LossOutput) -> None:
         """Add the metrics of a batch."""
         self.add("loss", output.losses)
-        paired = len(batch.chosen) > 0
+        # A micro-batch may hold ranked lists of equal scores alone, which have no pair; unpaired data has no lists.
+        paired = len(batch.chosen) > 0 or batch.num_lists < len(batch.desirable)
         chosen = batch.chosen if paired else batch.desirable
         rejected = batch.rejected if paired else ~batch.desirable
         for label, rows in (("chosen", chosen), ("rejected", rejected)):

@@ -96,12 +96,15 @@ class RowScorer:
         return Rows(**columns)
 
     def batch(self, numbers: np.ndarray, rows: Rows) -> Batch:
-        """`rows`, whose row numbers are `numbers`, with their labels and pairs."""
+        """`rows`, whose row numbers are `numbers`, with their labels, pairs and lists."""
         roles = self.rows.roles[numbers]
         chosen, rejected = torch.from_numpy(self.pairs.among(numbers)).to(self.device).unbind(1)
         desirable = torch.from_numpy(roles == "desirable").to(self.device)
         desirable[chosen] = True
-        return Batch(rows, desirable, chosen, rejected)
+        examples, lists = np.unique(self.rows.example_of(numbers), return_inverse=True)
+        return Batch(
+            rows, desirable, chosen, rejected, torch.from_numpy(lists).to(self.device), len(examples)
+        )
 
 
 def make_row_scorers(

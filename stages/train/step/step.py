@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of the loss on `examples`, taken as one step, and the metrics of length."""
     groups = [scorer.pairs.scored(example) for example in examples]
-    statistics = _step_statistics(scorer, loss, examples, state)
+    statistics = replace(_step_statistics(scorer, loss, examples, state), training=False)
     batch = scorer.batch(np.concatenate(groups), scorer.score_all(groups))
     output = loss(batch, statistics)
     totals = Totals()
@@ -108,7 +108,13 @@ def _linearized(rows: Rows, gradients: Mapping[str, Tensor], places: Sequence[in
 
 
 def _num_units(scorer: RowScorer, loss: Loss, numbers: np.ndarray) -> int:
-    return len(scorer.pairs.among(numbers)) if loss.unit == "pair" else len(numbers)
+    match loss.unit:
+        case "pair":
+            return len(scorer.pairs.among(numbers))
+        case "row":
+            return len(numbers)
+        case "list":
+            return len(np.unique(scorer.rows.example_of(numbers)))
 
 
 def _kl_metric(statistics: Step) -> dict[str, float]:

@@ -17,7 +17,12 @@ def _pairs(chosen, rejected, ref_chosen=None, ref_rejected=None, *, dtype=torch.
     )
     index = torch.arange(num_pairs)
     return Batch(
-        rows, desirable=torch.arange(2 * num_pairs) < num_pairs, chosen=index, rejected=index + num_pairs
+        rows,
+        desirable=torch.arange(2 * num_pairs) < num_pairs,
+        chosen=index,
+        rejected=index + num_pairs,
+        lists=index.repeat(2),
+        num_lists=num_pairs,
     )
 
 
@@ -41,3 +46,20 @@ def triple():
         [-3, -4, -5],
         num_tokens=([2, 4, 1], [4, 2, 2]),
     )
+
+
+def _lists(logratios, scores, *, dtype=torch.float64):
+    """A list for each entry, all pairs of unequal scores compared; rows of one token under a reference of 0."""
+    flat = [(number, value) for number, values in enumerate(logratios) for value in values]
+    graded = torch.tensor([score for values in scores for score in values], dtype=dtype)
+    lists = torch.tensor([number for number, _ in flat])
+    better = (graded[:, None] > graded[None, :]) & (lists[:, None] == lists[None, :])
+    chosen, rejected = better.nonzero().unbind(1)
+    logps = torch.tensor([value for _, value in flat], dtype=dtype)
+    rows = Rows(logps, torch.ones_like(logps), ref_logps=torch.zeros_like(logps), scores=graded)
+    return Batch(rows, torch.ones_like(lists, dtype=torch.bool), chosen, rejected, lists, len(logratios))
+
+
+@pytest.fixture
+def lists():
+    return _lists

@@ -82,9 +82,50 @@ def test_odpo(triple, block, expected):
 def test_odpo_drops_and_counts_pairs_without_a_gap(triple):
     """Gaps 4, 0 and -1: only the first pair has a loss, 2 of 3 are dropped."""
     scored = with_rows(triple, scores=[5, 1, 0, 1, 1, 1])
-    output = parse_loss({"name": "odpo", "beta": 1, "sft_weight": 1})(scored, Step())
-    assert output.losses.tolist() == close(1.1816115, 0, 0)
+    output = parse_loss({"name": "odpo", "beta": 1})(scored, Step())
+    assert output.losses.tolist() == close(0.1816115, 0, 0)
     assert output.metrics["odpo_dropped"].tolist() == [0, 1, 1]
+
+
+def test_odpo_keeps_the_nll_of_a_pair_whose_preference_it_drops(triple):
+    """-a_w = 1, 1, 6 are the metric's pairs and the loss's: only the preference has no meaning without a gap."""
+    scored = with_rows(triple, scores=[5, 1, 0, 1, 1, 1])
+    output = parse_loss({"name": "odpo", "beta": 1, "sft_weight": 1})(scored, Step())
+    assert output.losses.tolist() == close(1.1816115, 1, 6)
+    assert output.metrics["nll"].tolist() == close(1, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [
+        # z = h / 2 = 1.5, 0, -1.5 and t = (s_w - s_l) / 2 = 2, 0.5, -1; s(2) = 0.8807971, s(1.5) = 0.8175745:
+        # 0.8807971 log(0.8807971 / 0.8175745) + 0.1192029 log(0.1192029 / 0.1824255) = 0.0656064 - 0.0507226, ...
+        ("backward_kl", (0.0148838, 0.0302999, 0.0226223)),
+        # 0.8175745 log(0.8175745 / 0.8807971) + 0.1824255 log(0.1824255 / 0.1192029) = -0.0608973 + 0.0776247, ...
+        ("forward_kl", (0.0167275, 0.0309298, 0.0206356)),
+        ("squared", (0.25, 0.25, 0.25)),
+    ],
+)
+def test_rpo(triple, distance, expected):
+    """Score gaps of 4, 1 and -2, half of which are the targets."""
+    scored = with_rows(triple, scores=[5, 1, 0, 1, 0, 2])
+    assert losses_of(scored, name="rpo", beta=0.5, eta=0.5, distance=distance) == close(*expected)
+
+
+def test_dpop(triple):
+    """D_w = 1, 0, -1, of which the last has lost 1: margins 3, 0, -3 - 2."""
+    assert losses_of(triple, name="dpop", beta=1, dpop_lambda=2) == close(0.0485874, 0.6931472, 5.0067153)
+
+
+def test_chipo(triple):
+    """phi = e^D + D: 3.7182818, 1, -0.6321206 and -1.8646647, 1, 9.3890561; half of the differences: 2.7914733,
+    0, -5.0105883."""
+    assert losses_of(triple, name="chipo", beta=0.5) == close(0.0595236, 0.6931472, 5.0172332)
+
+
+def test_cal_dpo(triple):
+    """dpo with beta 1 and the squares of sppo: 0.0485874 + 1, 0.6931472 + 2, 3.0485874 + 13."""
+    assert losses_of(triple, name="cal_dpo", beta=0.5) == close(1.0485874, 2.6931472, 16.0485874)
 
 
 def test_hinge(triple):
@@ -132,6 +173,14 @@ def test_apo_down(triple):
     assert losses_of(triple, name="apo_down", beta=1) == close(0.7784845, 1, 1.2215155)
 
 
+def test_apo_of_means(triple):
+    """d_w = 0.5, 0, -1 and d_l = -0.5, 0, 1: 1 - s(0.5) + s(-0.5) = 0.7550813, ...; s(0.5) + 1 - s(1) = 0.8914007, ..."""
+    assert losses_of(triple, name="apo_zero", beta=1, normalize="mean") == close(0.7550813, 1, 1.4621172)
+    assert losses_of(triple, name="apo_down", beta=1, normalize="mean") == close(0.8914007, 1, 1.1497385)
+    rewards = parse_loss({"name": "apo_zero", "beta": 1, "normalize": "mean"})(triple, Step()).rewards
+    assert rewards.tolist() == [1, 0, -1, -2, 0, 2]
+
+
 def test_discopop(triple):
     """m = s(h / 0.5), s(6) = 0.9975274: 0.0024726 * 0.0485874 + 0.9975274 e^-3; (log 2 + 1) / 2;
     0.9975274 * 3.0485874 + 0.0024726 e^3."""
@@ -143,6 +192,17 @@ def test_wpo(triple):
     half = 0.6931471805599453
     batch = with_rows(triple, collision_logps=[-1, -1 + half, -6, -1.25 + half, -2 + half, -1.5])
     assert losses_of(batch, name="wpo", beta=1) == close(0.0242937, 0.1732868, 3.0485874)
+
+
+def test_wpo_bounds_the_product_of_the_weights_not_each_of_them(triple):
+    """Chosen 4, 2, 1, rejected 1/2, 1/4, 4: products 2, 1/2 and 4, bounded to 1, 1/2, 1; or not, as in TRL."""
+    half = 0.6931471805599453
+    batch = with_rows(
+        triple, collision_logps=[-1 - 2 * half, -1 - half, -6, -1.25 + half, -2 + 2 * half, -1.5 - 2 * half]
+    )
+    assert losses_of(batch, name="wpo", beta=1) == close(0.0485874, 0.3465736, 3.0485874)
+    as_trl = {"name": "wpo", "beta": 1, "clamp_weights": False}
+    assert losses_of(batch, **as_trl) == close(0.0971747, 0.3465736, 12.1943495)
 
 
 def test_ld_alpha(triple):
@@ -204,6 +264,16 @@ def test_bco(triple):
     assert output.metrics["delta"].tolist() == [0.5] * 6
 
 
+def test_bco_evaluates_with_the_mean_of_the_training_steps_alone(triple):
+    """delta = 6 / 6 = 1 whatever is evaluated: -log s(D - 1) at 1, 0, -1 and -log s(1 - D) at -2, 0, 2."""
+    step = Step(state={"reward_sum": 6.0, "reward_count": 6.0}, training=False)
+    expected = close(0.6931472, 1.3132617, 2.126928, 0.0485874, 0.3132617, 1.3132617)
+    assert losses_of(triple, step, name="bco", beta=1) == expected
+    first = dataclasses.replace(triple, rejected=triple.rejected[:1], chosen=triple.chosen[:1])
+    output = parse_loss({"name": "bco", "beta": 1})(first, dataclasses.replace(step, state={}))
+    assert output.metrics["delta"].tolist() == [0] * 6
+
+
 def test_simpo(triple):
     """2 (a_w - a_l - 0.25) = 2 (0.25 - 0.25), 2 (1 - 0.25), 2 (-4.5 - 0.25) = 0, 1.5, -9.5."""
     assert losses_of(triple, name="simpo", gamma_beta_ratio=0.25) == close(0.6931472, 0.2014133, 9.5000748)
@@ -213,6 +283,13 @@ def test_simpo_with_label_smoothing(triple):
     """A quarter of the flipped loss, which is larger by z: log 2, 0.2014133 + 1.5 / 4, 9.5000748 - 9.5 / 4."""
     losses = losses_of(triple, name="simpo", gamma_beta_ratio=0.25, label_smoothing=0.25)
     assert losses == close(0.6931472, 0.5764133, 7.1250748)
+
+
+def test_simper(triple):
+    """e^a: 0.3678794, 0.3678794, 0.0024788 and 0.2865048, 0.1353353, 0.2231302."""
+    output = parse_loss({"name": "simper"})(triple, Step())
+    assert output.losses.tolist() == close(-0.0813746, -0.2325442, 0.2206514)
+    assert output.rewards.tolist() == [-1, -1, -6, -1.25, -2, -1.5]
 
 
 def test_orpo_with_the_nll_of_the_sequence(pairs):

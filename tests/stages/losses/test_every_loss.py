@@ -17,7 +17,13 @@ VARIANTS = [
     {"name": "ipo", "normalize": "sum"},
     {"name": "odpo", "f": "identity"},
     {"name": "odpo", "f": "log1p"},
+    {"name": "rpo", "distance": "forward_kl"},
+    {"name": "rpo", "distance": "squared"},
+    {"name": "apo_zero", "normalize": "mean"},
+    {"name": "apo_down", "normalize": "mean"},
+    {"name": "infonca", "alpha": 2},
     {"name": "wpo", "ld_alpha": 0.5, "sft_weight": 1},
+    {"name": "wpo", "clamp_weights": False},
     {"name": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.7},
     {"name": "simpo", "label_smoothing": 0.1},
     {"name": "alphapo", "alpha": -0.5},
@@ -76,7 +82,8 @@ def random_batch(num_pairs=6, *, seed=0, dtype=torch.float64):
     rows = Rows(**{key: value.to(dtype) for key, value in vars(rows).items()})
     chosen, rejected = order.chunk(2)
     desirable = torch.zeros(2 * num_pairs, dtype=torch.bool).index_fill(0, chosen, True)
-    return Batch(rows, desirable, chosen, rejected)
+    lists = torch.empty_like(order).index_copy(0, order, torch.arange(num_pairs).repeat(2))
+    return Batch(rows, desirable, chosen, rejected, lists, num_pairs)
 
 
 def random_step(dtype=torch.float64):
@@ -98,9 +105,8 @@ def take_pairs(batch, pair_indices):
     """A micro-batch: some of the pairs and their rows only."""
     rows = torch.cat([batch.chosen[pair_indices], batch.rejected[pair_indices]])
     count = len(pair_indices)
-    return Batch(
-        batch.rows.select(rows), batch.desirable[rows], torch.arange(count), torch.arange(count, 2 * count)
-    )
+    index = torch.arange(count)
+    return Batch(batch.rows.select(rows), batch.desirable[rows], index, index + count, index.repeat(2), count)
 
 
 @each_loss
@@ -126,7 +132,7 @@ def test_gradient_matches_finite_differences(loss):
 def test_shapes_and_what_carries_a_gradient(loss):
     batch, _ = with_grad(random_batch())
     output = loss(batch, random_step())
-    num_units = {"pair": 6, "row": 12}[loss.unit]
+    num_units = {"pair": 6, "row": 12, "list": 6}[loss.unit]
     assert output.losses.shape == (num_units,)
     assert output.losses.requires_grad
     assert output.rewards.shape == (12,)
@@ -173,7 +179,9 @@ def test_order_of_rows_and_pairs_does_not_matter(loss):
 def test_swapping_chosen_and_rejected_flips_every_margin(loss):
     batch = random_batch()
     rewards = loss(batch, random_step()).rewards
-    swapped = Batch(batch.rows, ~batch.desirable, batch.rejected, batch.chosen)
+    swapped = dataclasses.replace(
+        batch, desirable=~batch.desirable, chosen=batch.rejected, rejected=batch.chosen
+    )
     swapped_rewards = loss(swapped, random_step()).rewards
     margins = rewards[batch.chosen] - rewards[batch.rejected]
     assert margins.abs().min() > 0
@@ -224,8 +232,8 @@ def test_a_loss_never_reads_values_back_to_the_host(loss):
     """On the meta device there are no values: `.item()` or a branch on data would raise."""
     batch, step = random_batch(), random_step()
     rows = Rows(**{key: value.to("meta") for key, value in vars(batch.rows).items()})
-    indices = (batch.desirable.to("meta"), batch.chosen.to("meta"), batch.rejected.to("meta"))
-    output = loss(Batch(rows, *indices), dataclasses.replace(step, kl=step.kl.to("meta")))
+    indices = (value.to("meta") for value in (batch.desirable, batch.chosen, batch.rejected, batch.lists))
+    output = loss(Batch(rows, *indices, batch.num_lists), dataclasses.replace(step, kl=step.kl.to("meta")))
     assert output.losses.device.type == "meta"
 
 
@@ -266,16 +274,20 @@ STEP_0 = {
     "cdpo": LN2,
     "rdpo": LN2,
     "dpo_norm": LN2,
+    "dpop": LN2,
     "ipo": 25.0,
     "hinge": 1.0,
-    "exo": -LN2 - 0.5 * math.log(1e-3 * (1 - 1e-3)),
+    "exo": -LN2 - 0.5 * math.log(4.54e-5 * (1 - 4.54e-5)),
+    "chipo": LN2,
     "nca": 2 * LN2,
     "sppo": 500_000.0,
+    "cal_dpo": 500_000.0 + LN2,
     "aot": LN2,
     "aot_unpaired": LN2,
     "apo_zero": 1.0,
     "apo_down": 1.0,
     "discopop": 0.5 * LN2 + 0.5,
+    "plackett_luce": LN2,
     "kto": 0.5,
     "apo_zero_unpaired": 0.5,
     "bco": LN2,

@@ -8,6 +8,8 @@ import torch
 
 from stages.losses import Step, parse_loss
 
+LN2 = math.log(2)
+
 
 @pytest.fixture
 def batch(pairs):
@@ -40,6 +42,7 @@ def equal(actual, expected, tolerance=1e-12):
         {"name": "rdpo", "label_smoothing": 0},
         {"name": "dpo", "ld_alpha": 1},
         {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}]},
+        {"name": "dpop", "dpop_lambda": 0},
     ],
 )
 def test_reduces_to_dpo(batch, block):
@@ -112,6 +115,72 @@ def test_alphapo_tends_to_simpo(batch, alpha):
     equal(losses(batch, alphapo), losses(batch, simpo), tolerance=1e-6)
 
 
+def test_dpop_is_dpo_where_the_chosen_log_ratio_has_not_fallen(pairs):
+    """D_w = 0.5 and 0: nothing to take back; D_w = -0.1 takes 50 times 0.1 off the margin of 3."""
+    batch = pairs([-9.5, -8.0], [-12.0, -7.0], [-10.0, -8.0], [-9.0, -7.5])
+    equal(losses(batch, {"name": "dpop"}), losses(batch, {"name": "dpo"}))
+    fallen = pairs([-10.1], [-12.1], [-10.0], [-9.0])
+    expected = torch.tensor([math.log1p(math.exp(0.1 * 2))], dtype=torch.float64)
+    equal(losses(fallen, {"name": "dpop"}), expected)
+
+
+def test_cal_dpo_is_dpo_and_sppo(batch):
+    parts = [{"loss": {"name": "dpo", "beta": 1}}, {"loss": {"name": "sppo", "beta": 0.2}}]
+    equal(losses(batch, {"name": "cal_dpo", "beta": 0.2}), losses(batch, {"name": "mixture", "parts": parts}))
+
+
+def test_rpo_on_a_constant_difference_is_ipo_and_on_a_certain_one_dpo(batch):
+    """(beta h - 1/2)^2 = beta^2 (h - 1 / (2 beta))^2, and the KL from a sure label is minus its log-likelihood."""
+    constant = dataclasses.replace(batch.rows, scores=batch.desirable.double())
+    scored = dataclasses.replace(batch, rows=constant)
+    squared = losses(scored, {"name": "rpo", "distance": "squared", "eta": 0.5, "beta": 0.2})
+    equal(squared, 0.04 * losses(batch, {"name": "ipo", "normalize": "sum", "beta": 0.2}))
+    equal(losses(scored, {"name": "rpo", "eta": 200}), losses(batch, {"name": "dpo"}))
+    certain = losses(scored, {"name": "rpo", "distance": "forward_kl", "eta": 10})
+    equal(certain, losses(batch, {"name": "exo", "beta": 0.1, "label_smoothing": 1 / (1 + math.exp(10))}))
+
+
+def test_rpo_with_beta_1_is_rebel_s_regression(batch):
+    """ZhaolinGao/REBEL 4ad7c11 src/ultrafeedback_largebatch/rebel.py: (difference of log-ratios - eta of rewards)^2."""
+    chosen, rejected = batch.pairs()
+    expected = (chosen.logratios - rejected.logratios - 0.7 * (chosen.scores - rejected.scores)).square()
+    equal(losses(batch, {"name": "rpo", "distance": "squared", "eta": 0.7, "beta": 1}), expected)
+
+
+def test_chipo_has_the_derivative_of_its_divergence(pairs):
+    """phi = f'(u) of f(u) = (u - 1)^2 / 2 + u log u at u = e^D, by autograd; far below the reference it is dpo."""
+    logratios = torch.tensor([[0.7, -0.3], [-1.2, 0.1]], dtype=torch.float64)
+    ratio = logratios.exp().requires_grad_()
+    divergence = (ratio - 1).square() / 2 + ratio * ratio.log()
+    (links,) = torch.autograd.grad(divergence.sum(), ratio)
+    expected = torch.nn.functional.softplus(-0.4 * (links[0] - links[1]))
+    batch = pairs(logratios[0], logratios[1], [0.0, 0.0], [0.0, 0.0])
+    equal(losses(batch, {"name": "chipo", "beta": 0.4}), expected)
+    far = pairs([-60.0, -52.0], [-58.0, -61.0], [0.0, 0.0], [0.0, 0.0])
+    equal(losses(far, {"name": "chipo"}), losses(far, {"name": "dpo"}))
+
+
+def test_chipo_moves_twice_as_fast_as_dpo_at_the_reference(pairs):
+    nudged = pairs([-5.0 + 1e-6], [-5.0], [-5.0], [-5.0])
+    changes = [LN2 - losses(nudged, {"name": name}).item() for name in ("chipo", "dpo")]
+    assert changes[0] / changes[1] == pytest.approx(2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["apo_zero", "apo_down"])
+def test_apo_of_means_on_equal_lengths_is_apo_with_beta_over_length(pairs, name):
+    batch = pairs([-3.0, -5.0], [-4.0, -1.0], [-2.0, -5.5], [-4.5, -2.0], num_tokens=([7, 7], [7, 7]))
+    equal(
+        losses(batch, {"name": name, "normalize": "mean", "beta": 0.7}),
+        losses(batch, {"name": name, "beta": 0.1}),
+    )
+
+
+def test_simper_is_minus_the_margin_of_alphapo_at_alpha_minus_1(batch):
+    """r = (1 - p) / -1 = p - 1."""
+    rewards = parse_loss({"name": "alphapo", "alpha": -1, "beta": 1})(batch, Step()).rewards
+    equal(losses(batch, {"name": "simper"}), rewards[batch.rejected] - rewards[batch.chosen])
+
+
 def test_orpo_and_cpo_add_the_same_nll(batch):
     """The mean per chosen token of each pair; what else orpo adds is its odds term."""
     orpo = parse_loss({"name": "orpo"})(batch, Step())
@@ -127,6 +196,9 @@ def test_orpo_and_cpo_add_the_same_nll(batch):
     [
         # p = e^-1e-4: 1 - p = 1e-4 - 5e-9 + ..., so log(p / (1 - p)) = -1e-4 + log(1e4) + 5e-5.
         (-1e-4, math.log(1e4) - 5e-5),
+        # p = e^-x for small x: 1 - p = x, beyond what tunix (1e-7) tells apart.
+        (-1e-8, math.log(1e8)),
+        (-1e-30, math.log(1e30)),
         (-math.log(2), 0.0),
         # p = e^-50: log(1 - p) vanishes.
         (-50.0, -50.0),
@@ -148,6 +220,73 @@ def test_orpo_of_a_certain_completion_is_finite(pairs):
     output.losses.sum().backward()
     assert torch.isfinite(output.losses).all()
     assert torch.isfinite(logps.grad).all()
+
+
+@pytest.mark.parametrize("logps", [(-1e-9, -0.7), (-0.7, -1e-9), (-1e-9, -1e-7)])
+def test_orpo_near_certainty_has_the_slope_of_its_formula_in_float64(pairs, logps):
+    """d/da log(p / (1 - p)) = 1 / (1 - p), which is 1 / x at p = e^-x; liger and LLaMA-Factory have no clamp."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = torch.tensor(logps, dtype=dtype, requires_grad=True)
+        batch = pairs([0.0], [0.0], dtype=dtype)
+        rows = dataclasses.replace(batch.rows, logps=leaf)
+        if dtype == torch.float32:
+            parse_loss({"name": "orpo"})(
+                dataclasses.replace(batch, rows=rows), Step()
+            ).losses.sum().backward()
+        else:
+            odds = leaf - torch.log(-torch.expm1(leaf))
+            (-leaf[0] + 0.1 * torch.log1p(torch.exp(odds[1] - odds[0]))).backward()
+        found.append(leaf.grad.double())
+    equal(found[0], found[1], tolerance=1e-5)
+
+
+FORWARD = {"f_divergence": "forward_kl"}
+ALPHA = {"f_divergence": "alpha_divergence", "f_alpha_divergence_coef": 0.1}
+
+
+@pytest.mark.parametrize(
+    "block", [{"name": "ipo", **FORWARD}, {"name": "ipo", **ALPHA}, {"name": "dpo", **FORWARD}]
+)
+@pytest.mark.parametrize("logps", [(-50.0, -60.0), (-95.0, -90.0), (-5000.0, -200.0)])
+def test_divergences_are_finite_and_pull_back_far_from_the_reference(pairs, block, logps):
+    """Squares of e^50 and slopes beyond a bound: a loss that is a number and, in the wrong order, a slope."""
+    batch = pairs([0.0], [0.0], [0.0], [0.0], num_tokens=([1], [1]), dtype=torch.float32)
+    leaf = torch.tensor(logps, requires_grad=True)
+    losses = parse_loss(block)(
+        dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, logps=leaf)), Step()
+    )
+    losses.losses.sum().backward()
+    assert torch.isfinite(losses.losses).all()
+    assert torch.isfinite(leaf.grad).all()
+    if logps[0] < logps[1]:
+        assert leaf.grad[0] < 0
+
+
+@pytest.mark.parametrize("divergence", [FORWARD, ALPHA])
+def test_divergences_are_the_paper_s_up_to_an_exponent_of_20(pairs, divergence):
+    """1 - e^-D and (e^((c - 1) D) - 1) / (c - 1) in float64, at D = -19 and -3."""
+    coefficient = divergence.get("f_alpha_divergence_coef", 0.0)
+    margin = (math.exp((coefficient - 1) * -3) - math.exp((coefficient - 1) * -19)) / (coefficient - 1)
+    batch = pairs([-3.0], [-19.0], [0.0], [0.0])
+    expected = torch.tensor([(margin - 5) ** 2], dtype=torch.float64)
+    equal(losses(batch, {"name": "ipo", "normalize": "sum", **divergence}), expected)
+
+
+@pytest.mark.parametrize("alpha", [25.0, 1e4, -25.0])
+@pytest.mark.parametrize("mean_logps", [(-5.0, -8.0), (-8.0, -5.0), (-1e-7, -900.0)])
+def test_alphapo_is_finite_for_any_alpha(pairs, alpha, mean_logps):
+    """p^-alpha is infinite in float32 from alpha a = -89 on."""
+    leaf = torch.tensor(mean_logps, requires_grad=True)
+    batch = pairs([0.0], [0.0], dtype=torch.float32)
+    alphapo = parse_loss({"name": "alphapo", "alpha": alpha})
+    output = alphapo(dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, logps=leaf)), Step())
+    output.losses.sum().backward()
+    assert torch.isfinite(output.losses).all()
+    assert torch.isfinite(output.rewards).all()
+    assert torch.isfinite(leaf.grad).all()
+    if alpha > 0 and mean_logps[0] < mean_logps[1]:
+        assert leaf.grad[0] < 0
 
 
 def test_sft_is_the_mean_over_tokens(batch):

@@ -116,6 +116,10 @@ PARTS = [{"loss": {"name": "dpo"}}, {"loss": {"name": "kto", "betta": 1}, "wiegh
             {"name": "mixture", "parts": [{"loss": {"name": "dpo"}}, {"loss": {"name": "bco"}}]},
             "loss.parts has bco, which keeps a running state, in a later place; put it first",
         ),
+        (
+            {"name": "mixture", "parts": [{"loss": {"name": "infonca"}}]},
+            "loss.parts has infonca, a loss of ranked lists; the parts of a mixture are losses of pairs",
+        ),
     ],
 )
 def test_a_wrong_block_is_refused_in_one_line(block, message):

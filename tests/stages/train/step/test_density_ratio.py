@@ -50,6 +50,57 @@ def test_classes_of_unequal_size_are_balanced() -> None:
     assert 0.7 < np.median(ratios) < 1.4
 
 
-def test_rows_of_one_kind_are_an_error() -> None:
-    with pytest.raises(DataError, match=r"3 desirable and 0 undesirable completions; loss.udm compares"):
-        DensityRatios(rows_of({(1, "desirable"): 3}))
+@pytest.mark.parametrize("num_prompts", [12, 60])
+def test_a_true_ratio_of_one_is_one(num_prompts) -> None:
+    """Good and bad answers to prompts of one kind; training rows and new ones are judged alike.
+
+    A classifier that judges the rows it was fitted on says 0.7 with 12 prompts and 0.8 with 60.
+    """
+    found = {"training": [], "new": []}
+    for seed in range(5):
+        rows = rows_of({(1, "desirable"): num_prompts, (1, "undesirable"): num_prompts}, seed)
+        fitted = DensityRatios(rows)
+        found["training"].append(fitted.of(rows)[rows.roles == "undesirable"])
+        found["new"].append(fitted.of(rows_of({(1, "undesirable"): 100}, seed + 100))[::2])
+    for ratios in found.values():
+        assert np.exp(np.log(np.concatenate(ratios)).mean()) == pytest.approx(1, abs=0.05)
+
+
+def test_prompts_without_a_common_token_say_nothing_about_each_other() -> None:
+    """Each prompt has a token of its own, so the classifier of the others knows nothing of it: p is 1/2."""
+    answer, kept = np.arange(5, dtype=np.int32), np.ones(5, bool)
+    examples = [
+        Example(f"{i}", f"made:{i}", np.array([i], np.int32), [Row(role, answer, kept)])
+        for i, role in enumerate(["desirable", "undesirable"] * 10)
+    ]
+    rows = RowSet([to_table(examples, [0] * len(examples))])
+    assert DensityRatios(rows).of(rows) == pytest.approx(np.ones(20), abs=0.02)
+
+
+def test_copies_of_a_prompt_are_judged_by_a_classifier_that_saw_none_of_them() -> None:
+    """Answers to one prompt are all bad; what the others say of it is 1, whatever its own rows say."""
+    answer, kept = np.arange(5, dtype=np.int32), np.ones(5, bool)
+    kinds = [(0, "undesirable")] * 6 + [
+        (i, role) for i in (1, 2, 3, 4) for role in ("desirable", "undesirable")
+    ]
+    examples = [
+        Example(f"{n}", f"made:{n}", np.array([i], np.int32), [Row(role, answer, kept)])
+        for n, (i, role) in enumerate(kinds)
+    ]
+    rows = RowSet([to_table(examples, [0] * len(examples))])
+    assert DensityRatios(rows).of(rows)[:6] == pytest.approx(np.ones(6), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({(1, "desirable"): 3}, r"3 prompts with desirable and 0 with undesirable completions; loss.udm"),
+        (
+            {(1, "desirable"): 1, (2, "undesirable"): 9},
+            r"1 prompts with desirable and 9 with .*; loss.udm compares two or more of each",
+        ),
+    ],
+)
+def test_too_few_prompts_of_a_kind_are_an_error(counts, message) -> None:
+    with pytest.raises(DataError, match=message):
+        DensityRatios(rows_of(counts))

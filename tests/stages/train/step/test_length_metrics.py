@@ -13,7 +13,9 @@ def metrics_of(rewards: list[float], tokens: list[int]) -> dict[str, list[float]
     number = len(rewards)
     rows = Rows(logps=torch.zeros(number), num_tokens=torch.tensor(tokens))
     chosen = torch.arange(0, number, 2)
-    batch = Batch(rows, torch.arange(number) % 2 == 0, chosen, chosen + 1)
+    batch = Batch(
+        rows, torch.arange(number) % 2 == 0, chosen, chosen + 1, torch.arange(number) // 2, number // 2
+    )
     output = LossOutput(torch.zeros(len(chosen)), torch.tensor(rewards))
     return {name: values.reshape(-1).tolist() for name, values in length_metrics(batch, output).items()}
 
@@ -47,4 +49,5 @@ def test_unpaired_rows_have_no_length_metrics() -> None:
     rows = Rows(logps=torch.zeros(3), num_tokens=torch.ones(3))
     empty = torch.zeros(0, dtype=torch.long)
     output = LossOutput(torch.zeros(3), torch.zeros(3))
-    assert length_metrics(Batch(rows, torch.ones(3, dtype=torch.bool), empty, empty), output) == {}
+    batch = Batch(rows, torch.ones(3, dtype=torch.bool), empty, empty, torch.arange(3), 3)
+    assert length_metrics(batch, output) == {}

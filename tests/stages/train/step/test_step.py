@@ -12,6 +12,7 @@ from stages.engine.scorer import Scorer
 from stages.losses import LOSSES, parse_loss
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World, join_world
+from stages.settings.train import PairStrategy
 from stages.train.step.row_scorer import RowScorer
 from stages.train.step.step import accumulate_step, evaluate
 from tests.forked import on_two_ranks
@@ -92,20 +93,44 @@ def make_reference(rows: RowSet, folder) -> RefLogps:
     return reference
 
 
-def step_of(block: dict, rows: RowSet, reference: RefLogps, budget: int, world: World, passes: int = 1):
+def make_lists() -> RowSet:
+    """Eight ranked lists of two to five completions; two of each list have one score, the second list has one score."""
+    random = np.random.default_rng(6)
+    examples = []
+    for number in range(8):
+        completions = [random.integers(3, 90, int(random.integers(2, 9))) for _ in range(2 + number % 4)]
+        scores = [0.0 if number == 1 else float(max(1, place)) for place in range(len(completions))]
+        rows = [
+            Row("ranked", ids.astype(np.int32), np.ones(len(ids), bool), score)
+            for ids, score in zip(completions, scores, strict=True)
+        ]
+        prompt = random.integers(3, 90, 5).astype(np.int32)
+        examples.append(Example(str(number), f"made:{number}", prompt, rows))
+    return RowSet([to_table(examples, list(range(8)))])
+
+
+def step_of(
+    block: dict,
+    rows: RowSet,
+    reference: RefLogps,
+    budget: int,
+    world: World,
+    passes: int = 1,
+    pairs: PairStrategy = "best_worst",
+):
     """Gradient, metrics and next state of a step (after `passes` earlier ones, for losses with state)."""
     loss = parse_loss(block)
     model = make_model(0)
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
     ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if "density_ratios" in loss.needs else None
     row_scorer = RowScorer(
-        scorer, rows, reference if loss.needs_reference else None, loss, world, density_ratios=ratios
+        scorer, rows, reference if loss.needs_reference else None, loss, world, pairs, ratios
     )
     state: dict[str, float] = {}
     metrics: dict[str, float] = {}
     for _ in range(passes):
         model.zero_grad()
-        metrics, state = accumulate_step(row_scorer, loss, range(NUM_EXAMPLES), state)
+        metrics, state = accumulate_step(row_scorer, loss, range(rows.num_examples), state)
     world.sum_gradients(model.parameters())
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     return gradient.double(), metrics, state, scorer.forwards
@@ -140,6 +165,50 @@ def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
         assert_same(split, whole)
 
 
+LISTWISE = [name for name, cls in LOSSES.items() if cls.unit == "list"]
+
+
+@pytest.mark.parametrize("name", [*LISTWISE, "dpo"])
+def test_the_split_of_ranked_lists_changes_nothing(name: str, tmp_path) -> None:
+    rows = make_lists()
+    reference = make_reference(rows, tmp_path)
+    block = {"name": name, **({"alpha": 2} if name == "infonca" else {})}
+    whole = step_of(block, rows, reference, BUDGETS["1x16"], World(), pairs="all")
+    assert whole[0].norm() > 0
+    for budget in (60, BUDGETS["16x1"]):
+        split = step_of(block, rows, reference, budget, World(), pairs="all")
+        assert split[3] > whole[3]
+        assert_same(split, whole)
+
+
+def test_a_ranked_list_s_loss_is_the_one_of_transformers_log_probs(tmp_path) -> None:
+    """Every row alone through the plain model: the ranking of each list as DPO's appendix A.3 writes it."""
+    rows = make_lists()
+    reference = make_reference(rows, tmp_path)
+
+    @torch.no_grad()
+    def logp(model: torch.nn.Module, row: int) -> float:
+        ids = torch.from_numpy(np.concatenate([rows.prompt(row), rows.completion(row)])).long()[None]
+        logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+        start = int(rows.prompt_lengths[row]) - 1
+        return float(logps[start:].gather(1, ids[0, start + 1 :, None]).sum())
+
+    losses = []
+    for start, end in zip(rows.starts, rows.ends, strict=True):
+        rewards = {
+            row: 0.1 * (logp(make_model(0), row) - logp(make_model(1), row)) for row in range(start, end)
+        }
+        losses.append(
+            sum(
+                np.log(sum(np.exp(rewards[j]) for j in rewards if j == i or rows.scores[j] < rows.scores[i]))
+                - rewards[i]
+                for i in rewards
+            )
+        )
+    _, metrics, _, _ = step_of({"name": "plackett_luce"}, rows, reference, 60, World(), pairs="all")
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     rows = make_rows()
     lengths = [
@@ -159,6 +228,19 @@ def test_evaluation_is_a_step_without_a_gradient(made) -> None:
         stepped, _ = accumulate_step(row_scorer, loss, range(NUM_EXAMPLES), {})
         assert evaluated.keys() - stepped.keys() == {"accuracies/1-64", "length_bias"}
         assert {key: evaluated[key] for key in stepped} == pytest.approx(stepped, rel=1e-5, abs=1e-6)
+
+
+def test_evaluating_more_examples_changes_no_loss_of_those_before(made) -> None:
+    """bco's delta is the training steps' mean reward: two halves' held-out losses are the whole's."""
+    rows, reference = made
+    loss = parse_loss({"name": "bco"})
+    scorer = Scorer(make_model(0), Compute(torch.device("cpu"), torch.float32, 200), print)
+    row_scorer = RowScorer(scorer, rows, reference, loss, World())
+    state = {"reward_sum": 3.0, "reward_count": 20.0}
+    parts = [range(4), range(4, 16), range(16)]
+    first, second, whole = (evaluate(row_scorer, loss, part, state) for part in parts)
+    assert [part["delta"] for part in (first, second, whole)] == pytest.approx([0.15] * 3)
+    assert whole["loss"] == pytest.approx((first["loss"] + 3 * second["loss"]) / 4, rel=1e-6)
 
 
 def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
