@@ -20,7 +20,7 @@ from stages.train.checkpoints import Checkpoint
 from stages.train.data_order import num_steps
 from stages.train.samples import PromptPool
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 NUM_DEFAULT_EVALS = 5
 # Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
 ADAPTER_LEARNING_RATE = 10
