@@ -34,7 +34,7 @@ class KTO(Loss):
     """
 
     name: Literal["kto"] = "kto"
-    unit: ClassVar[Literal["pair", "row"]] = "row"
+    unit: ClassVar[Literal["pair", "row", "list"]] = "row"
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable", "kl"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
@@ -61,7 +61,7 @@ class APOZeroUnpaired(Loss):
     """
 
     name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
-    unit: ClassVar[Literal["pair", "row"]] = "row"
+    unit: ClassVar[Literal["pair", "row", "list"]] = "row"
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
@@ -110,7 +110,7 @@ class BCO(Loss):
     """
 
     name: Literal["bco"] = "bco"
-    unit: ClassVar[Literal["pair", "row"]] = "row"
+    unit: ClassVar[Literal["pair", "row", "list"]] = "row"
     always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     whole_step: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
