@@ -14,7 +14,7 @@ LEVELS = (
     ("stages/runtime", "stages/data"),
     ("stages/formats", "stages/models", "stages/engine"),
     ("stages/tokenization", "stages/generation", "stages/train/step", "stages/train/monitoring"),
-    ("stages/prepare", "stages/cache_ref", "stages/sample", "stages/train"),
+    ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample"),
     ("stages/plan", "stages/evaluate.py", "stages/merge.py"),
     ("pipeline",),
 )
@@ -54,8 +54,10 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def folder_of(root: Path, path: Path) -> str:
-    """The folder of a file; a file that stands alone in `stages` counts as a folder."""
+    """The folder of a file; a file that stands alone in `stages` counts as a folder, all of `pipeline` as one."""
     name = path.relative_to(root)
+    if name.parts[0] == "pipeline":
+        return "pipeline"
     return str(name if name.parent == Path("stages") and name.stem != "__init__" else name.parent)
 
 

@@ -83,6 +83,7 @@ def test_two_publishers_of_one_identity_leave_one_whole_artifact(store):
     assert os.listdir(store.root / "rows") == [published[0].path.name]
 
 
+@pytest.mark.slow
 def test_a_kept_draft_is_taken_up_again(store):
     store.draft("policy", "name", "train", IDENTITY, keep=True).write_shard("a.arrow", pa.table({"x": [1]}))
     again = store.draft("policy", "name", "train", IDENTITY, keep=True)

@@ -72,6 +72,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
         assert temporary.parent == tmp_path  # a rename across file systems would not be atomic
 
 
+@pytest.mark.slow
 def test_a_kill_halfway_leaves_the_old_file(tmp_path):
     write_bytes(tmp_path / "file", OLD)
     script = (

@@ -52,7 +52,7 @@ USAGE = [
     (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),
     (["inspect", "--row", "1", "--longest"], ["--row, --random and --longest exclude each other"]),
     (["train", "--loss", "kt0"], ["unknown loss 'kt0'", "Did you mean 'kto'?"]),
-    (["train", "--set", "loss.name=dop"], ["unknown loss 'dop'", "Did you mean 'dpo'?"]),
+    (["train", "--set", "loss.name=simp"], ["unknown loss 'simp'", "Did you mean 'simpo'?"]),
     (["train", "--set", "loss.bta=1"], ["loss.bta is not a field of dpo", "beta"]),
     (["train", "--set", "loss.beta=-1"], ["loss.beta is -1", "greater than 0"]),
     (["train", "--set", "train.learning_rat=1"], ["'train.learning_rat'", "Did you mean train.learning_rate?"]),

@@ -498,6 +498,7 @@ def test_only_graded_data_can_be_ranked(preferences, chat, context):
         prepare(DataSettings(path=str(preferences)), PrepareSettings(graded="ranked"), chat, context)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path, chat):
     """Six batches with bad rows among them, so that outcomes come back out of order."""
     rows = [{"prompt": f"q{number}", "chosen": f"good {number}", "rejected": "bad"} for number in range(3000)]
@@ -513,6 +514,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, chat):
     assert found[0][1]["dropped"] == {"bad_row": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_with_any_number_of_processes_the_first_bad_row_is_the_one_named(tmp_path, chat, context, workers):
     rows = pairs(2000)

@@ -53,6 +53,7 @@ def numbers_printed_by(program: str) -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
 def test_returned_memory_is_no_longer_held() -> None:
     """MiB that four tensors of 48 MB, and of 64 MB that fit no freed block, leave behind."""
@@ -61,6 +62,7 @@ def test_returned_memory_is_no_longer_held() -> None:
     assert given_back < 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is what is asked")
 def test_a_repeated_step_has_no_page_faults() -> None:
     plain, kept = numbers_printed_by(PROGRAM)
