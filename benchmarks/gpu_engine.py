@@ -26,7 +26,7 @@ from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.record import write_results
 from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, segment_attention
-from stages.engine.packing import pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, fed_length
 from stages.engine.scorer import Scorer
 from stages.runtime.compute import Compute
@@ -94,10 +94,10 @@ def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: in
 def check(scorer: Scorer, rows: RowSet) -> None:
     """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
-    backend, found = scorer.backend, scorer(batch)
+    backend, found = scorer.backend, scorer(batch).completion_logps
     scorer.backend = segment_attention.NAME
     scorer.model.set_attn_implementation(segment_attention.NAME)
-    difference = float((found - scorer(batch)).abs().max())
+    difference = float((found - scorer(batch).completion_logps).abs().max())
     scorer.backend = backend
     scorer.model.set_attn_implementation(backend)
     assert difference < 0.2, f"{backend} is off by {difference} nats"
@@ -127,10 +127,9 @@ def packed_step(scorer: Scorer, rows: RowSet) -> None:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
     lengths = [fed_length(rows, group) for group in groups]
     with scorer.weights_cast_once():
-        for items in pack(lengths, scorer.compute.tokens_per_batch):
+        for items in pack_lengths(lengths, scorer.compute.tokens_per_batch):
             batch = build_pack(rows, [groups[item] for item in items])
-            logps = scorer(batch)
-            assert isinstance(logps, Tensor)
+            logps = scorer(batch).completion_logps
             owner = batch.token_rows.to(logps.device)
             sums = torch.zeros(len(batch.rows), device=logps.device).index_add(0, owner, logps)
             dpo(sums[0::2], sums[1::2]).backward()

@@ -123,7 +123,7 @@ class _Trainer:
 
     def _step(self, pack: Any) -> None:
         with self.scorer.weights_cast_once():
-            self.scorer(pack).sum().mul(1e-6).backward()
+            self.scorer(pack).completion_logps.sum().mul(1e-6).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

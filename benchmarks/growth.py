@@ -20,7 +20,7 @@ import torch
 from benchmarks.record import RESULTS, write_results
 from stages.cache_ref.stage import _score_unit
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine.packing import pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import fed_length
 from stages.engine.scorer import Scorer
 from stages.runtime.compute import Compute
@@ -90,7 +90,7 @@ def measure(scorer: Scorer, rows: RowSet) -> dict[str, float]:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
     lengths = [fed_length(rows, group) for group in groups]
     began = time.perf_counter()
-    pack(lengths, scorer.compute.tokens_per_batch)
+    pack_lengths(lengths, scorer.compute.tokens_per_batch)
     planning = time.perf_counter() - began
     seconds = []
     for _ in range(ROUNDS if sum(lengths) < 500_000 else 1):

@@ -22,12 +22,12 @@ from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.run import Session
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order, num_steps
 from stages.engine.scorer import Scorer
 from stages.losses import parse_loss
 from stages.models.loading import load_model, resolve_model
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
+from stages.train.data_order import epoch_order, num_steps
 from stages.train.step.row_scorer import RowScorer
 from stages.train.step.step import accumulate_step, evaluate
 

@@ -11,7 +11,7 @@ import torch
 from cache.artifacts import Artifact
 from pipeline.config import RunConfig
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order, pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import Pack, build_pack, fed_length
 from stages.models.loading import ModelSource, architecture
 from stages.plan.measure import Measured, measure
@@ -19,6 +19,7 @@ from stages.plan.memory import LayerwiseShapes, Shapes, available_bytes, pairs_p
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.runtime.malloc import give_back_freed_memory
+from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
@@ -63,11 +64,11 @@ def _packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
         lengths = [fed_length(rows, group) for group in groups]
-        if job.loss.needs_mismatched:  # scored as well, without a gradient
+        if "kl" in job.loss.needs:  # scored as well, without a gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
             total += sum(fed_length(rows, group) for group in others if len(group))
         total += sum(lengths)
-        plan = pack(lengths, job.compute.tokens_per_batch)
+        plan = pack_lengths(lengths, job.compute.tokens_per_batch)
         found += [(sum(lengths[item] for item in items), [groups[item] for item in items]) for items in plan]
     found.sort(key=lambda entry: -entry[0])
     packs = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]

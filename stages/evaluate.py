@@ -17,8 +17,7 @@ from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
 from stages.train.checkpoints import STATE
 from stages.train.job import Job
-from stages.train.step.density_ratio import DensityRatios
-from stages.train.step.row_scorer import RowScorer
+from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import evaluate
 
 HELDOUT = "heldout"
@@ -62,15 +61,22 @@ def evaluate_model(
     for rows in sets.values():
         check_length(folder, rows.max_length())
         if job.reference is not None:
-            job.reference.require(rows.scored_keys(job.loss.needs_mismatched), context.command("cache-ref"))
+            job.reference.require(rows.scored_keys("kl" in job.loss.needs), context.command("cache-ref"))
     scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
-    ratios = DensityRatios(RowSet.of(job.rows, "train")) if job.loss.needs_density_ratios else None
+    row_scorers = make_row_scorers(
+        scorer,
+        sets.values(),
+        job.reference,
+        job.loss,
+        World(),
+        job.settings.pairs,
+        lambda: RowSet.of(job.rows, "train"),
+    )
     found: dict[str, dict[str, float]] = {}
     with progress("eval", len(sets), "sets") as advance:
-        for name, rows in sets.items():
-            own = ratios and ratios.of(rows)
-            row_scorer = RowScorer(scorer, rows, job.reference, job.loss, World(), job.settings.pairs, own)
-            number = min(rows.num_examples, job.settings.eval_samples or rows.num_examples)
+        for name, row_scorer in zip(sets, row_scorers, strict=True):
+            number = row_scorer.rows.num_examples
+            number = min(number, job.settings.eval_samples or number)
             found[name] = {"examples": number, **evaluate(row_scorer, job.loss, range(number), state)}
             advance(1, name)
     return found

@@ -74,7 +74,7 @@ def _sample(rows: Artifact) -> tuple[RowSet, list[np.ndarray]]:
 @torch.no_grad()
 def _score(scorer: Any, sample: tuple[RowSet, list[np.ndarray]]) -> torch.Tensor:
     rows, groups = sample
-    return torch.cat([scorer(build_pack(rows, [group])) for group in groups])
+    return torch.cat([scorer(build_pack(rows, [group])).completion_logps for group in groups])
 
 
 def _name(policy: Artifact) -> str:

@@ -106,10 +106,10 @@ def test_the_table_of_losses_is_the_list_in_the_code():
         cls = LOSSES[re.findall(r"\[(\w+)\]", name)[0]]
         if cls.__name__ == "Mixture":
             continue
-        assert reference == ("yes" if cls.needs_reference else "no")
-        assert ("scores" in learns_from) == cls.needs_scores
+        assert reference == ("yes" if "ref_logps" in cls.always_needs else "no")
+        assert ("scores" in learns_from) == ("scores" in cls.always_needs)
         assert ("unpaired" in learns_from) == (cls.unit == "row")
-        assert ("mismatched" in learns_from) == cls.needs_mismatched
+        assert ("mismatched" in learns_from) == ("kl" in cls.always_needs)
 
 
 def test_the_papers_linked_are_those_of_the_docstrings():

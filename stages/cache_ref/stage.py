@@ -26,7 +26,7 @@ from cache.files import read_json, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
 from stages.data.rows import SPLITS, RowSet
-from stages.engine.packing import pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, fed_length
 from stages.models.loading import ModelSource, check_length, load_model, reference_identity
 from stages.runtime.compute import Compute
@@ -228,10 +228,10 @@ def _score_unit(
     lengths = [fed_length(rows, group) for group in groups]
     batches = (
         build_pack(rows, [groups[item] for item in items])
-        for items in pack(lengths, scorer.compute.tokens_per_batch)
+        for items in pack_lengths(lengths, scorer.compute.tokens_per_batch)
     )
     # Values stay on the device until the unit is done, so that a GPU computes while the next pack is built.
-    scored = [(batch.rows, scorer(batch)) for batch in batches]
+    scored = [(batch.rows, scorer(batch).completion_logps) for batch in batches]
     found: dict[int, np.ndarray] = {}
     for numbers, token_logps in scored:
         ends = np.cumsum(rows.completion_lengths[numbers])

@@ -8,10 +8,8 @@ number of ranks changes what is computed, only where.
 import bisect
 from collections.abc import Sequence
 
-import numpy as np
 
-
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit-decreasing packs of item numbers, each within `budget` tokens unless one item exceeds it.
 
     Deterministic: ties go to the lower item number and the older pack. O(n log n).
@@ -41,17 +39,3 @@ def deal(costs: Sequence[int], world_size: int) -> list[list[int]]:
         ranks[rank].append(number)
         loads[rank] += costs[number]
     return ranks
-
-
-def epoch_order(cycles: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Example numbers of an epoch: whole cycles in an order drawn from (seed, epoch)."""
-    boundaries = np.flatnonzero(np.diff(cycles)) + 1
-    groups = np.split(np.arange(len(cycles)), boundaries)
-    shuffled = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    return np.concatenate([groups[number] for number in shuffled]) if len(cycles) else np.zeros(0, np.int64)
-
-
-def num_steps(num_examples: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of a run; an epoch's last step may be smaller, and loses or doubles nothing."""
-    steps = -(-num_examples // batch_size) * num_epochs
-    return steps if max_steps is None else min(steps, max_steps)

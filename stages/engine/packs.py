@@ -9,6 +9,7 @@ is therefore scored once for each completion.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,6 +71,19 @@ class Pack:
         tail = torch.arange(padding, device=ids.device)[None]
         positions = torch.cat([self.position_ids, tail], dim=1)
         return replace(self, input_ids=ids, position_ids=positions, segments=segments)
+
+
+class PackLogps(NamedTuple):
+    """Log-probs of a pack's targets, float32, nats.
+
+    `completion_logps`: (completion tokens,). `prompt_logps`: (prompt tokens,), empty where the pack was built without
+    them. `collision_logps`: log sum_v pi(v)^2 at each completion token, without gradient, where it was asked for.
+    """
+
+    # A named tuple and no dataclass: FSDP looks for the tensors of an output with torch's pytree, which knows tuples.
+    completion_logps: torch.Tensor
+    prompt_logps: torch.Tensor
+    collision_logps: torch.Tensor | None = None
 
 
 def fed_length(rows: RowSet, group: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, segment_attention
 from stages.engine.activation_offload import offloaded
 from stages.engine.lm_head import TokenLogps, collision_logps
-from stages.engine.packs import Pack, build_pack
+from stages.engine.packs import Pack, PackLogps, build_pack
 from stages.runtime.compute import Compute
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ class Scorer(nn.Module):
         compute: Compute,
         say: Callable[[str], None],
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         backends: Sequence[str] | None = None,
         checked: str | None = None,
     ) -> None:
@@ -47,9 +48,9 @@ class Scorer(nn.Module):
         is one that was found good on another copy of the model.
         """
         super().__init__()
-        self.offload = False
         self.model = model
         self.compute = compute
+        self._activation_offload = activation_offload
         self.forwards = 0
         config = model.config.get_text_config()
         self.scale = _logit_scale(config)
@@ -70,14 +71,11 @@ class Scorer(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
 
-    def forward(self, pack: Pack, collision: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Log-probs of the pack's targets, float32, nats, (tokens,).
-
-        With `collision` also log sum_v pi^2 at the completion tokens, (completion tokens,).
-        """
+    def forward(self, pack: Pack, with_collisions: bool = False) -> PackLogps:
+        """Log-probs of the pack's targets, and with `with_collisions` what WPO normalises by."""
         pack = pack.to(self.compute.device)
         if not self.packed:
-            return self._one_by_one(pack, collision)
+            return self._one_by_one(pack, with_collisions)
         self.forwards += 1
         if self.backend == flex_attention.NAME:
             pack = pack.filled(self._flex_length)
@@ -86,7 +84,7 @@ class Scorer(nn.Module):
             }
         else:
             visible = {"segments": pack.segments}
-        with self._autocast(), offloaded(self.offload):
+        with self._autocast(), offloaded(self._activation_offload):
             body = self.model.get_decoder()
             hidden = body(
                 input_ids=pack.input_ids,
@@ -97,16 +95,19 @@ class Scorer(nn.Module):
             states = hidden[pack.predictors].to(self.compute.dtype)
             head = self.model.get_output_embeddings()
             logps = TokenLogps.apply(states, head.weight, head.bias, pack.targets, self.scale, self.softcap)
-            if not collision:
-                return logps
-            completions = states[: len(pack.token_rows)].detach()
-            return logps, collision_logps(completions, head.weight, head.bias, self.scale, self.softcap)
+            completions, prompts = logps.tensor_split([len(pack.token_rows)])
+            if not with_collisions:
+                return PackLogps(completions, prompts)
+            own_states = states[: len(pack.token_rows)].detach()
+            collisions = collision_logps(own_states, head.weight, head.bias, self.scale, self.softcap)
+            return PackLogps(completions, prompts, collisions)
 
-    def sampling(self, sample: Callable[[Any], T]) -> T:
-        """What `sample` makes of the model, set up for it as `generate` wants it, under this scorer's arithmetic.
+    def in_generation_mode(self, sample: Callable[[Any], T]) -> T:
+        """Call `sample(model)` with the model switched to generation mode, under autocast, then switch back.
 
-        A call and no context, because a sharded scorer gathers weights around its calls.
+        In generation mode the model is in evaluation mode and attends as it does without this engine.
         """
+        # A method and no context manager, because FSDP gathers the weights around calls of registered methods.
         training = self.model.training
         self.model.eval()
         self.model.set_attn_implementation(self._native_attention)
@@ -141,7 +142,7 @@ class Scorer(nn.Module):
             self.compute.device.type, dtype=torch.bfloat16, enabled=self.compute.dtype == torch.bfloat16
         )
 
-    def _one_by_one(self, pack: Pack, collision: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def _one_by_one(self, pack: Pack, with_collisions: bool) -> PackLogps:
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
         scores_prompts = len(pack.targets) > len(pack.token_rows)
         logps, prompt_logps, collisions, cursor = [], [], [], 0
@@ -168,13 +169,14 @@ class Scorer(nn.Module):
                     prompt_logps.append(_picked(logits[: -fed - 1], ids[1 : segment.prompt_length]))
                 logits = logits[-fed - 1 :]
                 logps.append(_picked(logits, pack.targets[cursor : cursor + fed + 1]))
-                if collision:
+                if with_collisions:
                     detached = logits.detach()
                     collisions.append(torch.logsumexp(2 * detached, -1) - 2 * torch.logsumexp(detached, -1))
                 begin += fed
                 cursor += fed + 1
-        found = torch.cat(logps + prompt_logps)
-        return (found, torch.cat(collisions)) if collision else found
+        completions = torch.cat(logps)
+        prompts = torch.cat(prompt_logps) if prompt_logps else completions.new_zeros(0)
+        return PackLogps(completions, prompts, torch.cat(collisions) if with_collisions else None)
 
     def _choose_backend(self, names: Sequence[str], say: Callable[[str], None]) -> str | None:
         """The first backend that reproduces the model's own logits, or None; the model is left set up for it."""
@@ -184,7 +186,7 @@ class Scorer(nn.Module):
         problems = []
         with torch.no_grad():
             self.backend = None
-            expected = self(pack)
+            expected = self(pack).completion_logps
             for name in names:
                 problem = self._try_backend(name, pack, expected)
                 if not problem:
@@ -207,7 +209,7 @@ class Scorer(nn.Module):
         self.backend = name
         try:
             self.model.set_attn_implementation(name)
-            difference = float((self(pack) - expected).abs().max())
+            difference = float((self(pack).completion_logps - expected).abs().max())
         except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"packed scoring fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         if not difference <= SELF_CHECK_TOLERANCE:

@@ -52,6 +52,15 @@ def sample_network(
 
     # `generate` fills what its argument leaves open from here: a model's own temperature or penalties.
     own_config, network.generation_config = network.generation_config, GenerationConfig()
+    try:
+        return _sample_groups(network, model, requests, sampling, in_step)
+    finally:
+        network.generation_config = own_config
+
+
+def _sample_groups(
+    network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool
+) -> tuple[list[list[int]], list[bool]]:
     groups: dict[tuple[int, int], list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(_shape(len(request.prompt_ids), model.max_length, sampling.max_tokens), []).append(
@@ -70,7 +79,6 @@ def sample_network(
             )
             completions.update(zip(batch, sampled, strict=False))
             finite.update(zip(batch, watch.finite, strict=False))
-    network.generation_config = own_config
     places = range(len(requests))
     return [completions[index] for index in places], [finite[index] for index in places]
 

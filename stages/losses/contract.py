@@ -15,41 +15,50 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
+# The fields of `Rows` that are functions of the policy's weights and are differentiated; everything else is data.
+CARRY_GRADIENT = ("logps", "shared_logps", "prompt_logps")
+
+
 @dataclass(frozen=True)
 class Rows:
     """Log-probs of completions, one entry per row: shape (rows,), float32, nats, over kept tokens.
 
-    `logps`, `shared_logps` and `prompt_logps` carry the gradient; everything else is data. Optional fields are present
-    exactly when the loss asked for them through its needs (`weights` when it takes them).
+    `CARRY_GRADIENT` names the fields that carry the gradient; everything else is data. A field that may be None is
+    filled exactly when the loss lists it in `Loss.needs`.
     """
 
     logps: Tensor
     num_tokens: Tensor
     ref_logps: Tensor | None = None
+    # Multiplies the loss of a pair (the chosen row's weight).
     weights: Tensor | None = None
     scores: Tensor | None = None
-    # Sums over the first min(n_chosen, n_rejected) kept tokens of the pair (needs_shared_length).
+    # Sums over the first min(n_chosen, n_rejected) kept tokens of the pair.
     shared_logps: Tensor | None = None
     ref_shared_logps: Tensor | None = None
-    # Mean over kept tokens of log sum_v pi(v)^2, without gradient (needs_vocab_sum).
+    # Mean over kept tokens of log sum_v pi(v)^2, without gradient.
     collision_logps: Tensor | None = None
-    # Sum over the tokens of the row's prompt from the second on, and their number (needs_prompt_logps).
+    # Sum over the tokens of the row's prompt from the second on, and their number.
     # An example's rows share its prompt: it is scored once, each row holds the sum.
     prompt_logps: Tensor | None = None
     num_prompt_tokens: Tensor | None = None
-    # Weight of a row for the prompt it answers; 1 where desirable (needs_density_ratios).
+    # Weight of a row for the prompt it answers; 1 where desirable.
     density_ratios: Tensor | None = None
 
     @property
     def logratios(self) -> Tensor:
         """Policy minus reference, summed over the completion: D in the formulas."""
-        assert self.ref_logps is not None, "a loss without needs_reference asked for log-ratios"
+        assert self.ref_logps is not None, "ref_logps is not in the needs of the loss"
         return self.logps - self.ref_logps
 
     @property
     def mean_logps(self) -> Tensor:
         """Per-token mean log-prob: a in the formulas."""
         return self.logps / self.num_tokens
+
+    def get(self, field_name: str) -> Tensor:
+        """A field that is known to be filled, by its name."""
+        return vars(self)[field_name]
 
     def select(self, index: Tensor) -> "Rows":
         """The rows at `index`, in that order."""
@@ -65,7 +74,7 @@ class Batch:
 
     `chosen` and `rejected` index into `rows`, one entry per pair; `desirable` marks each row.
     Unpaired data has no pairs; paired data has each chosen row desirable, each rejected row not. Rows of
-    a ranked list may be in several pairs, on either side; there `desirable` is for `needs_labels` to ask.
+    a ranked list may be in several pairs, on either side; a loss that reads `desirable` lists it in its needs.
     """
 
     rows: Rows
@@ -83,7 +92,7 @@ class Step:
     """Facts about the whole optimizer step, over all micro-batches and ranks.
 
     `kl`: mean policy-minus-reference log-ratio over the step's mismatched rows, not clamped, without
-    gradient (needs_mismatched). `tokens_per_pair`: mean number of kept chosen tokens in the step.
+    gradient; None unless the loss needs it. `tokens_per_pair`: mean number of kept chosen tokens in the step.
     `state`: a loss's persistent numbers from earlier steps, see `Loss.next_state`.
     """
 
@@ -115,12 +124,8 @@ class Loss(BaseModel):
 
     # What one unit is: a (chosen, rejected) pair, or a row that is desirable or not.
     unit: ClassVar[Literal["pair", "row"]] = "pair"
-    needs_reference: ClassVar[bool] = True
-    needs_mismatched: ClassVar[bool] = False
-    needs_scores: ClassVar[bool] = False
-    # `Rows.weights` multiplies the loss of a pair (the chosen row's weight). A loss without this
-    # ignores weights, so data that carries weights other than 1 is an error for it.
-    takes_weights: ClassVar[bool] = False
+    # Fields of `Rows`, `Batch` and `Step` that the loss reads whatever its options; see `needs`.
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps"})
     # The loss of one unit depends on the other units of the step (ranks, running statistics): it is
     # called once on the whole step, however that is split into micro-batches and ranks.
     whole_step: ClassVar[bool] = False
@@ -131,29 +136,18 @@ class Loss(BaseModel):
     batch_size: ClassVar[int] = 64
 
     @property
-    def needs_labels(self) -> bool:
-        """Whether `Batch.desirable` is read: each row has to be desirable or not, in whatever pairs it is."""
-        return self.unit == "row"
+    def needs(self) -> frozenset[str]:
+        """Names of the fields of `Rows`, `Batch` and `Step` that this loss reads and that not every loss is given.
+
+        "desirable": each row has to be desirable or not. "weights": the loss honours weights; data with weights
+        other than 1 is an error for a loss that does not list them.
+        """
+        return self.always_needs
 
     @property
-    def needs_shared_length(self) -> bool:
-        """Whether `Rows.shared_logps` is wanted (length-desensitised variants)."""
-        return False
-
-    @property
-    def needs_vocab_sum(self) -> bool:
-        """Whether `Rows.collision_logps` is wanted."""
-        return False
-
-    @property
-    def needs_prompt_logps(self) -> bool:
-        """Whether `Rows.prompt_logps` and `Rows.num_prompt_tokens` are wanted."""
-        return False
-
-    @property
-    def needs_density_ratios(self) -> bool:
-        """Whether `Rows.density_ratios` is wanted; unpaired data alone has any."""
-        return False
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the reference model, so that cache-ref has to run first."""
+        return "ref_logps" in self.needs
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """Per-unit losses in nats; pure, no `.item()`, no collective calls."""

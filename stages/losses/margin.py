@@ -42,7 +42,7 @@ class MarginLoss(Loss):
     that dashboards of different losses compare.
     """
 
-    takes_weights: ClassVar[bool] = True
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "weights"})
     # 1e-6: SmolLM2-1.7B in the alignment-handbook; take 5e-7 for 7-9B (Zephyr, Tulu 3, SimPO's baselines).
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
@@ -65,9 +65,10 @@ class MarginLoss(Loss):
         return self
 
     @property
-    def needs_shared_length(self) -> bool:
-        """Length-desensitised log-probs are made of the part both completions cover, and the rest."""
-        return self.ld_alpha is not None
+    def needs(self) -> frozenset[str]:
+        """Length-desensitised log-probs are made of the part that both completions cover, and the rest."""
+        shared = frozenset() if self.ld_alpha is None else {"shared_logps", "ref_shared_logps"}
+        return self.always_needs | shared
 
     @property
     def divides_by_length(self) -> bool:
@@ -98,8 +99,8 @@ class MarginLoss(Loss):
     def _logratios(self, rows: Rows) -> Tensor:
         if self.ld_alpha is None:
             return rows.logratios
-        assert rows.shared_logps is not None, "needs_shared_length was not met"
-        assert rows.ref_shared_logps is not None, "needs_shared_length was not met"
+        assert rows.shared_logps is not None, "shared_logps is not in the needs of the loss"
+        assert rows.ref_shared_logps is not None, "ref_shared_logps is not in the needs of the loss"
         shared = rows.shared_logps - rows.ref_shared_logps
         return shared + self.ld_alpha * (rows.logratios - shared)
 

@@ -58,24 +58,10 @@ class Mixture(Loss):
         return parts
 
     @property
-    def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any part compares with the reference."""
-        return any(part.loss.needs_reference for part in self.parts)
-
-    @property
-    def needs_mismatched(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any part wants the step's KL."""
-        return any(part.loss.needs_mismatched for part in self.parts)
-
-    @property
-    def needs_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether any part wants scores."""
-        return any(part.loss.needs_scores for part in self.parts)
-
-    @property
-    def takes_weights(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Only when every part does: half a weight would be none."""
-        return all(part.loss.takes_weights for part in self.parts)
+    def needs(self) -> frozenset[str]:
+        """What any part needs; weights only where every part takes them, or a pair's weight would count by halves."""
+        needs = [part.loss.needs for part in self.parts]
+        return frozenset.union(*needs) - {"weights"} | (frozenset.intersection(*needs) & {"weights"})
 
     @property
     def whole_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -86,31 +72,6 @@ class Mixture(Loss):
     def keeps_state(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the first part keeps state; no other can."""
         return self.parts[0].loss.keeps_state
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether any part reads single completions."""
-        return any(part.loss.needs_labels for part in self.parts)
-
-    @property
-    def needs_shared_length(self) -> bool:
-        """Whether any part is length-desensitised."""
-        return any(part.loss.needs_shared_length for part in self.parts)
-
-    @property
-    def needs_vocab_sum(self) -> bool:
-        """Whether any part weights by the vocabulary sum."""
-        return any(part.loss.needs_vocab_sum for part in self.parts)
-
-    @property
-    def needs_prompt_logps(self) -> bool:
-        """Whether any part reads the prompts too."""
-        return any(part.loss.needs_prompt_logps for part in self.parts)
-
-    @property
-    def needs_density_ratios(self) -> bool:
-        """Whether any part weights by prompts, which the pairs of a mixture share."""
-        return any(part.loss.needs_density_ratios for part in self.parts)
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""

@@ -36,7 +36,7 @@ class SimPO(Loss):
     """
 
     name: Literal["simpo"] = "simpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.0
@@ -72,16 +72,16 @@ class ORPO(Loss):
     """
 
     name: Literal["orpo"] = "orpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 5e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
     nll_span: Literal["completion", "sequence"] = "completion"
 
     @property
-    def needs_prompt_logps(self) -> bool:
+    def needs(self) -> frozenset[str]:
         """The NLL of the sequence begins with the prompt."""
-        return self.nll_span == "sequence"
+        return frozenset({"prompt_logps", "num_prompt_tokens"} if self.nll_span == "sequence" else ())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per pair."""
@@ -95,8 +95,8 @@ class ORPO(Loss):
     def _nll(self, chosen: Rows) -> Tensor:
         if self.nll_span == "completion":
             return -chosen.mean_logps
-        assert chosen.prompt_logps is not None, "needs_prompt_logps was not met"
-        assert chosen.num_prompt_tokens is not None, "needs_prompt_logps was not met"
+        assert chosen.prompt_logps is not None, "prompt_logps is not in the needs of the loss"
+        assert chosen.num_prompt_tokens is not None, "num_prompt_tokens is not in the needs of the loss"
         return -(chosen.prompt_logps + chosen.logps) / (chosen.num_prompt_tokens + chosen.num_tokens)
 
 
@@ -121,7 +121,7 @@ class CPO(Loss):
     """
 
     name: Literal["cpo"] = "cpo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-6
     beta: PositiveFloat = 0.1
     cpo_alpha: NonNegativeFloat = 1.0
@@ -150,7 +150,7 @@ class AlphaPO(Loss):
     """
 
     name: Literal["alphapo"] = "alphapo"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 7e-7
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 2.5
@@ -184,7 +184,7 @@ class SFT(Loss):
     """
 
     name: Literal["sft"] = "sft"
-    needs_reference: ClassVar[bool] = False
+    always_needs: ClassVar[frozenset[str]] = frozenset()
     learning_rate: ClassVar[float] = 1e-5
     batch_size: ClassVar[int] = 128
 

@@ -34,8 +34,8 @@ class AOT(Loss):
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per rank of the margins."""
         chosen, rejected = batch.pairs()
-        assert chosen.ref_logps is not None, "needs_reference was not met"
-        assert rejected.ref_logps is not None, "needs_reference was not met"
+        assert chosen.ref_logps is not None, "ref_logps is not in the needs of the loss"
+        assert rejected.ref_logps is not None, "ref_logps is not in the needs of the loss"
         margins = torch.sort(chosen.logps - rejected.logps).values
         ref_margins = torch.sort(chosen.ref_logps - rejected.ref_logps).values
         losses = -logsigmoid(self.beta * (margins - ref_margins))

@@ -35,7 +35,7 @@ class KTO(Loss):
 
     name: Literal["kto"] = "kto"
     unit: ClassVar[Literal["pair", "row"]] = "row"
-    needs_mismatched: ClassVar[bool] = True
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable", "kl"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
@@ -44,7 +44,7 @@ class KTO(Loss):
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
-        assert step.kl is not None, "needs_mismatched was not met"
+        assert step.kl is not None, "kl is not in the needs of the loss"
         return _value_losses(batch, self, batch.rows.logratios - step.kl.clamp(min=0))
 
 
@@ -62,6 +62,7 @@ class APOZeroUnpaired(Loss):
 
     name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
     unit: ClassVar[Literal["pair", "row"]] = "row"
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 64
     beta: PositiveFloat = 0.1
@@ -108,6 +109,7 @@ class BCO(Loss):
 
     name: Literal["bco"] = "bco"
     unit: ClassVar[Literal["pair", "row"]] = "row"
+    always_needs: ClassVar[frozenset[str]] = frozenset({"ref_logps", "desirable"})
     whole_step: ClassVar[bool] = True
     keeps_state: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-6
@@ -116,9 +118,9 @@ class BCO(Loss):
     udm: StrictBool = False
 
     @property
-    def needs_density_ratios(self) -> bool:
-        """The weights of undesirable rows."""
-        return self.udm
+    def needs(self) -> frozenset[str]:
+        """With `udm` the weights of undesirable rows, too."""
+        return self.always_needs | (frozenset({"density_ratios"}) if self.udm else frozenset())
 
     def __call__(self, batch: Batch, step: Step) -> LossOutput:
         """One loss per row."""
@@ -127,7 +129,7 @@ class BCO(Loss):
         delta = (seen_sum + rewards.detach().sum()) / (seen_count + len(rewards))
         losses = -logsigmoid(torch.where(batch.desirable, rewards - delta, delta - rewards))
         if self.udm:
-            assert batch.rows.density_ratios is not None, "needs_density_ratios was not met"
+            assert batch.rows.density_ratios is not None, "density_ratios is not in the needs of the loss"
             losses = losses * batch.rows.density_ratios
         return LossOutput(losses, rewards.detach(), {"delta": delta.expand_as(losses)})
 

@@ -33,7 +33,7 @@ class ODPO(MarginLoss):
     """
 
     name: Literal["odpo"] = "odpo"
-    needs_scores: ClassVar[bool] = True
+    always_needs: ClassVar[frozenset[str]] = MarginLoss.always_needs | {"scores"}
     alpha: NonNegativeFloat = 1.0
     f: Literal["log", "identity", "log1p"] = "log"
 
@@ -67,8 +67,8 @@ class ODPO(MarginLoss):
 
 
 def _gaps(chosen: Rows, rejected: Rows) -> Tensor:
-    assert chosen.scores is not None, "needs_scores was not met"
-    assert rejected.scores is not None, "needs_scores was not met"
+    assert chosen.scores is not None, "scores is not in the needs of the loss"
+    assert rejected.scores is not None, "scores is not in the needs of the loss"
     return chosen.scores - rejected.scores
 
 
@@ -87,12 +87,8 @@ class WPO(MarginLoss):
     """
 
     name: Literal["wpo"] = "wpo"
+    always_needs: ClassVar[frozenset[str]] = MarginLoss.always_needs | {"collision_logps"}
     beta: PositiveFloat = 0.01
-
-    @property
-    def needs_vocab_sum(self) -> bool:
-        """The weight of a token is relative to what the policy would expect of itself there."""
-        return True
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
         """Weighted negative log-likelihood of the preference."""
@@ -100,5 +96,5 @@ class WPO(MarginLoss):
 
 
 def _likelihood(rows: Rows) -> Tensor:
-    assert rows.collision_logps is not None, "needs_vocab_sum was not met"
+    assert rows.collision_logps is not None, "collision_logps is not in the needs of the loss"
     return torch.exp(rows.mean_logps.detach() - rows.collision_logps)

@@ -83,7 +83,7 @@ def _train(policy: Trainable, optimizer: torch.optim.Optimizer, packs: Sequence[
 def _pass(policy: Trainable, packs: Sequence[Pack]) -> None:
     with policy.scorer.weights_cast_once():
         for pack in packs:
-            policy.scorer(pack).sum().backward()
+            policy.scorer(pack).completion_logps.sum().backward()
 
 
 def _wait(device: torch.device) -> None:

@@ -97,7 +97,7 @@ class Shapes:
                 parameter.grad = torch.zeros_like(parameter)
             known = [*self._parameters, *(parameter.grad for parameter in self._trained)]
             with _Living(known) as living, self._scorer.weights_cast_once():
-                self._scorer(pack).sum().backward()
+                self._scorer(pack).completion_logps.sum().backward()
         gradients = sum(parameter.nbytes for parameter in self._trained)
         trained = sum(parameter.numel() for parameter in self._trained)
         for parameter in self._trained:

@@ -75,6 +75,15 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    from torch.distributed.tensor import (
+        DTensor,
+    )  # takes a second to import: not for commands that train nothing
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def join_world(device: torch.device, sharded: bool = False) -> World:
     """The world `torchrun` made (RANK and WORLD_SIZE in the environment), or a world of one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -29,7 +29,7 @@ def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps) -> float:
     chosen = np.linspace(0, rows.num_examples - 1, min(NUM_EXAMPLES, rows.num_examples)).astype(int)
     for example in np.unique(chosen):
         group = np.arange(rows.starts[example], rows.ends[example])
-        token_logps = scorer(build_pack(rows, [group])).cpu().numpy()
+        token_logps = scorer(build_pack(rows, [group])).completion_logps.cpu().numpy()
         ends = np.cumsum(rows.completion_lengths[group])
         for row, live in zip(group, np.split(token_logps, ends[:-1]), strict=True):
             cached = reference.get(rows.keys[row])

@@ -47,7 +47,15 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
             f"other. Use --set train.parallel=ddp."
         )
     model, adapted = _with_adapter(job, _on_meta(job))
-    scorer = Scorer(model, job.compute, say, job.settings.gradient_checkpointing, checked=SEGMENTS)
+    settings = job.settings
+    scorer = Scorer(
+        model,
+        job.compute,
+        say,
+        settings.gradient_checkpointing,
+        settings.activation_offload,
+        checked=SEGMENTS,
+    )
     _shard(scorer, job.compute)
     scorer.to_empty(device=job.compute.device)
     _receive(scorer, whole, model)
@@ -133,7 +141,7 @@ def _shard(scorer: "Scorer", compute: Compute) -> None:
     for block in _blocks(scorer.model):
         fully_shard(block, mp_policy=blocks)
     fully_shard(scorer, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    register_fsdp_forward_method(scorer, "sampling")
+    register_fsdp_forward_method(scorer, "in_generation_mode")
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -11,13 +11,13 @@ from typing import Any
 
 from cache.artifacts import Artifact
 from cache.ref_logps import RefLogps
-from stages.engine.packing import num_steps
 from stages.losses.contract import Loss
 from stages.models.loading import ModelSource
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 from stages.settings.train import AdapterSettings, TrainSettings
 from stages.train.checkpoints import Checkpoint
+from stages.train.data_order import num_steps
 from stages.train.samples import PromptPool
 
 STAGE_VERSION = 3

@@ -18,10 +18,10 @@ import torch
 
 from cache.errors import AlignError
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order
 from stages.runtime.context import progress
 from stages.runtime.distributed import World
 from stages.train.checkpoints import Checkpoint, remove_old, save_checkpoint
+from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.monitoring.best_evaluation import Best, best_evaluation, check_metric, eval_name
 from stages.train.monitoring.health import Watch
@@ -32,8 +32,7 @@ from stages.train.policy import load_trainable
 from stages.train.samples import sample_policy, shown
 from stages.train.schedules import make_schedule
 from stages.train.signals import StopRequest, stop_at_a_step
-from stages.train.step.density_ratio import DensityRatios
-from stages.train.step.row_scorer import RowScorer
+from stages.train.step.row_scorer import make_row_scorers
 from stages.train.step.step import accumulate_step, evaluate
 
 # While training; two, so that a damaged one costs steps and not the run.
@@ -65,14 +64,17 @@ class Run:
         self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
         self.schedule = make_schedule(settings, self.plan.learning_rate, self.plan.steps)
         self.policy = load_trainable(job, world, say)
-        ratios = DensityRatios(rows) if job.loss.needs_density_ratios else None
-
-        def scorer_of(split: RowSet) -> RowScorer:
-            own = ratios and ratios.of(split)
-            return RowScorer(self.policy.scorer, split, job.reference, job.loss, world, settings.pairs, own)
-
-        self.train_scorer = scorer_of(rows)
-        self.eval_scorers = {name: scorer_of(split) for name, split in eval_sets.items() if len(split)}
+        filled = {name: split for name, split in eval_sets.items() if len(split)}
+        self.train_scorer, *eval_scorers = make_row_scorers(
+            self.policy.scorer,
+            [rows, *filled.values()],
+            job.reference,
+            job.loss,
+            world,
+            settings.pairs,
+            lambda: rows,
+        )
+        self.eval_scorers = dict(zip(filled, eval_scorers, strict=True))
         if summary := self.train_scorer.pairs.summary():
             say(summary)
         self.optimizer = make_optimizer(self.policy.parameters, settings)

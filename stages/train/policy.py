@@ -46,8 +46,10 @@ class Trainable:
 
     def clip_gradients(self, max_norm: float) -> float:
         """Norm of the whole gradient before it is clipped to `max_norm` (0: not clipped); the same on every rank."""
+        from torch.distributed.tensor import DTensor
+
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def save(self, folder: Path) -> None:
         """Write the policy and its tokenizer; every rank calls this, the first one writes."""
@@ -112,10 +114,10 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
         model = load_model(job.source, job.compute)
         if job.adapter.name != "none":
             adapted = attach_adapter(model, job.adapter, job.settings.seed, job.source)
-        scorer = Scorer(model, job.compute, say, job.settings.gradient_checkpointing)
+        settings = job.settings
+        scorer = Scorer(model, job.compute, say, settings.gradient_checkpointing, settings.activation_offload)
         if adapted is not None and job.compute.dtype == torch.bfloat16:
             halve_frozen_weights(model)
-    scorer.offload = job.settings.activation_offload
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Trainable(job.source, model, adapted, scorer, parameters, world)
 

@@ -75,7 +75,7 @@ def sample_policy(
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
         for index, prompt in enumerate(prompts)
     ]
-    sampled, is_finite = scorer.sampling(
+    sampled, is_finite = scorer.in_generation_mode(
         lambda network: sample_network(network, model, requests, sampling, in_step)
     )
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]

@@ -81,7 +81,7 @@ def _check(job: Job, rows: RowSet, eval_rows: dict[str, RowSet], context: Contex
     make_schedule(settings, job.plan.learning_rate, job.plan.steps)
     row_sets = [rows, *eval_rows.values()]
     if job.reference is not None:
-        keys = [key for row_set in row_sets for key in row_set.scored_keys(job.loss.needs_mismatched)]
+        keys = [key for row_set in row_sets for key in row_set.scored_keys("kl" in job.loss.needs)]
         job.reference.require(keys, context.command("cache-ref"))
     check_length(job.source.folder, max(row_set.max_length() for row_set in row_sets))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.run import Session
 from stages.data.rows import RowSet
-from stages.engine.packing import epoch_order
+from stages.train.data_order import epoch_order
 from stages.train.schedules import make_schedule
 from tests.pipeline.small_run import session, settings
 

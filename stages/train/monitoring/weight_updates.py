@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.runtime.distributed import World
+from stages.runtime.distributed import World, local_part
 
 SAMPLED_PER_TENSOR = 4096
 
@@ -45,6 +45,5 @@ class Movement:
 
 def _sampled(tensor: Tensor) -> Tensor:
     """Evenly spaced values of a tensor, or of this rank's part of a sharded one."""
-    to_local = getattr(tensor, "to_local", None)
-    values = (tensor if to_local is None else to_local()).detach().flatten()
+    values = local_part(tensor).detach().flatten()
     return values[:: -(-len(values) // SAMPLED_PER_TENSOR) or 1]

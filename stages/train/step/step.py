@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from stages.losses.contract import Batch, Loss, LossOutput, Step
+from stages.losses.contract import CARRY_GRADIENT, Batch, Loss, LossOutput, Step
 from stages.train.step.length_metrics import length_metrics
 from stages.train.step.metrics import Totals, ranking_accuracy
 from stages.train.step.row_scorer import RowScorer
@@ -39,7 +39,7 @@ def accumulate_step(
             if slopes:
                 own = [position[int(row)] for row in pack.rows]
                 objective = torch.stack(
-                    [(getattr(rows, name) * slope[own]).sum() for name, slope in slopes.items()]
+                    [(rows.get(name) * slope[own]).sum() for name, slope in slopes.items()]
                 ).sum()
             else:
                 batch = scorer.batch(pack.rows, rows)
@@ -48,7 +48,7 @@ def accumulate_step(
                 totals.add_batch(batch, output)
             objective.backward()
         for pack in scorer.company(groups):
-            (scorer.scorer(pack).sum() * 0.0).backward()
+            (scorer.scorer(pack).completion_logps.sum() * 0.0).backward()
     metrics = totals.means(scorer.world, scorer.device)
     return {**metrics, **_kl_metric(facts)}, state
 
@@ -75,7 +75,7 @@ def evaluate(
 def _facts(scorer: RowScorer, loss: Loss, examples: Sequence[int], state: dict[str, float]) -> Step:
     """What the loss may know of the whole step besides its own units."""
     kl = None
-    if loss.needs_mismatched:
+    if "kl" in loss.needs:
         mismatched = [scorer.rows.example_rows(example, mismatched=True) for example in examples]
         mismatched = [group for group in mismatched if len(group)]
         kl = (
@@ -97,9 +97,8 @@ def _whole_step(
     which micro-batches can add up in any order.
     """
     scored = scorer.score_all(groups)
-    names = ("logps", "shared_logps", "prompt_logps")
-    names = [name for name in names if getattr(scored, name) is not None]
-    leaves = {name: getattr(scored, name).clone().requires_grad_() for name in names}
+    names = [name for name in CARRY_GRADIENT if name in {"logps"} | loss.needs]
+    leaves = {name: scored.get(name).clone().requires_grad_() for name in names}
     batch = scorer.batch(np.concatenate(groups), replace(scored, **leaves))
     output = loss(batch, facts)
     slopes = torch.autograd.grad(output.losses.mean(), list(leaves.values()), allow_unused=True)

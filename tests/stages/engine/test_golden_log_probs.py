@@ -31,7 +31,7 @@ def test_stories_have_the_published_log_probs(name: str, shared_data) -> None:
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, 4096), print)
     pack = build_pack(rows, [np.array([row]) for row in range(len(rows))])
     with torch.no_grad():
-        pieces = scorer(pack).double().split(rows.completion_lengths.tolist())
+        pieces = scorer(pack).completion_logps.double().split(rows.completion_lengths.tolist())
     for piece, expected in zip(pieces, golden["stories"], strict=True):
         assert len(piece) == expected["tokens"]
         assert float(piece.sum()) == pytest.approx(expected["logp_sum"], abs=1e-3)

@@ -1,18 +1,17 @@
-"""The planner's laws: nothing lost, nothing doubled, within budget, the same for everyone."""
+"""Packing and dealing: nothing lost, nothing doubled, within budget, the same for everyone."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.engine.packing import deal, epoch_order, num_steps, pack
+from stages.engine.packing import deal, pack_lengths
 
 lengths_of = st.lists(st.integers(min_value=1, max_value=300), max_size=80)
 
 
 @given(lengths=lengths_of, budget=st.integers(min_value=1, max_value=600))
 def test_every_item_is_in_one_pack_and_packs_fit(lengths: list[int], budget: int) -> None:
-    packs = pack(lengths, budget)
+    packs = pack_lengths(lengths, budget)
     assert sorted(item for items in packs for item in items) == list(range(len(lengths)))
     for items in packs:
         assert sum(lengths[item] for item in items) <= budget or len(items) == 1
@@ -21,7 +20,7 @@ def test_every_item_is_in_one_pack_and_packs_fit(lengths: list[int], budget: int
 @given(lengths=lengths_of)
 def test_two_packs_never_fit_into_one(lengths: list[int]) -> None:
     """Best fit leaves no two packs that could have shared a row."""
-    loads = sorted(sum(lengths[item] for item in items) for items in pack(lengths, 300))
+    loads = sorted(sum(lengths[item] for item in items) for items in pack_lengths(lengths, 300))
     assert len(loads) < 2 or loads[0] + loads[1] > 300
 
 
@@ -34,29 +33,9 @@ def test_ranks_share_everything_evenly(costs: list[int], world_size: int) -> Non
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
-@given(sizes=st.lists(st.integers(min_value=1, max_value=5), min_size=1, max_size=30), seed=st.integers(0, 5))
-def test_an_epoch_holds_whole_cycles_in_another_order_each_time(sizes: list[int], seed: int) -> None:
-    cycles = np.repeat(np.arange(len(sizes)), sizes)
-    order = epoch_order(cycles, seed, 0)
-    assert sorted(order) == list(range(len(cycles)))
-    runs = cycles[order][np.flatnonzero(np.diff(cycles[order], prepend=-1))]
-    assert sorted(runs) == list(range(len(sizes)))
-    assert np.array_equal(order, epoch_order(cycles, seed, 0))
-    if len(sizes) > 8:
-        assert not np.array_equal(order, epoch_order(cycles, seed, 1))
-
-
 def test_packs_of_hh_like_lengths_are_full() -> None:
     """Lengths of pairs with shared prompts in hh-rlhf are roughly log-normal, 209 on average."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(5.2, 0.55, 2000).astype(int), 10, 900).tolist()
-    packs = pack(lengths, 4096)
+    packs = pack_lengths(lengths, 4096)
     assert sum(lengths) / (4096 * len(packs)) >= 0.97
-
-
-@pytest.mark.parametrize(
-    ("examples", "batch", "epochs", "limit", "steps"),
-    [(10, 4, 1, None, 3), (8, 4, 3, None, 6), (10, 4, 2, 5, 5), (3, 64, 1, None, 1), (10, 4, 1, 100, 3)],
-)
-def test_the_last_step_of_an_epoch_may_be_smaller(examples, batch, epochs, limit, steps) -> None:
-    assert num_steps(examples, batch, epochs, limit) == steps

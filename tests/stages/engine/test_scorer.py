@@ -109,7 +109,7 @@ def test_packed_scores_and_gradients_are_those_of_separate_forwards(name: str) -
     scorer = Scorer(model, FLOAT32, said.append)
     assert scorer.packed, said
     pack = build_pack(rows, groups_of(rows))
-    found = scorer(pack)
+    found = scorer(pack).completion_logps
     torch.testing.assert_close(found.double(), torch.cat(separate).detach(), rtol=0, atol=2e-5)
     (found * weights[pack.token_rows]).sum().backward()
     for key, parameter in model.named_parameters():
@@ -143,13 +143,14 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
         scorer.backend = None
         model.set_attn_implementation("eager")
     plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
-    found, collisions = scorer(pack, collision=True)
-    completions, prompts = found.tensor_split([len(pack.token_rows)])
-    torch.testing.assert_close(prompts.double(), wanted.detach(), rtol=0, atol=2e-5)
-    expected = scorer(plain, collision=True)
-    torch.testing.assert_close((completions, collisions), expected, rtol=0, atol=2e-5)
+    found = scorer(pack, with_collisions=True)
+    torch.testing.assert_close(found.prompt_logps.double(), wanted.detach(), rtol=0, atol=2e-5)
+    without = scorer(plain, with_collisions=True)
+    assert not len(without.prompt_logps)
+    for name in ("completion_logps", "collision_logps"):
+        torch.testing.assert_close(getattr(found, name), getattr(without, name), rtol=0, atol=2e-5)
     model.zero_grad()
-    (prompts * weights).sum().backward()
+    (found.prompt_logps * weights).sum().backward()
     for key, parameter in model.named_parameters():
         scale = gradients[key].abs().max()
         assert (parameter.grad - gradients[key]).abs().max() <= 2e-5 * scale + 1e-7, key
@@ -164,7 +165,7 @@ def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
         said: list[str] = []
         scorer = Scorer(model, FLOAT32, said.append, backends=[flex_attention.NAME])
         assert scorer.backend == flex_attention.NAME, said
-        found = scorer(build_pack(rows, groups_of(rows)))
+        found = scorer(build_pack(rows, groups_of(rows))).completion_logps
     torch.testing.assert_close(found.double(), separate, rtol=0, atol=2e-5)
 
 
@@ -188,9 +189,9 @@ def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
     model, rows = make_model("llama"), make_rows()
     scorer = Scorer(model, FLOAT32, print)
     with torch.no_grad():
-        together = scorer(build_pack(rows, groups_of(rows)))
-        alone = torch.cat([scorer(build_pack(rows, [group])) for group in groups_of(rows)])
-        backwards = scorer(build_pack(rows, groups_of(rows)[::-1]))
+        together = scorer(build_pack(rows, groups_of(rows))).completion_logps
+        alone = torch.cat([scorer(build_pack(rows, [group])).completion_logps for group in groups_of(rows)])
+        backwards = scorer(build_pack(rows, groups_of(rows)[::-1])).completion_logps
     pieces = backwards.split([int(rows.completion_lengths[group].sum()) for group in groups_of(rows)[::-1]])
     assert torch.equal(together, alone)
     assert torch.equal(together, torch.cat(pieces[::-1]))
@@ -226,7 +227,7 @@ def test_an_architecture_that_cannot_be_packed_is_scored_one_by_one_and_says_so(
     assert len(said) == 1
     assert "one completion at a time" in said[0]
     with torch.no_grad():
-        found = scorer(build_pack(rows, groups_of(rows)))
+        found = scorer(build_pack(rows, groups_of(rows))).completion_logps
         wanted = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
 
@@ -255,8 +256,8 @@ def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
     model, rows = make_model("llama"), make_rows()
     pack = build_pack(rows, groups_of(rows))
     with torch.no_grad():
-        exact = Scorer(model, FLOAT32, print)(pack)
-        rounded = Scorer(model, Compute(FLOAT32.device, torch.bfloat16, 2048), print)(pack)
+        exact = Scorer(model, FLOAT32, print)(pack).completion_logps
+        rounded = Scorer(model, Compute(FLOAT32.device, torch.bfloat16, 2048), print)(pack).completion_logps
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.5
     assert not torch.equal(rounded, rounded.bfloat16().float())
@@ -272,14 +273,14 @@ def test_weights_cast_once_for_many_packs_give_the_gradient_of_weights_cast_for_
         model.zero_grad()
         with keeping():
             for pack in packs:
-                scorer(pack).sum().backward()
+                scorer(pack).completion_logps.sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
     with torch.no_grad():
-        before = scorer(packs[0])
+        before = scorer(packs[0]).completion_logps
         for parameter in model.parameters():
             parameter.mul_(1.5)
-        assert not torch.equal(scorer(packs[0]), before)
+        assert not torch.equal(scorer(packs[0]).completion_logps, before)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
@@ -287,7 +288,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
         model = make_model("llama")
-        Scorer(model, FLOAT32, print, checkpointing)(build_pack(rows, groups_of(rows))).sum().backward()
+        Scorer(model, FLOAT32, print, checkpointing)(
+            build_pack(rows, groups_of(rows))
+        ).completion_logps.sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)

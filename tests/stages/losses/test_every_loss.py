@@ -182,32 +182,30 @@ def test_swapping_chosen_and_rejected_flips_every_margin(loss):
 
 @each_loss
 def test_needs_are_honest(loss):
-    """A loss works with what it asks for and nothing more, and fails loudly without any of it."""
+    """A loss works with what it lists in `needs` and nothing more, and fails loudly without any of it."""
     batch, step = random_batch(), random_step()
-    needed = {
-        "ref_logps": loss.needs_reference,
-        "scores": loss.needs_scores,
-        "shared_logps": loss.needs_shared_length,
-        "ref_shared_logps": loss.needs_shared_length,
-        "collision_logps": loss.needs_vocab_sum,
-        "prompt_logps": loss.needs_prompt_logps,
-        "num_prompt_tokens": loss.needs_prompt_logps,
-        "density_ratios": loss.needs_density_ratios,
-    }
+    fields = {field.name for field in dataclasses.fields(Rows)} - {"logps", "num_tokens", "weights"}
+    assert loss.needs <= fields | {"weights", "desirable", "kl"}
 
     def run(absent, kl):
         rows = dataclasses.replace(batch.rows, **dict.fromkeys(absent))
         return loss(dataclasses.replace(batch, rows=rows), dataclasses.replace(step, kl=kl))
 
-    spare = [key for key, is_needed in needed.items() if not is_needed]
-    kl = step.kl if loss.needs_mismatched else None
-    assert torch.equal(run(spare, kl).losses, loss(batch, step).losses)
-    for key in [key for key, is_needed in needed.items() if is_needed]:
-        with pytest.raises(AssertionError, match=r"was not met|asked for log-ratios"):
+    kl = step.kl if "kl" in loss.needs else None
+    assert torch.equal(run(fields - loss.needs, kl).losses, loss(batch, step).losses)
+    for key in sorted(fields & loss.needs):
+        with pytest.raises(AssertionError, match=f"{key} is not in the needs of the loss"):
             run([key], step.kl)
-    if loss.needs_mismatched:
-        with pytest.raises(AssertionError, match="needs_mismatched was not met"):
+    if "kl" in loss.needs:
+        with pytest.raises(AssertionError, match="kl is not in the needs of the loss"):
             run([], None)
+
+
+@each_loss
+def test_only_losses_that_list_desirable_read_it(loss):
+    batch, step = random_batch(), random_step()
+    other = dataclasses.replace(batch, desirable=~batch.desirable)
+    assert torch.equal(loss(other, step).losses, loss(batch, step).losses) != ("desirable" in loss.needs)
 
 
 @each_loss
@@ -215,7 +213,7 @@ def test_weights_change_exactly_the_losses_that_take_them(loss):
     batch = random_batch()
     plain = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, weights=None))
     weighted, unweighted = loss(batch, random_step()).losses, loss(plain, random_step()).losses
-    if loss.takes_weights:
+    if "weights" in loss.needs:
         torch.testing.assert_close(weighted, unweighted * batch.rows.weights[batch.chosen])
     elif loss.name != "mixture":
         assert torch.equal(weighted, unweighted)

@@ -192,26 +192,19 @@ def test_only_losses_that_keep_state_change_it(batch):
 
 
 @pytest.mark.parametrize(
-    ("parts", "needs"),
+    ("parts", "needs", "traits"),
     [
-        (["simpo", "sft"], set()),
-        (["dpo", "sft"], {"needs_reference"}),
-        (["simpo", "kto"], {"needs_reference", "needs_mismatched"}),
-        (["sft", "odpo"], {"needs_reference", "needs_scores"}),
-        (["dpo", "odpo"], {"needs_reference", "needs_scores", "takes_weights"}),
-        (["bco", "dpo"], {"needs_reference", "whole_step", "keeps_state"}),
-        (["dpo", "aot"], {"needs_reference", "whole_step"}),
-        (["wpo", "sft"], {"needs_reference", "needs_vocab_sum"}),
+        (["simpo", "sft"], set(), set()),
+        (["dpo", "sft"], {"ref_logps"}, set()),
+        (["simpo", "kto"], {"ref_logps", "desirable", "kl"}, set()),
+        (["sft", "odpo"], {"ref_logps", "scores"}, set()),
+        (["dpo", "odpo"], {"ref_logps", "scores", "weights"}, set()),
+        (["bco", "dpo"], {"ref_logps", "desirable"}, {"whole_step", "keeps_state"}),
+        (["dpo", "aot"], {"ref_logps"}, {"whole_step"}),
+        (["wpo", "sft"], {"ref_logps", "collision_logps"}, set()),
     ],
 )
-def test_a_mixture_needs_what_its_parts_need(parts, needs):
+def test_a_mixture_needs_what_its_parts_need(parts, needs, traits):
     mixture = parse_loss({"name": "mixture", "parts": [{"loss": {"name": name}} for name in parts]})
-    all_needs = [
-        "needs_reference",
-        "needs_mismatched",
-        "needs_scores",
-        "needs_shared_length",
-        "needs_vocab_sum",
-    ]
-    all_needs += ["takes_weights", "whole_step", "keeps_state"]
-    assert {need for need in all_needs if getattr(mixture, need)} == needs
+    assert mixture.needs == needs
+    assert {trait for trait in ("whole_step", "keeps_state") if getattr(mixture, trait)} == traits

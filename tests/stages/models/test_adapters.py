@@ -57,7 +57,8 @@ def score(model, compute=FLOAT32) -> torch.Tensor:
     rows = rows_of(model.config.vocab_size)
     scorer = Scorer(model, compute, print)
     assert scorer.packed
-    return scorer(build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)]))
+    pack = build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
+    return scorer(pack).completion_logps
 
 
 def by_the_model(adapted) -> torch.Tensor:
@@ -132,9 +133,8 @@ def test_frozen_weights_in_bfloat16_give_the_same_numbers_and_gradients(tiny_mod
             halve_frozen_weights(model)
             assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
             assert model.lm_head.weight.dtype == torch.float32  # tied to the embedding
-        logps = scorer(
-            build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
-        )
+        pack = build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
+        logps = scorer(pack).completion_logps
         logps.sum().backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((logps.detach(), gradients))

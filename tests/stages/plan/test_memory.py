@@ -44,12 +44,12 @@ def model(tmp_path_factory) -> ModelSource:
 
 def allocated_at_most(scorer: Scorer, pack) -> int:
     """The most bytes that a second forward and backward pass had allocated, by torch's own profiler."""
-    scorer(pack).sum().backward()
+    scorer(pack).completion_logps.sum().backward()
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
         scorer.weights_cast_once(),
     ):
-        scorer(pack).sum().backward()
+        scorer(pack).completion_logps.sum().backward()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -100,9 +100,8 @@ def test_offloaded_activations_give_the_same_gradients(model):
     """What is saved leaves its memory and comes back the same, weights stay where they are."""
     found = []
     for offload in (False, True):
-        scorer = Scorer(load_model(model, FLOAT32), FLOAT32, print)
-        scorer.offload = offload
-        scorer(pairs_pack(3, 200, 512)).sum().backward()
+        scorer = Scorer(load_model(model, FLOAT32), FLOAT32, print, activation_offload=offload)
+        scorer(pairs_pack(3, 200, 512)).completion_logps.sum().backward()
         found.append([parameter.grad for parameter in scorer.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
     weight = torch.nn.Parameter(torch.ones(300, 300))

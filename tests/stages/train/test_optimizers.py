@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stages.settings.train import TrainSettings
-from stages.train.optimizers import NEEDS_BITSANDBYTES, STATE_BYTES, AdamWBf16, make_optimizer
+from stages.train.adamw_bf16 import AdamWBf16
+from stages.train.optimizers import NEEDS_BITSANDBYTES, STATE_BYTES, make_optimizer
 
 ON_A_CPU = [name for name in STATE_BYTES if name != "paged_adamw_8bit"]
 NUM_WEIGHTS = 128 * 512

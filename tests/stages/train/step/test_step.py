@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cache.ref_logps import RefLogps
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine.packing import pack
+from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack
 from stages.engine.scorer import Scorer
 from stages.losses import LOSSES, parse_loss
@@ -88,7 +88,7 @@ def make_reference(rows: RowSet, folder) -> RefLogps:
     scorer = Scorer(make_model(1), Compute(torch.device("cpu"), torch.float32, 4096), print)
     batch = build_pack(rows, [np.arange(a, b) for a, b in zip(rows.starts, rows.ends, strict=True)])
     with torch.no_grad():
-        values = scorer(batch).numpy()
+        values = scorer(batch).completion_logps.numpy()
     pieces = np.split(values, np.cumsum(rows.completion_lengths[batch.rows])[:-1])
     found = {rows.keys[row]: piece for row, piece in zip(batch.rows, pieces, strict=True)}
     reference.add(list(found), list(found.values()))
@@ -100,7 +100,7 @@ def step_of(block: dict, rows: RowSet, reference: RefLogps, budget: int, world: 
     loss = parse_loss(block)
     model = make_model(0)
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
-    ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if loss.needs_density_ratios else None
+    ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if "density_ratios" in loss.needs else None
     row_scorer = RowScorer(
         scorer, rows, reference if loss.needs_reference else None, loss, world, density_ratios=ratios
     )
@@ -148,7 +148,7 @@ def test_the_budgets_mean_what_they_are_called() -> None:
     lengths = [
         int(rows.prompt_lengths[a] + (rows.completion_lengths[a : a + 2] - 1).sum()) for a in rows.starts
     ]
-    assert [len(pack(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 16]
+    assert [len(pack_lengths(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 16]
 
 
 def test_evaluation_is_a_step_without_a_gradient(made) -> None:
