@@ -26,6 +26,7 @@ from cache.files import read_json, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
 from stages.data.rows import SPLITS, RowSet
+from stages.engine.pack_check import checked_logps, longest_example
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, fed_length
 from stages.models.loading import ModelSource, check_length, load_model, reference_identity
@@ -98,7 +99,9 @@ def cache_ref(
     forwards = 0
     if missing:
         check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
-        forwards = _score(_work(row_sets, worker), reference, source, compute, missing, context)
+        longest = max(row_sets, key=RowSet.max_length)
+        work = _work(row_sets, worker)
+        forwards = _score(work, longest, reference, source, compute, missing, context)
     _remember(source, revision, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
@@ -156,6 +159,7 @@ def check_same_model(reference: RefLogps, policy_identity: dict[str, Any], conte
 
 def _score(
     work: Iterable[tuple[RowSet, list[np.ndarray]]],
+    longest: RowSet,
     reference: RefLogps,
     source: ModelSource,
     compute: Compute,
@@ -170,6 +174,8 @@ def _score(
         f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
     scorer = Scorer(load_model(source, compute), compute, context.say)
+    checked_logps(scorer, longest, longest_example(longest))
+    scorer.forwards = 0
     with (
         progress("cache-ref", missing, "rows") as advance,
         ThreadPoolExecutor(max_workers=1) as writer,  # hashing and writing a unit while the next is scored

@@ -5,6 +5,8 @@ is typed again after a crash continues from its newest valid checkpoint. Run it 
 `align train --loss kto`, or under `torchrun -m pipeline train`.
 """
 
+from collections.abc import Callable
+
 from cache.artifacts import Artifact, Draft
 from cache.errors import UsageError
 from cache.fingerprint import fingerprint
@@ -37,17 +39,8 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     say = context.say if world.is_main else _silent
     checkpoint = world.from_main(lambda: _checkpoint_of(job, draft, context))
     run = Run(job, train_rows, eval_rows, checkpoint, draft.path, world, say)
-    if (
-        checkpoint is None
-        and job.reference is not None
-        and fingerprint(job.start) == job.reference.fingerprint
-    ):
-        heldout = eval_rows[""]
-        audited = heldout if heldout.num_examples else train_rows
-        run.audit_difference = audit(run.policy.scorer, audited, job.reference)
-        say(
-            f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token"
-        )
+    if checkpoint is None:
+        _audit(run, eval_rows[""] if eval_rows[""].num_examples else train_rows, say)
     last_step = -1 if checkpoint is None else checkpoint.step
     tracker = Tracker(None)
     if world.is_main:
@@ -62,6 +55,18 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     artifact = find_policy(job, context)
     assert artifact is not None, "the policy was published under another name"
     return artifact
+
+
+def _audit(run: Run, rows: RowSet, say: Callable[[str], None]) -> None:
+    """Compare log-probs of real rows with those of the rows alone, and with the cached where these are the model's own."""
+    job = run.job
+    own = job.reference if job.reference and fingerprint(job.start) == job.reference.fingerprint else None
+    packing, run.audit_difference = audit(run.policy.scorer, rows, own)
+    say(f"Audit: rows scored in packs and alone agree within {packing:.2g} nats a token")
+    if run.audit_difference is not None:
+        say(
+            f"Audit: the cached reference and the untouched policy agree within {run.audit_difference:.2g} nats a token"
+        )
 
 
 def _check(job: Job, rows: RowSet, eval_rows: dict[str, RowSet], context: Context) -> None:
