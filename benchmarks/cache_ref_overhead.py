@@ -82,7 +82,7 @@ def measure(pairs: Path, model: Path, store: Path, dtype: str) -> dict[str, Any]
     patches = (
         (cache_ref, "reference_identity", "load"),
         (cache_ref, "load_model", "load"),
-        (scoring.Scorer, "_choose_backend", "self_check"),
+        (scoring, "choose_way", "self_check"),
         (scoring.Scorer, "forward", "forward"),
     )
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]

@@ -29,6 +29,7 @@ from stages.engine import flex_attention, segment_attention
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, packed_length
 from stages.engine.scorer import Scorer
+from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
 
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
@@ -82,8 +83,7 @@ def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: in
                 step = partial(padded_step, model, rows, device)
             else:
                 scorer = Scorer(model, compute, print, backends=[segment_attention.NAME])
-                scorer.backend = backend
-                model.set_attn_implementation(backend)
+                scorer.way = Way(backend)
                 check(scorer, rows)
                 step = partial(packed_step, scorer, rows)
             yield {"name": f"{data}, {way}", **timed(step, rows, model, device, rounds)}
@@ -94,13 +94,11 @@ def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: in
 def check(scorer: Scorer, rows: RowSet) -> None:
     """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
-    backend, found = scorer.backend, scorer(batch).completion_logps
-    scorer.backend = segment_attention.NAME
-    scorer.model.set_attn_implementation(segment_attention.NAME)
+    way, found = scorer.way, scorer(batch).completion_logps
+    scorer.way = Way(segment_attention.NAME)
     difference = float((found - scorer(batch).completion_logps).abs().max())
-    scorer.backend = backend
-    scorer.model.set_attn_implementation(backend)
-    assert difference < 0.2, f"{backend} is off by {difference} nats"
+    scorer.way = way
+    assert difference < 0.2, f"{way.backend} is off by {difference} nats"
 
 
 def draw_rows(data: str, pairs: int, vocabulary: int) -> RowSet:

@@ -22,6 +22,7 @@ from cache.ref_logps import RefLogps
 from stages.cache_ref.store_lookup import remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet
+from stages.engine.pack_check import checked_logps, longest_example
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, packed_length
 from stages.models.loading import ModelSource, check_length, load_model
@@ -67,7 +68,8 @@ def cache_ref(
     forwards = 0
     if missing:
         check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
-        forwards = _score(units_of(row_sets, worker), reference, source, compute, missing, context)
+        longest = max(row_sets, key=RowSet.max_length)
+        forwards = _score(units_of(row_sets, worker), longest, reference, source, compute, missing, context)
     remember_store(source, revision, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
@@ -93,6 +95,7 @@ def _row_sets(rows: Sequence[Artifact]) -> list[RowSet]:
 
 def _score(
     units: Iterable[WorkUnit],
+    longest: RowSet,
     reference: RefLogps,
     source: ModelSource,
     compute: Compute,
@@ -107,6 +110,8 @@ def _score(
         f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
     scorer = Scorer(load_model(source, compute), compute, context.say)
+    checked_logps(scorer, longest, longest_example(longest))
+    scorer.forwards = 0
     with (
         progress("cache-ref", missing, "rows") as advance,
         ThreadPoolExecutor(max_workers=1) as writer,  # hashing and writing a unit while the next is scored

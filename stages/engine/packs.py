@@ -62,6 +62,14 @@ class Pack:
     mask: torch.Tensor  # (completion tokens,), float32: the completion mask
     rows: np.ndarray  # (rows,): row numbers in the row set
 
+    @property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row, prompt and whole completion: (rows,)."""
+        lengths = [
+            segment.prompt_length + fed + 1 for segment in self.segments for fed in segment.completion_lengths
+        ]
+        return np.array(lengths, dtype=np.int64)
+
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -74,7 +82,8 @@ class Pack:
             return self
         segments = (*self.segments, Segment(length, padding, ()))
         ids = torch.nn.functional.pad(self.input_ids, (0, padding))
-        tail = torch.arange(padding, device=ids.device)[None]
+        # Small positions: some architectures take the largest one for the length of the row.
+        tail = torch.arange(padding, device=ids.device)[None] % POSITION_MULTIPLE
         positions = torch.cat([self.position_ids, tail], dim=1)
         return replace(self, input_ids=ids, position_ids=positions, segments=segments)
 
@@ -91,6 +100,42 @@ class PackLogps(NamedTuple):
     completion_logps: torch.Tensor  # (completion tokens,)
     prompt_logps: torch.Tensor  # (prompt tokens,)
     collision_logps: torch.Tensor | None = None  # (completion tokens,)
+
+
+def part_of(pack: Pack, kept: np.ndarray) -> tuple[Pack, torch.Tensor, torch.Tensor]:
+    """The pack of some rows of another, `kept` (rows,) bool, and which tokens of that one it scores.
+
+    These are (completion tokens,) bool and (prompt tokens,) bool; a prompt is scored with the first row of its example.
+    """
+    positions = np.zeros(pack.input_ids.shape[1], bool)
+    segments, prompts, row, start = [], [np.zeros(0, bool)], 0, 0
+    for segment in pack.segments:
+        own = kept[row : row + len(segment.completion_lengths)]
+        lengths = [segment.prompt_length, *segment.completion_lengths]
+        positions[segment.start : segment.start + segment.length] = np.repeat([own.any(), *own], lengths)
+        if own.any():
+            segments.append(Segment(start, lengths[0], tuple(np.array(lengths[1:])[own].tolist())))
+            start += segments[-1].length
+        if len(own):  # else positions that nobody looks at
+            prompts.append(np.full(lengths[0] - 1, own[0]))
+        row += len(own)
+    device = pack.input_ids.device
+    chosen, rows = torch.from_numpy(positions).to(device), torch.from_numpy(kept).to(device)
+    tokens = rows[pack.token_rows]
+    with_prompts = len(pack.targets) > len(tokens)
+    prompt_tokens = torch.from_numpy(np.concatenate(prompts)).to(device)[: None if with_prompts else 0]
+    scored = torch.cat([tokens, prompt_tokens])
+    part = Pack(
+        input_ids=pack.input_ids[:, chosen],
+        position_ids=pack.position_ids[:, chosen],
+        segments=tuple(segments),
+        predictors=(chosen.cumsum(0) - 1)[pack.predictors[scored]],
+        targets=pack.targets[scored],
+        token_rows=(rows.cumsum(0) - 1)[pack.token_rows[tokens]],
+        mask=pack.mask[tokens],
+        rows=pack.rows[kept],
+    )
+    return part.filled(POSITION_MULTIPLE), tokens, prompt_tokens
 
 
 def packed_length(rows: RowSet, group: np.ndarray) -> int:

@@ -8,23 +8,24 @@ scored one completion at a time instead, said in one line.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, segment_attention
 from stages.engine.activation_offload import offloaded
+from stages.engine.checkpointing import disable_dropout, enable_checkpointing
 from stages.engine.lm_head import TokenLogps, collision_logps
-from stages.engine.packs import Pack, PackLogps, build_pack
+from stages.engine.packs import Pack, PackLogps, part_of
+from stages.engine.row_lengths import forget_longer_rows
+from stages.engine.self_check import Way, can_checkpoint, choose_way
 from stages.runtime.compute import Compute
 
 T = TypeVar("T")
 
-# Largest difference, in nats a token at float32, between the engine and the model's own logits.
-SELF_CHECK_TOLERANCE = 1e-3
 # Ways to attend over a pack, the one to try first first. A CPU has no backward pass of flex_attention.
 BACKENDS = {"cuda": (flex_attention.NAME, segment_attention.NAME)}
 
@@ -40,12 +41,12 @@ class Scorer(nn.Module):
         gradient_checkpointing: bool = False,
         activation_offload: bool = False,
         backends: Sequence[str] | None = None,
-        checked: str | None = None,
+        checked: Way | None = None,
     ) -> None:
         """Wrap `model` (a loaded causal LM on the right device), checking which way it can be scored.
 
         `backends` are names of attention functions to try, in order; None takes those of the device. `checked`
-        is one that was found good on another copy of the model.
+        is the way that was found good on another copy of the model. Raises `AlignError` where there is none.
         """
         super().__init__()
         self.model = model
@@ -56,28 +57,41 @@ class Scorer(nn.Module):
         self.scale = _logit_scale(config)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         disable_dropout(model)
+        forget_longer_rows(model)
         model.eval()
         if config._attn_implementation in (segment_attention.NAME, flex_attention.NAME):  # wrapped before
             model.set_attn_implementation("sdpa")
-        self._native_attention = config._attn_implementation
         # flex_attention compiles for one length, so every pack is filled up to the token budget.
         self._flex_length = -(-compute.tokens_per_batch // flex_attention.BLOCK) * flex_attention.BLOCK
-        self.backend = checked or self._choose_backend(
-            backends or BACKENDS.get(compute.device.type, (segment_attention.NAME,)), say
-        )
-        if checked:
-            model.set_attn_implementation(checked)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()
+        names = backends or BACKENDS.get(compute.device.type, (segment_attention.NAME,))
+        self.way = checked or Way()
+        if not checked:
+            self.way = choose_way(self, names, say)
+            if gradient_checkpointing:
+                self.way = replace(self.way, checkpoints=can_checkpoint(self, say))
+        if gradient_checkpointing and self.way.checkpoints:
+            enable_checkpointing(model)
 
     def forward(self, pack: Pack, with_collisions: bool = False) -> PackLogps:
         """Log-probs of the pack's targets, and with `with_collisions` what WPO normalises by."""
         pack = pack.to(self.compute.device)
-        if not self.packed:
+        together = self.way.packs(pack)
+        if together.all():
+            return self._packed(pack, with_collisions)
+        if not together.any():
             return self._one_by_one(pack, with_collisions)
+        alone = [np.arange(len(together)) == row for row in np.flatnonzero(~together)]
+        parts = [
+            (part_of(pack, together), self._packed),
+            *((part_of(pack, row), self._one_by_one) for row in alone),
+        ]
+        return _joined([(score(part, with_collisions), *tokens) for (part, *tokens), score in parts])
+
+    def _packed(self, pack: Pack, with_collisions: bool) -> PackLogps:
+        """Score the rows of a pack together."""
+        self._attend(self.way.backend)
         self.forwards += 1
-        if self.backend == flex_attention.NAME:
+        if self.way.backend == flex_attention.NAME:
             pack = pack.filled(self._flex_length)
             visible: dict[str, Any] = {
                 "block_masks": flex_attention.BlockMasks(pack.segments, self.compute.device)
@@ -108,20 +122,34 @@ class Scorer(nn.Module):
         In generation mode the model is in evaluation mode and attends as it does without this engine.
         """
         # A method and no context manager, because FSDP gathers the weights around calls of registered methods.
-        training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        self.model.set_attn_implementation(self._native_attention)
+        self._attend(self.way.attention)
         try:
             with self._autocast():
                 return sample(self.model)
         finally:
-            self.model.set_attn_implementation(self.backend or self._native_attention)
-            self.model.train(training)
+            for module, training in modes.items():
+                module.training = training
+
+    @contextmanager
+    def rows_alone(self) -> Iterator[None]:
+        """Within it every row has a forward pass of its own."""
+        way, self.way = self.way, replace(self.way, backend=None)
+        try:
+            yield
+        finally:
+            self.way = way
 
     @property
     def packed(self) -> bool:
         """Whether packs are scored in one forward pass; else each completion has one of its own."""
-        return self.backend is not None
+        return self.way.backend is not None
+
+    def _attend(self, name: str | None) -> None:
+        """Set the attention of all layers, where it is another."""
+        if name != self.model.config.get_text_config()._attn_implementation:
+            self.model.set_attn_implementation(name)
 
     @contextmanager
     def weights_cast_once(self) -> Iterator[None]:
@@ -145,76 +173,47 @@ class Scorer(nn.Module):
     def _one_by_one(self, pack: Pack, with_collisions: bool) -> PackLogps:
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
         scores_prompts = len(pack.targets) > len(pack.token_rows)
+        self._attend(self.way.attention)
         logps, prompt_logps, collisions, cursor = [], [], [], 0
         for segment in pack.segments:
-            prompt_end = segment.start + segment.prompt_length
-            begin = prompt_end
+            prompt = pack.input_ids[0, segment.start : segment.start + segment.prompt_length]
             for index, fed in enumerate(segment.completion_lengths):
-                ids = torch.cat(
-                    [pack.input_ids[0, segment.start : prompt_end], pack.input_ids[0, begin : begin + fed]]
-                )
-                with_prompt = scores_prompts and index == 0
-                self.forwards += 1
-                with self._autocast():
-                    logits = (
-                        self.model(
-                            input_ids=ids[None],
-                            use_cache=False,
-                            logits_to_keep=len(ids) if with_prompt else fed + 1,
-                        )
-                        .logits[0]
-                        .float()
-                    )
-                if with_prompt:
-                    prompt_logps.append(_picked(logits[: -fed - 1], ids[1 : segment.prompt_length]))
-                logits = logits[-fed - 1 :]
-                logps.append(_picked(logits, pack.targets[cursor : cursor + fed + 1]))
+                targets = pack.targets[cursor : cursor + fed + 1]
+                logits = self._logits(prompt, targets, scores_prompts and index == 0)
+                if scores_prompts and index == 0:
+                    prompt_logps.append(_picked(logits[: -len(targets)], prompt[1:]))
+                logits = logits[-len(targets) :]
+                logps.append(_picked(logits, targets))
                 if with_collisions:
                     detached = logits.detach()
                     collisions.append(torch.logsumexp(2 * detached, -1) - 2 * torch.logsumexp(detached, -1))
-                begin += fed
                 cursor += fed + 1
         completions = torch.cat(logps)
         prompts = torch.cat(prompt_logps) if prompt_logps else completions.new_zeros(0)
         return PackLogps(completions, prompts, torch.cat(collisions) if with_collisions else None)
 
-    def _choose_backend(self, names: Sequence[str], say: Callable[[str], None]) -> str | None:
-        """The first backend that reproduces the model's own logits, or None; the model is left set up for it."""
-        pack = _trial_pack(self.model.config.get_text_config().vocab_size)
-        exact = Compute(self.compute.device, torch.float32, self.compute.tokens_per_batch)
-        wanted, self.compute = self.compute, exact
-        problems = []
-        with torch.no_grad():
-            self.backend = None
-            expected = self(pack).completion_logps
-            for name in names:
-                problem = self._try_backend(name, pack, expected)
-                if not problem:
-                    break
-                problems.append(problem)
-            else:
-                self.backend = None
-                self.model.set_attn_implementation(self._native_attention)
-        self.compute, self.forwards = wanted, 0
-        if not self.packed:
-            say(f"{type(self.model).__name__} is scored one completion at a time (slower): {problems[-1]}.")
-        elif problems:
-            say(f"{type(self.model).__name__} attends by {self.backend}: {problems[0]} with {names[0]}.")
-        return self.backend
+    def _logits(self, prompt: Tensor, completion: Tensor, of_prompt: bool) -> Tensor:
+        """Logits that predict a row's completion, and its prompt from the second token on if asked, float32."""
+        ids = torch.cat([prompt, completion if self.way.whole else completion[:-1]])
+        self.forwards += 1
+        with self._autocast():
+            kept = len(ids) if of_prompt else len(completion) + self.way.whole
+            logits = self.model(input_ids=ids[None], use_cache=False, logits_to_keep=kept).logits[0].float()
+        return logits[:-1] if self.way.whole else logits
 
-    def _try_backend(self, name: str, pack: Pack, expected: Any) -> str:
-        """Score a trial pack in the packed way; the reason why that cannot be used, or an empty string."""
-        if type(self.model.get_output_embeddings()) is not nn.Linear:
-            return "its output layer is not a plain linear layer"
-        self.backend = name
-        try:
-            self.model.set_attn_implementation(name)
-            difference = float((self(pack).completion_logps - expected).abs().max())
-        except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            return f"packed scoring fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        if not difference <= SELF_CHECK_TOLERANCE:
-            return f"packed log-probs differ from its own by {difference:.3g} nats"
-        return ""
+
+def _joined(parts: Sequence[tuple[PackLogps, Tensor, Tensor]]) -> PackLogps:
+    """The log-probs of a pack from those of its parts, and which of its completion and prompt tokens these scored."""
+    completions, prompts = (
+        torch.cat([chosen.nonzero()[:, 0] for chosen in masks]).argsort()
+        for masks in zip(*(tokens for _, *tokens in parts), strict=True)
+    )
+    collisions = [found.collision_logps for found, *_ in parts if found.collision_logps is not None]
+    return PackLogps(
+        torch.cat([found.completion_logps for found, *_ in parts])[completions],
+        torch.cat([found.prompt_logps for found, *_ in parts])[prompts],
+        torch.cat(collisions)[completions] if collisions else None,
+    )
 
 
 def _logit_scale(config: Any) -> float:
@@ -229,34 +228,3 @@ def _logit_scale(config: Any) -> float:
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-prob of each target under the logits of its position."""
     return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: a policy scored with noise has no exact step 0, and no exact resume."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - Module declares its attributes as tensors
-
-
-def _trial_pack(vocab_size: int) -> Pack:
-    """Two small examples with several completions, of fixed pseudo-random ids."""
-    random = np.random.default_rng(0)
-
-    def draw(length: int) -> np.ndarray:
-        return random.integers(0, vocab_size, length).astype(np.int32)
-
-    examples = [
-        Example(
-            str(number),
-            "trial",
-            draw(prompt),
-            [Row("ranked", draw(length), np.ones(length, bool)) for length in lengths],
-        )
-        for number, (prompt, lengths) in enumerate([(9, (5, 1, 7)), (4, (6, 3))])
-    ]
-    rows = RowSet([to_table(examples, [0, 0])])
-    return build_pack(
-        rows, [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    )

@@ -64,6 +64,7 @@ class Shapes:
 
         from stages.engine.scorer import Scorer
         from stages.engine.segment_attention import NAME as SEGMENTS
+        from stages.engine.self_check import Way
 
         config: Any = AutoConfig.from_pretrained(source.folder)
         if num_layers is not None:
@@ -82,7 +83,7 @@ class Shapes:
             attach_adapter(model, adapter, 0, source)
             if compute.dtype == torch.bfloat16:
                 halve_frozen_weights(model)
-        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, checked=SEGMENTS)
+        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, checked=Way(SEGMENTS))
         with self._mode:
             _replace_tensors(model)
         self._parameters = list(model.parameters())

@@ -1,49 +1,62 @@
-"""The audit at step 0: cached reference log-probs against those of the policy, if the policy starts as the reference.
+"""The audit at step 0: log-probs of real rows are those of the rows alone, and those that are cached.
 
-In: a scorer of the untrained policy, rows, the store.  Out: the largest difference, or an error that names the row, the
-token and the difference, for example after a wrong model, template or dtype, or a changed value in the store.
+The second is checked if the policy starts as the reference. A wrong model, template or dtype, a changed value in the
+store, or an architecture that packs do not reproduce stops the run here, with the row and the token.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from cache.errors import CorruptError
 from cache.ref_logps import RefLogps
 from stages.data.rows import RowSet
-from stages.engine.packs import build_pack
+from stages.engine.pack_check import TOLERANCES, checked_logps, longest_example
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
 
 NUM_EXAMPLES = 8
-# Nats per token. In float32 the shape of a pack changes rounding only; bfloat16 differs by up to 0.3 on real models.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
-@torch.no_grad()
-def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps) -> float:
-    """Largest |policy - reference| over a few examples, in nats per token; raises `CorruptError` above the tolerance."""
-    worst = 0.0
-    chosen = np.linspace(0, rows.num_examples - 1, min(NUM_EXAMPLES, rows.num_examples)).astype(int)
-    for example in np.unique(chosen):
-        group = np.arange(rows.starts[example], rows.ends[example])
-        token_logps = scorer(build_pack(rows, [group])).completion_logps.cpu().numpy()  # (completion tokens,)
-        ends = np.cumsum(rows.completion_lengths[group])
-        for row, live in zip(group, np.split(token_logps, ends[:-1]), strict=True):
-            cached = reference.get(rows.keys[row])
-            if len(cached) != len(live):
-                raise CorruptError(
-                    f"Row {rows.keys[row].hex()} has {len(live)} tokens but {len(cached)} reference log-probs in {reference.folder}."
-                )
-            differences = np.abs(live - cached)
-            worst = max(worst, float(differences.max()))
-            if not worst <= TOLERANCES[scorer.compute.dtype]:
-                token = int(differences.argmax())
-                raise CorruptError(
-                    f"Row {rows.keys[row].hex()} ({rows.sources[row]}), completion token {token}: the cached reference "
-                    f"log-prob is {cached[token]:.6f}, and the same model now gives {live[token]:.6f}. The store "
-                    f"{reference.folder} is not of this model: delete it and run `align cache-ref` again."
-                )
-    return worst
+class Audit(NamedTuple):
+    """Largest differences found, in nats a token: packed against alone, live against cached (None: not compared)."""
+
+    packing: float
+    reference: float | None
+
+
+def audit(scorer: "Scorer", rows: RowSet, reference: RefLogps | None) -> Audit:
+    """Score a few examples, that with the longest row among them; raises an `AlignError` beyond tolerance."""
+    packing, cached = 0.0, 0.0
+    for example in _examples(rows):
+        logps, difference = checked_logps(scorer, rows, example)
+        packing = max(packing, difference)
+        if reference is not None:
+            tolerance = TOLERANCES[scorer.compute.dtype]
+            for row, live in zip(range(rows.starts[example], rows.ends[example]), logps, strict=True):
+                cached = max(cached, _difference(rows, row, live, reference, tolerance))
+    return Audit(packing, None if reference is None else cached)
+
+
+def _examples(rows: RowSet) -> list[int]:
+    spread = np.linspace(0, rows.num_examples - 1, min(NUM_EXAMPLES, rows.num_examples)).astype(int)
+    return sorted({*spread.tolist(), longest_example(rows)})
+
+
+def _difference(rows: RowSet, row: int, live: np.ndarray, reference: RefLogps, tolerance: float) -> float:
+    cached = reference.get(rows.keys[row])
+    if len(cached) != len(live):
+        raise CorruptError(
+            f"Row {rows.keys[row].hex()} has {len(live)} tokens but {len(cached)} reference log-probs in {reference.folder}."
+        )
+    differences = np.abs(live - cached)
+    token = int(differences.argmax())
+    # Not `>`: a cached NaN is within no tolerance. `argmax` names it.
+    if not differences[token] <= tolerance:
+        raise CorruptError(
+            f"Row {rows.keys[row].hex()} ({rows.sources[row]}), completion token {token}: the cached reference "
+            f"log-prob is {cached[token]:.6f}, the same model now gives {live[token]:.6f}. The store "
+            f"{reference.folder} is not of this model: delete it and run `align cache-ref` again."
+        )
+    return float(differences[token])

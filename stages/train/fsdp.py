@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cache.errors import UsageError
+from stages.data.rows import RowSet
 from stages.models.adapters import attach_adapter
 from stages.models.loading import load_model
 from stages.runtime.compute import Compute
@@ -31,28 +32,29 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
     Raises `UsageError` for a model that cannot be scored in packs.
     """
     from stages.engine.scorer import Scorer
-    from stages.engine.segment_attention import NAME as SEGMENTS
+    from stages.engine.self_check import Way
 
-    whole, packed = None, [False]
+    settings = job.settings
+    whole, ways = None, [Way()]
     if world.is_main:
         on_cpu = Compute(torch.device("cpu"), torch.float32, job.compute.tokens_per_batch)
         whole, _ = _with_adapter(job, load_model(job.source, on_cpu))
-        packed = [Scorer(whole, on_cpu, say).packed]
-    dist.broadcast_object_list(packed, src=0)
-    if not packed[0]:
+        ways = [Scorer(whole, on_cpu, say, settings.gradient_checkpointing).way]
+    dist.broadcast_object_list(ways, src=0)
+    way = ways[0]
+    if way.backend is None or (way.longest is not None and way.longest < _longest_row(job)):
         raise UsageError(
             f"{job.source.name} is scored one completion at a time, which ranks cannot do in step with each "
             f"other. Use --set train.parallel=ddp."
         )
     model, adapted = _with_adapter(job, _on_meta(job))
-    settings = job.settings
     scorer = Scorer(
         model,
         job.compute,
         say,
         settings.gradient_checkpointing,
         settings.activation_offload,
-        checked=SEGMENTS,
+        checked=way,
     )
     _shard(scorer, job.compute)
     scorer.to_empty(device=job.compute.device)
@@ -106,6 +108,13 @@ def _sharded_state(scorer: "Scorer", optimizer: torch.optim.Optimizer, trained_o
         scorer, optimizer, options=StateDictOptions(ignore_frozen_params=trained_only)
     )
     return {"model": model, "optimizer": optimizer_state}
+
+
+def _longest_row(job: Job) -> int:
+    """Tokens of the longest prompt and completion together that this run scores."""
+    row_sets = [RowSet.of(job.rows, split) for split in ("train", "heldout")]
+    row_sets += [RowSet.of(rows, "train") for rows in job.eval_sets.values()]
+    return max(rows.max_length() for rows in row_sets)
 
 
 def _with_adapter(job: Job, model: Any) -> tuple[Any, Any | None]:

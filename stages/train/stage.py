@@ -11,7 +11,7 @@ from stages.data.rows import RowSet
 from stages.runtime.context import Context
 from stages.runtime.distributed import join_world
 from stages.settings.fields import TrackSettings
-from stages.train.audit import audit
+from stages.train.audit import Audit, audit
 from stages.train.checkpoints import Checkpoint, newest_checkpoint
 from stages.train.job import Job, find_policy
 from stages.train.loop import Run
@@ -33,7 +33,7 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     say = context.say if world.is_main else _silent
     checkpoint = world.from_main(lambda: _checkpoint_of(job, draft, context))
     run = Run(job, train_rows, eval_rows, checkpoint, draft.path, world, say)
-    difference = _audit(run, job) if checkpoint is None else None
+    difference = _audit(run, job).reference if checkpoint is None else None
     last_step = -1 if checkpoint is None else checkpoint.step
     tracker = Tracker(None)
     if world.is_main:
@@ -50,17 +50,17 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     return artifact
 
 
-def _audit(run: Run, job: Job) -> float | None:
-    """Largest difference between policy and cached reference, in nats per token; None if they are different models."""
-    if job.reference is None or fingerprint(job.start) != job.reference.fingerprint:
-        return None
+def _audit(run: Run, job: Job) -> Audit:
+    """Compare log-probs of real rows with those of the rows alone, and with the cached if the reference is the same model."""
+    own = job.reference if job.reference and fingerprint(job.start) == job.reference.fingerprint else None
     heldout = run.eval_scorers.get("")
-    rows = run.rows if heldout is None else heldout.rows
-    difference = audit(run.policy.scorer, rows, job.reference)
-    run.say(
-        f"Audit: the cached reference and the untrained policy agree within {difference:.2g} nats per token"
-    )
-    return difference
+    found = audit(run.policy.scorer, run.rows if heldout is None else heldout.rows, own)
+    run.say(f"Audit: rows scored in packs and alone agree within {found.packing:.2g} nats per token")
+    if found.reference is not None:
+        run.say(
+            f"Audit: the cached reference and the untrained policy agree within {found.reference:.2g} nats per token"
+        )
+    return found
 
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:

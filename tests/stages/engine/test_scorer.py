@@ -11,6 +11,7 @@ from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, segment_attention
 from stages.engine.packs import build_pack
 from stages.engine.scorer import Scorer
+from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
 
 VOCABULARY = 97
@@ -140,8 +141,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
 
     scorer = Scorer(model, FLOAT32, print)
     if not packed:
-        scorer.backend = None
-        model.set_attn_implementation("eager")
+        scorer.way = Way(attention="eager")
     plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
     found = scorer(pack, with_collisions=True)
     torch.testing.assert_close(found.prompt_logps.double(), wanted.detach(), rtol=0, atol=2e-5)
@@ -164,7 +164,7 @@ def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
         separate = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
         said: list[str] = []
         scorer = Scorer(model, FLOAT32, said.append, backends=[flex_attention.NAME])
-        assert scorer.backend == flex_attention.NAME, said
+        assert scorer.way.backend == flex_attention.NAME, said
         found = scorer(build_pack(rows, groups_of(rows))).completion_logps
     torch.testing.assert_close(found.double(), separate, rtol=0, atol=2e-5)
 
@@ -180,7 +180,7 @@ def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
     """One completion a row is the last resort, not the second."""
     model, said = make_model("llama"), []
     scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", segment_attention.NAME])
-    assert scorer.backend == segment_attention.NAME
+    assert scorer.way.backend == segment_attention.NAME
     assert len(said) == 1
     assert "no_such_attention" in said[0]
 
