@@ -21,8 +21,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 def longest_example(rows: RowSet) -> int:
     """The example with the longest row of a set that has some."""
-    longest = np.argmax(rows.prompt_lengths + rows.completion_lengths)
-    return int(rows.example_of(longest[None])[0])
+    longest = int(np.argmax(rows.prompt_lengths + rows.completion_lengths))
+    return int(rows.example_of(np.array([longest]))[0])
 
 
 @torch.no_grad()

@@ -85,7 +85,9 @@ class Scorer(nn.Module):
             (part_of(pack, together), self._packed),
             *((part_of(pack, row), self._one_by_one) for row in alone),
         ]
-        return _joined([(score(part, with_collisions), *tokens) for (part, *tokens), score in parts])
+        return _joined(
+            [(score(part, with_collisions), tokens, prompts) for (part, tokens, prompts), score in parts]
+        )
 
     def _packed(self, pack: Pack, with_collisions: bool) -> PackLogps:
         """Score the rows of a pack together."""

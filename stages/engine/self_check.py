@@ -195,6 +195,7 @@ def _way_alone(
     # Which of equal positions are chosen depends on how many there are.
     feeds = (True,) if any(SELECTION.search(name) for name in lengths) else (False, True)
     ways = [Way(None, None, name, whole) for name in dict.fromkeys((native, "eager")) for whole in feeds]
+    problems: list[str] = []
     for way in ways:
         problems = [_problem(scorer, way, pack, trial) for trial in trials]
         if not any(problems):
