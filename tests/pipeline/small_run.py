@@ -88,19 +88,11 @@ def _kill_rank_1(step: int) -> None:
     Run._step = killed  # type: ignore[method-assign]
 
 
-def torchrun(tree: dict, store: Path, stage: str, *options: str) -> subprocess.Popen[str]:
-    """A command on two ranks under the real launcher, which takes `options`."""
+def torchrun(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
+    """A command on two ranks under the real launcher."""
     config = store.parent / f"{store.name}.yaml"
     config.write_text(yaml.safe_dump(tree))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *options,
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
         [*launch, "-m", "pipeline", stage, "-c", str(config), "--store", str(store), "--json"],
         cwd=ROOT,

@@ -234,20 +234,29 @@ def forget_moments(checkpoint: Path) -> None:
     (checkpoint / FILES).write_text(json.dumps({**listed, path.name: sha256_file(path)}))
 
 
-def test_torchrun_starts_a_run_again_whose_rank_was_killed(tiny_model, preferences, tmp_path):
-    """The real launcher, and a signal at whatever point of the run: all ranks end, new ones continue."""
+def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
+    tiny_model, preferences, tmp_path
+):
+    """The real launcher, and a signal at whatever point of the run.
+
+    Not by `--max-restarts`: the new ranks of torch 2.13 sometimes wait for each other while they make their gloo group.
+    """
     tree = tree_of(tiny_model, preferences, num_epochs=3)
     store = prepared(tree, tmp_path / "store")
-    process = torchrun(tree, store, "train", "--max-restarts", "1")
+    process = torchrun(tree, store, "train")
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    _, err = process.communicate()
+    assert process.returncode != 0
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not list((store / "policy").glob("[!.]*")), err
+    again = torchrun(tree, store, "train")
+    out, err = again.communicate()
+    assert again.returncode == 0, err
     assert "Continuing from step" in err
     assert json.loads(out)["steps"] == 12  # the first rank alone speaks
 
