@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from stages.engine.checkpointing import disable_checkpointing, enable_checkpoint
 from stages.engine.packs import Pack, build_pack
 from stages.engine.row_lengths import SHORT, special_lengths, with_short_lengths
 
-if TYPE_CHECKING:
-    from stages.engine.scorer import Scorer
+# The scorer that is checked. `stages/engine/scorer.py` imports this file, so its type is not imported here.
+Scorer = Any
 
 # Largest difference, in nats a token at float32, between the engine and the model's own log-probs.
 SELF_CHECK_TOLERANCE = 1e-3
@@ -69,7 +69,7 @@ class _Trial:
     tolerance: float
 
 
-def choose_way(scorer: "Scorer", names: Sequence[str], say: Callable[[str], None]) -> Way:
+def choose_way(scorer: Scorer, names: Sequence[str], say: Callable[[str], None]) -> Way:
     """The first backend of `names` that reproduces the model's own log-probs, or none, and for which rows.
 
     Raises `UsageError` for a model that is not causal or cannot be scored, `DataError` where log-probs are not finite.
@@ -102,7 +102,7 @@ def choose_way(scorer: "Scorer", names: Sequence[str], say: Callable[[str], None
     return way
 
 
-def can_checkpoint(scorer: "Scorer", say: Callable[[str], None]) -> bool:
+def can_checkpoint(scorer: Scorer, say: Callable[[str], None]) -> bool:
     """Whether the model's layers can be checkpointed without noise: the same log-probs twice, and those without.
 
     To the bit on a CPU, but for rounding on a GPU, where sums over experts have no fixed order.
@@ -189,7 +189,7 @@ def _refuse_sparse_blocks(model: Any) -> None:
 
 
 def _way_alone(
-    scorer: "Scorer", native: str, pack: Pack, trials: Sequence[_Trial], lengths: Iterable[str]
+    scorer: Scorer, native: str, pack: Pack, trials: Sequence[_Trial], lengths: Iterable[str]
 ) -> Way:
     """How rows are scored in forward passes of their own."""
     # Which of equal positions are chosen depends on how many there are.
@@ -206,7 +206,7 @@ def _way_alone(
     )
 
 
-def _problem(scorer: "Scorer", way: Way, pack: Pack, trial: _Trial) -> str:
+def _problem(scorer: Scorer, way: Way, pack: Pack, trial: _Trial) -> str:
     """Why the trial model cannot be scored in this way, or an empty string."""
     if way.backend and type(trial.model.get_output_embeddings()) is not nn.Linear:
         return "its output layer is not a plain linear layer"
@@ -224,7 +224,7 @@ def _problem(scorer: "Scorer", way: Way, pack: Pack, trial: _Trial) -> str:
 
 
 def _longest(
-    scorer: "Scorer", way: Way, pack: Pack, trial: _Trial, short: _Trial | None, lengths: dict[str, int]
+    scorer: Scorer, way: Way, pack: Pack, trial: _Trial, short: _Trial | None, lengths: dict[str, int]
 ) -> int | None:
     """Up to which length rows can be packed: to the first beyond which the short model cannot."""
     if not lengths or (short and not _problem(scorer, way, pack, short)):
@@ -238,7 +238,7 @@ def _longest(
 
 
 @contextmanager
-def _scoring(scorer: "Scorer", model: Any, way: Way) -> Iterator[None]:
+def _scoring(scorer: Scorer, model: Any, way: Way) -> Iterator[None]:
     """Within it the scorer scores another model another way, in float32, and counts no forward passes."""
     kept = {name: getattr(scorer, name) for name in ("model", "way", "compute", "forwards")}
     scorer.model, scorer.way, scorer.compute = model, way, replace(scorer.compute, dtype=torch.float32)
