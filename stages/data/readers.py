@@ -10,7 +10,7 @@ from typing import Any
 
 from cache.errors import DataError, MachineError
 from cache.files import sha256_file
-from stages.data.arrow_files import read_arrow
+from stages.data.arrow_files import arrow_rows, read_arrow
 from stages.data.json_files import read_json, read_jsonl
 from stages.data.source_row import SourceRow, first_line
 from stages.settings.data import DataSettings
@@ -98,5 +98,9 @@ def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
             f"Dataset {data.path!r} cannot be read ({first_line(error.__cause__ or error)}). "
             f"Give one of its files with --set data.path=PATH; then errors name the row."
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))
+    yield from arrow_rows(dataset_batches(dataset), f"{data.path}[{data.split}]")
+
+
+def dataset_batches(dataset: Any) -> Iterator[Any]:
+    """The rows of a `datasets.Dataset` as Arrow tables."""
+    return dataset.with_format("arrow").iter(batch_size=1024)

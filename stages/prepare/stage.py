@@ -32,7 +32,7 @@ from stages.runtime.context import Context
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 BATCH_ROWS = 512
 NOTHING_FILTERED = FilterSettings()
 
