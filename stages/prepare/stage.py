@@ -18,7 +18,7 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.data.columns import NOT_TEXT
 from stages.data.mixing import Source, mixture, sources_identity, sources_of
-from stages.data.readers import read_source, source_identity
+from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
@@ -200,6 +200,9 @@ def _announce(
 ) -> None:
     for source in sources:
         format_ = formats[source.name]
+        note = files_note(source.data)
+        if note is not None:
+            context.say(note)
         if source.data.format == "auto":
             where = f"{source.name}: " if len(sources) > 1 else ""
             context.say(
