@@ -139,7 +139,7 @@ def test_a_single_file_has_neither_splits_nor_configurations(tmp_path, key):
     write(tmp_path / "x.jsonl", numbered(0, 1))
     with pytest.raises(UsageError, match=f"data.{key}=test: .*x.jsonl is one file, which has no {key}"):
         rows_of(tmp_path / "x.jsonl", **{key: "test"})
-    with pytest.raises(UsageError, match="data.revision=main: .* is local"):
+    with pytest.raises(UsageError, match=r"data\.revision=main: .* is local"):
         rows_of(tmp_path, revision="main")
 
 
