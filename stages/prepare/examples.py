@@ -100,6 +100,7 @@ class ExampleMaker:
                 except BadRow as problem:
                     outcome.reject(place, row, problem)
                 else:
+                    outcome.counts.chat_rows += not text.is_plain and text.pretokenized is None
                     outcome.counts.notes.update(f"{name}_not_in_template" for name in text.hidden)
                     rendered.append(text)
                     usable.append((place, row, preference))

@@ -60,6 +60,14 @@ class Renderer:
         self._special = SpecialTokenText(tokenizer)
         self._marks = sorted(marks_of(source) | set(self._special.tokens))
 
+    @property
+    def published_source(self) -> str:
+        """The template for other programs, which do not know the variable `leading_bos`."""
+        if not self.chat.mentions("leading_bos"):
+            return self.chat.source
+        value = "bos_token" if self.chat.variables["leading_bos"] else "''"
+        return f"{{% set leading_bos = {value} %}}{self.chat.source}"
+
     def notes(self) -> list[str]:
         """What a person should know about the template with this tokenizer, one line each."""
         known = self.tokenizer.get_vocab()
