@@ -5,13 +5,13 @@ names of files and folders that name a split); a folder of `save_to_disk` for on
 (`load_from_disk`).
 """
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import DataError, UsageError
-from cache.files import read_json
 from stages.data.source_row import first_line
 from stages.settings.data import DataSettings
 
@@ -92,7 +92,10 @@ def _saved_files(folder: Path) -> list[Path]:
 def _object(path: Path) -> dict:
     if not path.is_file():
         raise DataError(f"{path} is missing. Write the folder again with save_to_disk.")
-    value = read_json(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). Write the folder again with save_to_disk.") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -108,25 +111,21 @@ def _splits(folder: Path, data: DataSettings) -> dict[str, list[Path]]:
         raise DataError(
             f"{folder} holds no data file. Expected files ending in {', '.join(FILE_SUFFIXES)}."
         ) from error
-    except (
-        Exception
-    ) as error:  # `datasets` parses the card and other files of the folder, which may hold anything
+    except Exception as error:
+        # `datasets` parses the card and other files of the folder, which may hold anything.
         raise DataError(
             f"{folder} cannot be read as a dataset ({first_line(error)}). Choose with --set data.config=NAME or data.split=NAME, or give one of its files with --set data.path=PATH."
         ) from error
     # `datasets` resolves links; the paths of this folder are the ones a person knows.
     root = folder.resolve()
-    splits = {
-        str(split): [
-            folder / path.relative_to(root) if path.is_relative_to(root) else path for path in map(Path, own)
+    splits = {}
+    for split, paths in found.items():
+        own = [path for path in map(Path, paths) if suffix_of(path) in FILE_SUFFIXES and path.is_file()]
+        if not own:
+            raise DataError(
+                f"{folder}: the split {split} has no data file but {Path(paths[0]).name}. Expected files ending in {', '.join(FILE_SUFFIXES)}."
+            )
+        splits[str(split)] = [
+            folder / path.relative_to(root) if path.is_relative_to(root) else path for path in own
         ]
-        for split, own in found.items()
-    }
-    unknown = next(
-        (file for own in splits.values() for file in own if suffix_of(file) not in FILE_SUFFIXES), None
-    )
-    if unknown is not None:
-        raise DataError(
-            f"{folder} holds {unknown.name}. Expected files ending in {', '.join(FILE_SUFFIXES)}."
-        )
     return splits

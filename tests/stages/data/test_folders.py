@@ -112,7 +112,9 @@ def test_a_saved_folder_with_a_missing_part_is_one_line(saved, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "both" / "train" / "state.json").unlink()
     (tmp_path / "one" / "state.json").write_text("{}")
-    for name in ("both", "one"):
+    shutil.copytree(folder / "one", tmp_path / "cut")
+    (tmp_path / "cut" / "state.json").write_text("{")
+    for name in ("both", "one", "cut"):
         with pytest.raises(AlignError, match=r"state\.json .*save_to_disk"):
             rows_of(tmp_path / name)
 
@@ -144,7 +146,11 @@ def test_a_single_file_has_neither_splits_nor_configurations(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("file", "problem"), [("rows.csv", "holds rows.csv. Expected"), ("notes", "holds no data file")]
+    ("file", "problem"),
+    [
+        ("rows.csv", "the split train has no data file but rows.csv. Expected"),
+        ("notes", "holds no data file"),
+    ],
 )
 def test_a_folder_of_other_files_is_refused_with_those_that_are_read(tmp_path, file, problem):
     (tmp_path / file).write_text("a,b\n1,2\n")

@@ -350,7 +350,10 @@ def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, c
     )
     for name, value in OTHER_SETTINGS.items():
         assert rows_identity(data, settings.model_copy(update={name: value}), chat) != identity, name
-    assert set(DataSettings.model_fields) - {"path", "sources"} == {*OTHER_DATA, *NOT_IN_THE_ROWS} | NOT_OF_A_FILE
+    assert (
+        set(DataSettings.model_fields) - {"path", "sources"}
+        == {*OTHER_DATA, *NOT_IN_THE_ROWS} | NOT_OF_A_FILE
+    )
     for name, value in OTHER_DATA.items():
         assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
     for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
