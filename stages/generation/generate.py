@@ -98,7 +98,7 @@ def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     tokenizer_folder = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
         if (path / "generation_config.json").is_file():
             declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)

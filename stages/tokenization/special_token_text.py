@@ -133,7 +133,7 @@ class EscapedTextEncoder:
         self._backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
-        contents = sorted(self._special, key=len, reverse=True)
+        contents: list[str] = sorted(self._special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
         self._takes_spaces = any(
             token.lstrip or token.rstrip or token.single_word for token in added.values()

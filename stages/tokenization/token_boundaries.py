@@ -45,7 +45,7 @@ class TokenBoundaries:
         """Analyse the parts of the tokenizer; `is_known`: whether any answer can be yes."""
         self._backend = backend
         added = list(backend.get_added_tokens_decoder().values())
-        contents = sorted((token.content for token in added), key=len, reverse=True)
+        contents: list[str] = sorted((token.content for token in added), key=len, reverse=True)
         self._longest = max(map(len, contents), default=0)
         self._added = _any_of(contents)
         self._overlapping = _any_of(_overlapping(contents))
