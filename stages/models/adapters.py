@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.safetensors import weights_fingerprint
+from cache.safetensors import tensors_fingerprint, weights_fingerprint
 from stages.models.loading import ModelSource, load_model, resolve_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
@@ -150,9 +150,11 @@ def model_identity(folder: Path) -> Any:
     if not is_adapter(folder):
         return weights_fingerprint(folder)
     config = adapter_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise DataError(f"{folder} holds no {WEIGHTS}. Save the adapter again, as safetensors.")
     return {
         "base": weights_fingerprint(base_of(folder).folder),
-        "adapter": weights_fingerprint(folder),
+        "adapter": tensors_fingerprint([folder / WEIGHTS]),
         "config": {key: config.get(key) for key in IDENTITY_KEYS},
     }
 
