@@ -13,7 +13,7 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
-from stages.cache_ref.store_lookup import check_same_model, open_reference
+from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
 from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
@@ -164,11 +164,11 @@ class Inputs:
     def _reference(self, start: dict[str, Any]) -> RefLogps:
         """The store of reference log-probs; `start` identifies the policy before training."""
         name, revision = self.config.reference_model
-        is_start = (name, revision) == (self.config.policy.model, self.config.policy.revision)
-        reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
-        if is_start:  # compare hashes of the weights, which `start` has, rather than dates of files
-            check_same_model(reference, start, self.context)
-        return reference
+        if (name, revision) == (self.config.policy.model, self.config.policy.revision):
+            return open_start(self.policy_source, start, self.compute, self.context)
+        if name == QUICKSTART:
+            name = str(self._quickstart.model)
+        return open_reference(name, revision, self.compute, self.context)
 
     @property
     def _pool(self) -> PromptPool:

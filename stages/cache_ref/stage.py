@@ -47,7 +47,6 @@ class CacheRefResult:
 def cache_ref(
     rows: Sequence[Artifact],
     source: ModelSource,
-    revision: str | None,
     compute: Compute,
     context: Context,
     share: str | None = None,
@@ -70,7 +69,7 @@ def cache_ref(
         check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
         longest = max(row_sets, key=RowSet.max_length)
         forwards = _score(units_of(row_sets, worker), longest, reference, source, compute, missing, context)
-    remember_store(source, revision, compute, reference, context)
+    remember_store(source, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
 

@@ -22,6 +22,14 @@ PROVENANCE_KEYS = (
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a model is: its folder on this machine, None if that is gone, and what identifies the place, whoever names it."""
+
+    identity: dict[str, str | None]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model folder on this machine, the user's name for it, and the revision if it is from the hub."""
 
@@ -34,6 +42,11 @@ class ModelSource:
     def short_name(self) -> str:
         """The last part of the name, for folder names."""
         return self.name.rstrip("/").split("/")[-1]
+
+    @property
+    def place(self) -> Place:
+        """Where this model is today."""
+        return _on_hub(self.name, self.revision, self.folder) if self.is_on_hub else _local(self.folder)
 
 
 def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
@@ -72,6 +85,32 @@ def resolve_model(name: str, revision: str | None, or_adapter: bool = False) -> 
             f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
             f"Check the name, the network and `hf auth login`, or give a folder."
         ) from error
+
+
+def places_of(name: str, revision: str | None) -> list[Place]:
+    """The places that a name may mean today, as `resolve_model` finds them, but without a network.
+
+    The folder may be gone; then the name may also be one of the hub, whose copy on this machine may be gone, too.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return [_local(folder)]
+    from huggingface_hub import snapshot_download
+
+    try:
+        copy = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # no copy, or no name of the hub
+        copy = None
+    return [_local(folder), _on_hub(name, revision, copy)]
+
+
+def _local(folder: Path) -> Place:
+    """The place of a folder itself, with no symbolic link in its path."""
+    return Place({"folder": str(folder.resolve())}, folder if folder.is_dir() else None)
+
+
+def _on_hub(name: str, revision: str | None, folder: Path | None) -> Place:
+    return Place({"hub": name, "revision": revision}, folder)
 
 
 def architecture(folder: Path) -> dict[str, Any]:
