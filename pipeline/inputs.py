@@ -15,7 +15,10 @@ from pipeline import quickstart
 from pipeline.config import RunConfig
 from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
-from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.data.rows import SPLITS, RowSet, distinct_ids
+from stages.models.identity import reference_identity
+from stages.models.loading import ModelSource, load_tokenizer, resolve_model
+from stages.models.vocabulary import TokensInUse
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
@@ -76,7 +79,7 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        return resolve_model(name, revision, or_adapter)
+        return resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
 
     @cached_property
     def data(self) -> DataSettings:
@@ -168,7 +171,12 @@ class Inputs:
             return open_start(self.policy_source, start, self.compute, self.context)
         if name == QUICKSTART:
             name = str(self._quickstart.model)
-        return open_reference(name, revision, self.compute, self.context)
+        used = TokensInUse(self.template.tokenizer, lambda: distinct_ids(self._row_sets()))
+        return open_reference(name, revision, used, self.compute, self.context)
+
+    def _row_sets(self) -> list[RowSet]:
+        artifacts = (self.rows, *self.eval_sets.values())
+        return [RowSet.of(artifact, split) for artifact in artifacts for split in SPLITS]
 
     @property
     def _pool(self) -> PromptPool:
@@ -180,7 +188,8 @@ class Inputs:
     @property
     def policy(self) -> ModelSource:
         """The policy that this configuration trained."""
-        return ModelSource(self.policy_artifact.path.name, self.policy_artifact.path)
+        path = self.policy_artifact.path
+        return ModelSource(path.name, path, runs_code=self.config.compute.trust_remote_code)
 
     @cached_property
     def policy_artifact(self) -> Artifact:
@@ -207,7 +216,9 @@ class Inputs:
                     "sample.compare compares the trained policy with its reference, and sample.model names another model. Leave one of them out."
                 )
             models["reference"] = self.model(*config.reference_model)
-        return SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
+        job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
+        job.check_tokens(self.template.tokenizer, self.context.say)
+        return job
 
     @property
     def evaluated(self) -> ModelSource:

@@ -60,7 +60,8 @@ def cache_ref(
 
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
     source = inputs.model(*inputs.config.reference_model)
-    done = score(row_sets, source, inputs.compute, inputs.context, shard)
+    tokenizer = inputs.template.tokenizer
+    done = score(row_sets, source, tokenizer, inputs.compute, inputs.context, shard)
     folder = done.reference.folder
     if not done.rows_scored:
         whose = f" of shard {shard}" if shard else ""

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CorruptError, StaleError
+from cache.errors import CorruptError, StaleError, UsageError
 from cache.files import read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
 from cache.safetensors import DECIDING, weight_files
-from stages.models.loading import ModelSource, Place, places_of, reference_identity
+from stages.models.identity import reference_identity
+from stages.models.loading import ModelSource, Place, has_tokenizer, load_tokenizer, places_of
+from stages.models.vocabulary import TokensInUse, vocabulary_sha256
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 
@@ -26,17 +28,21 @@ def store_of(source: ModelSource, compute: Compute, context: Context) -> RefLogp
     return _store(reference_identity(source, compute), source.short_name, context)
 
 
-def open_reference(name: str, revision: str | None, compute: Compute, context: Context) -> RefLogps:
+def open_reference(
+    name: str, revision: str | None, used: TokensInUse, compute: Compute, context: Context
+) -> RefLogps:
     """The store that cache-ref filled for this reference, found by the note it left; no weights are read.
 
-    Weights that are gone are not missed, which is said. Raises `StaleError` when there is no note, or when the model's
-    files have changed since.
+    Weights that are gone are not missed, which is said. `used` are the tokens of the rows. Raises `StaleError` when there is
+    no note, or when the model's files have changed since, and `UsageError` where the reference has other tokens.
     """
     for place in places_of(name, revision):
         path = _note_path(place, compute, context)
         if path.is_file():
             note = _read_note(path, context)
             _compare_files(name, place, note["files"], context)
+            if note["vocabulary"] != vocabulary_sha256(used.tokenizer):
+                _compare_tokens(name, place, note, used, context)
             return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
     raise _no_store(name, compute, context)
 
@@ -70,6 +76,7 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
         "files": _stat_files(source.folder, [path.name for path in weight_files(source.folder)]),
         "store": reference.folder.name,
         "identity": reference.identity,
+        "vocabulary": vocabulary_sha256(load_tokenizer(source)) if has_tokenizer(source.folder) else None,
     }
     reference.write_manifest()
     path, note = _note_path(source.place, compute, context), with_digest(note, DIGEST)
@@ -79,6 +86,25 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
     except CorruptError:  # the note is written anew
         pass
     write_json(path, note)
+
+
+def check_tokens(used: TokensInUse, source: ModelSource, context: Context) -> None:
+    """Raise `UsageError` if the rows' tokens are others to the reference."""
+    remedy = "Its log-probs of these rows mean nothing; use a reference with the policy's tokenizer: --set reference.model=NAME"
+    used.check(source, "The reference", remedy, context.say)
+
+
+def _compare_tokens(
+    name: str, place: Place, note: dict[str, Any], used: TokensInUse, context: Context
+) -> None:
+    """The same for a reference whose weights may be gone, and its tokenizer with them."""
+    if place.folder is not None and has_tokenizer(place.folder):
+        check_tokens(used, ModelSource(name, place.folder), context)
+    elif note["vocabulary"] is not None:
+        raise UsageError(
+            f"The reference {name} has another vocabulary than {used.tokenizer.name_or_path}, and its tokenizer is gone, so "
+            f"they cannot be compared. Put its tokenizer back, or use another reference: --set reference.model=NAME"
+        )
 
 
 def _store(identity: dict[str, Any], name: str, context: Context) -> RefLogps:

@@ -30,7 +30,10 @@ def run_transformers(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=getattr(torch, options.dtype), local_files_only=True
+        model.path,
+        dtype=getattr(torch, options.dtype),
+        local_files_only=True,
+        trust_remote_code=options.trust_remote_code,
     )
     if model.adapter is not None:
         network = load_adapter(network, model.adapter)

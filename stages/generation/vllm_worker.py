@@ -56,6 +56,7 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
         # "auto" would take files in Mistral's own format where there are any.
         load_format="safetensors",
         config_format="hf",
+        trust_remote_code=options["trust_remote_code"],
         dtype=options["dtype"],
         max_model_len=model["max_length"],
         tensor_parallel_size=options["tensor_parallel_size"],

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.safetensors import tensors_fingerprint, weights_fingerprint
-from stages.models.loading import ModelSource, load_model, resolve_model
+from stages.models.loading import ModelSource, load_model, model_of_shapes, resolve_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Keys of adapter_config.json that change a forward pass.
-IDENTITY_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 
 
 def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
@@ -28,10 +25,8 @@ def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
         return
     require_peft()
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
+    model = model_of_shapes(source)
     try:
         attach_adapter(model, settings, 0, source)
     except ValueError as error:
@@ -94,7 +89,7 @@ def load_any(source: ModelSource, compute: Compute) -> Any:
     """The model of a model folder; for the folder of an adapter its base with the adapter in it."""
     if not is_adapter(source.folder):
         return load_model(source, compute)
-    return load_adapter(load_model(base_of(source.folder), compute), source.folder).get_base_model()
+    return load_adapter(load_model(base_of(source), compute), source.folder).get_base_model()
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:
@@ -126,37 +121,30 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json; raises `DataError` if it is not JSON."""
+    """The content of adapter_config.json; raises `DataError` if it is not an object in JSON."""
     try:
-        return json.loads((folder / CONFIG).read_bytes())
+        config = json.loads((folder / CONFIG).read_bytes())
+        if isinstance(config, dict):
+            return config
+        problem = f"it holds a {type(config).__name__}"
     except ValueError as error:
-        raise DataError(f"{folder / CONFIG} is not JSON ({error}). Save the adapter again.") from error
+        problem = str(error)
+    raise DataError(
+        f"{folder / CONFIG} is not the configuration of an adapter ({problem}). Save the adapter again."
+    )
 
 
-def base_of(folder: Path) -> ModelSource:
+def base_of(adapter: ModelSource) -> ModelSource:
     """The base model that an adapter names; raises `AlignError` if it is not found."""
-    config = adapter_config(folder)
+    config = adapter_config(adapter.folder)
+    name = config.get("base_model_name_or_path")
     try:
-        return resolve_model(config["base_model_name_or_path"], config.get("revision"))
+        return resolve_model(str(name), config.get("revision"), runs_code=adapter.runs_code)
     except DataError as error:
         raise DataError(
-            f"The adapter in {folder} was trained on {config['base_model_name_or_path']}, which does not exist. "
-            f"Put the model back, or correct base_model_name_or_path in {folder / CONFIG}."
+            f"The adapter in {adapter.folder} was trained on {name}, which does not exist. "
+            f"Put the model back, or correct base_model_name_or_path in {adapter.folder / CONFIG}."
         ) from error
-
-
-def model_identity(folder: Path) -> Any:
-    """Digest of the weights in a model folder; for an adapter, those of its base and its own, and its configuration."""
-    if not is_adapter(folder):
-        return weights_fingerprint(folder)
-    config = adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise DataError(f"{folder} holds no {WEIGHTS}. Save the adapter again, as safetensors.")
-    return {
-        "base": weights_fingerprint(base_of(folder).folder),
-        "adapter": tensors_fingerprint([folder / WEIGHTS]),
-        "config": {key: config.get(key) for key in IDENTITY_KEYS},
-    }
 
 
 def require_peft() -> None:

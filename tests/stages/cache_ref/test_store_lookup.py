@@ -13,8 +13,11 @@ import torch
 from cache.errors import CorruptError, StaleError
 from cache.fingerprint import row_key
 from stages.cache_ref.store_lookup import open_reference, open_start, remember_store, store_of
-from stages.models.loading import ModelSource, reference_identity, resolve_model
+from stages.models.identity import reference_identity
+from stages.models.loading import ModelSource, resolve_model
+from stages.models.vocabulary import TokensInUse
 from stages.runtime.compute import Compute
+from tests.conftest import make_chat_tokenizer
 from tests.tiny_llama import random_llama
 
 COMPUTE = Compute(torch.device("cpu"), torch.float32, 2048)
@@ -51,7 +54,8 @@ def cached(name: str | Path, value: float, context) -> None:
 
 
 def found(name: str | Path, context) -> float:
-    return float(open_reference(str(name), None, COMPUTE, context).get(KEY)[0])
+    used = TokensInUse(make_chat_tokenizer(), lambda: [1, 2])
+    return float(open_reference(str(name), None, used, COMPUTE, context).get(KEY)[0])
 
 
 def test_a_link_leads_to_the_store_of_the_folder_it_names_today(models, context, tmp_path):

@@ -20,9 +20,9 @@ from stages.models.adapters import (
     halve_frozen_weights,
     is_adapter,
     load_adapter,
-    model_identity,
     save_adapter,
 )
+from stages.models.identity import model_identity
 from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
@@ -178,16 +178,17 @@ def test_an_adapter_folder_is_recognised_and_names_its_base(tiny_model, tmp_path
     save_adapter(adapted, tmp_path)
     assert is_adapter(tmp_path)
     assert not is_adapter(tiny_model)
-    assert base_of(tmp_path).folder == tiny_model
-    before = model_identity(tmp_path)
+    source = ModelSource("adapter", tmp_path)
+    assert base_of(source).folder == tiny_model
+    before = model_identity(source)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
-    assert model_identity(tmp_path) != before
+    assert model_identity(source) != before
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "/nowhere/base"})
     )
     with pytest.raises(DataError, match=r"trained on /nowhere/base, which does not exist"):
-        base_of(tmp_path)
+        base_of(source)
 
 
 def test_missing_target_modules_are_named_before_weights_are_loaded(tiny_model):
