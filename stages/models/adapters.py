@@ -7,6 +7,7 @@ log-prob, and the reference log-probs of its base are its own at step 0, to the 
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
 def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: ModelSource) -> Any:
     """Put a new adapter into `model`, freeze all other weights, and return peft's wrapper around the same modules.
 
-    A is drawn from `seed`, B is 0. Raises `ValueError` if no module has a name in `target_modules`.
+    A is drawn from `seed`, B is 0. Raises `ValueError` if no module has a name in `target_modules`, and `UsageError` for a
+    module that shares its weight with another, or that DoRA would divide by zero.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -60,13 +62,54 @@ def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: Mod
         use_rslora=settings.use_rslora,
         lora_dropout=0.0,  # with dropout, neither step 0 nor a resumed run would be exact
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # refused below
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)
+    _refuse_shared_weights(model)
+    _refuse_rows_of_zeros(adapted)
     written = adapted.peft_config["default"]
     written.base_model_name_or_path = source.name if source.is_on_hub else str(source.folder.resolve())
     written.revision = source.revision
     return adapted
+
+
+def _refuse_shared_weights(model: Any) -> None:
+    """Raise `UsageError` if an adapted module shares its weight: merging would put the update into the other one, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        if not name.endswith(".base_layer"):
+            for parameter in _own(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+                holders.setdefault(id(parameter), set()).add(name)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            shared = set().union(*(holders[id(parameter)] for parameter in _own(module.get_base_layer())))
+            if len(shared) > 1:
+                raise UsageError(
+                    f"adapter.target_modules: {' and '.join(sorted(shared))} are one matrix (tie_word_embeddings), so an adapter "
+                    f"on one of them cannot be merged: it would change both. Leave {name.split('.')[-1]} out."
+                )
+
+
+def _own(module: Any) -> list[Any]:
+    """The parameters of a module itself."""
+    return list(module.parameters(recurse=False))
+
+
+def _refuse_rows_of_zeros(adapted: Any) -> None:
+    """Raise `UsageError` where DoRA, which divides each row of a weight by its norm, has a row of zeros."""
+    for name, magnitude in adapted.named_parameters():
+        layer, is_magnitude, _ = name.partition(".lora_magnitude_vector")
+        # At the start the magnitudes are the norms. On the meta device there are none yet.
+        zeros = int((magnitude == 0).sum()) if is_magnitude and not magnitude.is_meta else 0
+        if zeros:
+            raise UsageError(
+                f"DoRA divides each row of a weight by its norm, and {layer.removeprefix('base_model.model.')} has {zeros} rows "
+                f"of zeros (padded heads or tokens). Use --set adapter.name=lora, or leave that layer out of "
+                f"adapter.target_modules."
+            )
 
 
 def save_adapter(adapted: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
