@@ -17,7 +17,7 @@ from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.models.identity import reference_identity
-from stages.models.loading import ModelSource, load_tokenizer, resolve_model
+from stages.models.loading import ModelSource, load_tokenizer, open_config, resolve_model
 from stages.models.vocabulary import TokensInUse
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
@@ -101,6 +101,7 @@ class Inputs:
         """The policy's tokenizer and the chat template."""
         settings = self.config.prepare
         quick = settings.tokenizer == "fastokens"
+        open_config(self.policy_source)  # rows for a model that cannot be opened are of no use
         return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
 
     @property

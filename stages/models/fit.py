@@ -5,13 +5,12 @@ In: a model's configuration files, and rows.  Out: nothing, or an `AlignError`.
 
 import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from cache.errors import DataError, UsageError
 from stages.data.rows import RowSet
-from stages.models.loading import ModelSource, first_line, load_tokenizer, open_config
+from stages.models.loading import ModelSource, load_tokenizer, open_config
 
 
 def num_positions(source: ModelSource) -> int | None:
@@ -66,5 +65,5 @@ def check_can_be_saved(source: ModelSource) -> None:
             load_tokenizer(source).save_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"{Path(source.folder) / what} cannot be saved with a trained model: {first_line(error)} Mend that file."
+                f"{source.folder}: {what} cannot be saved with a trained model ({' '.join(str(error).split())[:300]}). Mend it there."
             ) from error
