@@ -14,8 +14,9 @@ from cache.files import read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
 from cache.safetensors import DECIDING, weight_files
+from stages.cache_ref.places import Place, place_of, places_of
 from stages.models.identity import reference_identity
-from stages.models.loading import ModelSource, Place, has_tokenizer, load_tokenizer, places_of
+from stages.models.loading import ModelSource, has_tokenizer, load_tokenizer
 from stages.models.vocabulary import TokensInUse, vocabulary_sha256
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
@@ -56,7 +57,7 @@ def open_start(source: ModelSource, start: dict[str, Any], compute: Compute, con
     reference = _store(start, source.short_name, context)
     if reference.folder.is_dir():
         return reference
-    path = _note_path(source.place, compute, context)
+    path = _note_path(place_of(source), compute, context)
     if not path.is_file():
         raise _no_store(source.name, compute, context)
     note = _read_note(path, context)
@@ -72,14 +73,14 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
     """Note which store the place of this model led to, for `open_reference`; write the store's manifest if it is gone."""
     note = {
         "model": source.name,
-        "place": source.place.identity,
+        "place": place_of(source).identity,
         "files": _stat_files(source.folder, [path.name for path in weight_files(source.folder)]),
         "store": reference.folder.name,
         "identity": reference.identity,
         "vocabulary": vocabulary_sha256(load_tokenizer(source)) if has_tokenizer(source.folder) else None,
     }
     reference.write_manifest()
-    path, note = _note_path(source.place, compute, context), with_digest(note, DIGEST)
+    path, note = _note_path(place_of(source), compute, context), with_digest(note, DIGEST)
     try:
         if path.is_file() and read_with_digest(path, DIGEST, "") == note:
             return

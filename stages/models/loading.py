@@ -4,23 +4,18 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache.errors import DataError, MachineError, UsageError
 from cache.safetensors import ADAPTER_CONFIG, CONFIG
 from stages.runtime.compute import Compute
 
+if TYPE_CHECKING:
+    import torch
+
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 # A folder with none of these gets an empty tokenizer from transformers.
 TOKENIZER_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model is: its folder on this machine, None if that is gone, and what identifies the place, whoever names it."""
-
-    identity: dict[str, str | None]
-    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,6 @@ class ModelSource:
     def short_name(self) -> str:
         """The last part of the name, for folder names."""
         return self.name.rstrip("/").split("/")[-1]
-
-    @property
-    def place(self) -> Place:
-        """Where this model is today."""
-        return _on_hub(self.name, self.revision, self.folder) if self.is_on_hub else _local(self.folder)
 
 
 def resolve_model(
@@ -89,32 +79,6 @@ def _download(name: str, revision: str | None, runs_code: bool) -> ModelSource:
             f"Model {name!r} is neither a local folder nor reachable on the hub ({reason}). "
             f"Check the name, the network and `hf auth login`, or give a folder."
         ) from error
-
-
-def places_of(name: str, revision: str | None) -> list[Place]:
-    """The places that a name may mean today, as `resolve_model` finds them, but without a network.
-
-    The folder may be gone; then the name may also be one of the hub, whose copy on this machine may be gone, too.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return [_local(folder)]
-    from huggingface_hub import snapshot_download
-
-    try:
-        copy = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # no copy, or no name of the hub
-        copy = None
-    return [_local(folder), _on_hub(name, revision, copy)]
-
-
-def _local(folder: Path) -> Place:
-    """The place of a folder itself, with no symbolic link in its path."""
-    return Place({"folder": str(folder.resolve())}, folder if folder.is_dir() else None)
-
-
-def _on_hub(name: str, revision: str | None, folder: Path | None) -> Place:
-    return Place({"hub": name, "revision": revision}, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -179,20 +143,22 @@ def load_model(source: ModelSource, compute: Compute) -> Any:
     if compute.load_in_4bit:
         return _load_in_4bit(source, compute)
     logging.disable_progress_bar()  # align shows a progress bar of its own
-    model = _load(source)
+    model = load_weights(source, torch.float32)
     torch.nn.Module.to(model, compute.device)
     return model
 
 
-def _load(source: ModelSource, **options: Any) -> Any:
-    """A model in float32 with torch's attention, or with its own if it has no other."""
-    import torch
+def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> Any:
+    """A model on the CPU with torch's attention, or with its own if it has no other.
+
+    `options` are further arguments of `from_pretrained`. Raises `DataError` as `load_model` does.
+    """
     from transformers import AutoModelForCausalLM
 
-    def load(**attention: str) -> tuple[Any, dict[str, Any]]:
+    def load(**attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             source.folder,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             **trust(source),
             **options,
@@ -222,6 +188,7 @@ def _load(source: ModelSource, **options: Any) -> Any:
 
 
 def _load_in_4bit(source: ModelSource, compute: Compute) -> Any:
+    import torch
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -230,7 +197,8 @@ def _load_in_4bit(source: ModelSource, compute: Compute) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute.dtype,
     )
-    model = _load(source, quantization_config=quantization, device_map={"": compute.device})
+    on_device = {"": compute.device}
+    model = load_weights(source, torch.float32, quantization_config=quantization, device_map=on_device)
     for module in model.modules():
         # On a CPU, bitsandbytes 0.50 repacks the weights of a layer at its first call without gradients. The kernel for
         # repacked weights computes in bfloat16 and passes wrong gradients to an adapter behind it.
