@@ -190,3 +190,26 @@ def test_stores_whose_folders_were_swapped_by_name_are_refused_with_a_way_out(mo
     one.rename(two)
     one.with_name("away").rename(one)
     assert [found(folder, context) for folder in models[:2]] == [-1.0, -2.0]
+
+
+def test_a_hub_name_leads_to_the_copy_on_this_machine(models, context, said, tmp_path, monkeypatch):
+    """Its main branch may have moved, or the copy may be gone; the network is not asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    repository = tmp_path / "hub" / "models--someone--model"
+    commits = ["a" * 40, "b" * 40]
+    for commit, folder in zip(commits, models, strict=False):
+        shutil.move(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[0])
+    source = ModelSource("someone/model", repository / "snapshots" / commits[0], is_on_hub=True)
+    store = store_of(source, COMPUTE, context)
+    store.add([KEY], [np.array([-1.0])])
+    remember_store(source, COMPUTE, store, context)
+    assert found("someone/model", context) == -1.0
+    (repository / "refs" / "main").write_text(commits[1])
+    with pytest.raises(StaleError, match=r"size or date of config\.json, model\.safetensors"):
+        found("someone/model", context)
+    shutil.rmtree(repository)
+    assert found("someone/model", context) == -1.0
+    assert "someone/model is gone" in said[-1]
