@@ -153,6 +153,18 @@ def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> A
 
     `options` are further arguments of `from_pretrained`. Raises `DataError` as `load_model` does.
     """
+    model, found = _read_weights(source, dtype, options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source.folder} lacks weights that the model has: {', '.join(missing[:3])}{', ...' if missing[3:] else ''} "
+            f"({len(missing):,}), which would be random. Download or save the model again."
+        )
+    return model
+
+
+def _read_weights(source: ModelSource, dtype: "torch.dtype", options: dict[str, Any]) -> Any:
+    """The model, and transformers' report on its weights."""
     from transformers import AutoModelForCausalLM
 
     def load(**attention: str) -> Any:
@@ -167,9 +179,9 @@ def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> A
 
     try:
         try:
-            model, found = load(attn_implementation="sdpa")
+            return load(attn_implementation="sdpa")
         except (ValueError, ImportError):
-            model, found = load()
+            return load()
     except (OSError, ValueError, ImportError) as error:
         raise _unusable(source, "model", error) from error
     except RuntimeError as error:
@@ -178,13 +190,6 @@ def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> A
         raise DataError(
             f"{source.folder} has weights of other shapes than its config.json says. Download or save the model again."
         ) from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise DataError(
-            f"{source.folder} lacks weights that the model has: {', '.join(missing[:3])}{', ...' if missing[3:] else ''} "
-            f"({len(missing):,}), which would be random. Download or save the model again."
-        )
-    return model
 
 
 def _load_in_4bit(source: ModelSource, compute: Compute) -> Any:
