@@ -45,7 +45,8 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
     """Run a command and print its result, or the error in one line."""
     try:
         session = options.session()
-        result = session.dry_run(command.name) if options.dry_run else session.run(command.name, **own)
+        run = session.dry_run if options.dry_run else session.run
+        result = run(command.name, **own)
         if os.environ.get("RANK", "0") == "0":
             _print(result, options.json_)
     except AlignError as error:

@@ -71,13 +71,13 @@ def cache_ref(
     )
 
 
-def would_cache_ref(inputs: "Inputs") -> Intent:
+def would_cache_ref(inputs: "Inputs", shard: str | None = None) -> Intent:
     """Count the rows that are not scored yet."""
     from stages.cache_ref.stage import count_missing
 
     source = inputs.model(*inputs.config.reference_model)
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
-    needed, missing, tokens = count_missing(row_sets, source, inputs.compute, inputs.context)
+    needed, missing, tokens = count_missing(row_sets, source, inputs.compute, inputs.context, shard)
     return Intent(
         "score" if missing else "reuse", {"rows_needed": needed, "rows_missing": missing, "tokens": tokens}
     )

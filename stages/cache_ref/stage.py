@@ -63,12 +63,8 @@ def cache_ref(
     started = time.monotonic()
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
-    used = TokensInUse(tokenizer, lambda: distinct_ids(row_sets))
-    check_tokens(used, source, context)
-    if share is None:
-        needed = {key for row_set in row_sets for key in row_set.keys}
-    else:
-        needed = {key for unit in units_of(row_sets, worker) for key in unit.keys}
+    check_tokens(TokensInUse(tokenizer, lambda: distinct_ids(row_sets)), source, context)
+    needed = _needed_keys(row_sets, share)
     missing = len(reference.missing(needed))
     forwards = 0
     if missing:
@@ -80,18 +76,28 @@ def cache_ref(
 
 
 def count_missing(
-    rows: Sequence[Artifact], source: ModelSource, compute: Compute, context: Context
+    rows: Sequence[Artifact],
+    source: ModelSource,
+    compute: Compute,
+    context: Context,
+    share: str | None = None,
 ) -> tuple[int, int, int]:
-    """Rows needed, rows missing, and positions a run would compute; writes nothing."""
+    """Rows needed, rows missing, and positions a run would compute, of all or of a share; writes nothing."""
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
-    needed = {key for row_set in row_sets for key in row_set.keys}
+    needed = _needed_keys(row_sets, share)
     positions = sum(
         packed_length(unit.rows, group)
-        for unit in units_of(row_sets, Worker())
+        for unit in units_of(row_sets, Worker() if share is None else choose_worker(share))
         for group in unit.unscored(reference).groups
     )
     return len(needed), len(reference.missing(needed)), positions
+
+
+def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> set[bytes]:
+    if share is None:
+        return {key for row_set in row_sets for key in row_set.keys}
+    return {key for unit in units_of(row_sets, choose_worker(share)) for key in unit.keys}
 
 
 def _row_sets(rows: Sequence[Artifact]) -> list[RowSet]:
@@ -107,7 +113,7 @@ def _score(
     missing: int,
     context: Context,
 ) -> int:
-    """Score what is missing of the units and add it to the store; returns the number of forward passes."""
+    """Score the missing rows of the units and add them to the store; returns the number of forward passes."""
     # Brings transformers' modelling code: only when there is something to score.
     from stages.engine.scorer import Scorer
 

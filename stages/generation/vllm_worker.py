@@ -41,7 +41,7 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
     options, sampling = request["options"], request["sampling"]
     if current_platform.is_cpu():
         # Compiling for a CPU takes longer than most sampling runs; memory not given is 92 % of the machine's.
-        device = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
+        device: dict[str, Any] = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
     else:
         device = {
             "gpu_memory_utilization": options["gpu_memory_utilization"],
