@@ -58,10 +58,10 @@ def cache_ref(
     """Stage 2: score new rows with the frozen reference and store their log-probs."""
     from stages.cache_ref.stage import cache_ref as score
 
-    name, revision = inputs.config.reference_model
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
-    source = inputs.model(name, revision)
-    done = score(row_sets, source, revision, inputs.compute, inputs.context, shard)
+    source = inputs.model(*inputs.config.reference_model)
+    tokenizer = inputs.template.tokenizer
+    done = score(row_sets, source, tokenizer, inputs.compute, inputs.context, shard)
     folder = done.reference.folder
     if not done.rows_scored:
         whose = f" of shard {shard}" if shard else ""

@@ -8,7 +8,7 @@ each case.
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 
 from cache.errors import StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
-from stages.models.loading import ModelSource, load_model, load_tokenizer
+from stages.models.loading import ModelSource, load_model, load_tokenizer, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.fsdp import are_shards, full_state, load_sharded, load_shards, save_shards
@@ -67,7 +67,7 @@ class Trainable:
         elif state is None:
             self.model.save_pretrained(folder)
         else:
-            _unsharded(self.model.config, state).save_pretrained(folder)
+            _unsharded(self.source, self.model.config, state).save_pretrained(folder)
         load_tokenizer(self.source).save_pretrained(folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -100,7 +100,7 @@ class Trainable:
             load_adapter_weights(self.adapted, folder)
         else:
             on_cpu = Compute(torch.device("cpu"), torch.float32, self.scorer.compute.tokens_per_batch)
-            self.model.load_state_dict(load_model(ModelSource(str(folder), folder), on_cpu).state_dict())
+            self.model.load_state_dict(load_model(replace(self.source, folder=folder), on_cpu).state_dict())
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 
@@ -123,13 +123,10 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
     return Trainable(job.source, model, adapted, scorer, parameters, world)
 
 
-def _unsharded(config: Any, state: dict[str, torch.Tensor]) -> Any:
+def _unsharded(source: ModelSource, config: Any, state: dict[str, torch.Tensor]) -> Any:
     """A model on the CPU with the gathered tensors, which is saved as one that was never sharded."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
-        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
+    # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
+    model = model_of_shapes(source, deepcopy(config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
