@@ -46,8 +46,9 @@ class Inputs:
     """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is loaded yet."""
+        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
         self.config, self.context = config, context
+        self.found_rows: dict[str, Artifact] = {}
 
     @property
     def is_quickstart(self) -> bool:
@@ -136,6 +137,7 @@ class Inputs:
         rows = find_rows(*source)
         if rows is None:
             raise self._no_rows(what)
+        self.found_rows[what] = rows
         return rows
 
     def _no_rows(self, what: str) -> StaleError:

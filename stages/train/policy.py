@@ -16,7 +16,8 @@ import torch
 
 from cache.errors import StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
-from stages.models.loading import ModelSource, load_model, load_tokenizer, model_of_shapes
+from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.loading import ModelSource, load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.fsdp import are_shards, full_state, load_sharded, load_shards, save_shards
@@ -30,9 +31,13 @@ OPTIMIZER = "optimizer.pt"
 
 @dataclass(frozen=True)
 class Trainable:
-    """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained."""
+    """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained.
+
+    `chat` is the format of the rows, which is published with the policy.
+    """
 
     source: ModelSource
+    chat: ChatFormat
     model: Any
     adapted: Any | None
     scorer: "Scorer"
@@ -68,7 +73,7 @@ class Trainable:
             self.model.save_pretrained(folder)
         else:
             _unsharded(self.source, self.model.config, state).save_pretrained(folder)
-        load_tokenizer(self.source).save_pretrained(folder)
+        write_chat_files(self.source, self.chat, folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Write weights and optimizer into the folder of a checkpoint, for `load_state`. Every rank calls this.
@@ -120,7 +125,7 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
         if adapted is not None and job.compute.dtype == torch.bfloat16:
             halve_frozen_weights(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Trainable(job.source, model, adapted, scorer, parameters, world)
+    return Trainable(job.source, ChatFormat.of(job.rows), model, adapted, scorer, parameters, world)
 
 
 def _unsharded(source: ModelSource, config: Any, state: dict[str, torch.Tensor]) -> Any:

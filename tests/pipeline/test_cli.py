@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cache.artifacts import open_artifact
 from cache.errors import DataError
 from pipeline.commands import COMMANDS
 from pipeline.config import load_config
@@ -333,3 +334,21 @@ def test_the_module_ends_the_process_with_the_same_code_and_no_traceback(tmp_pat
     assert done.stderr.startswith("align: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_cut_is_the_last_line_of_every_report(align, config, preferences):
+    """The numbers are those of the column `prompt_cut`, one of each example."""
+    given = ["-c", config, "--set", "prepare.max_length=40", "--set", f"eval.sets.more={preferences}"]
+    code, out, err = align("prepare", *given, "--json")
+    assert code == 0, err
+    artifact = open_artifact(Path(json.loads(out)["artifact"]))
+    shards = [*artifact.shards("train"), *artifact.shards("heldout")]
+    rows = [row for shard in shards for row in shard.select(["role", "prompt_cut"]).to_pylist()]
+    cut = sorted(row["prompt_cut"] for row in rows if row["role"] == "chosen" and row["prompt_cut"])
+    said = f"{len(cut)} prompts lost {sum(cut)} tokens (median {cut[(len(cut) - 1) // 2]}, at most {cut[-1]})"
+    for stage, last in (("prepare", -2), ("cache-ref", -2), ("plan", -1)):
+        code, out, err = align(stage, *given)
+        assert code == 0, err
+        assert out.splitlines()[last] == f"CUT: in preferences.jsonl, {said}, by prepare.max_length=40"
+        assert out.splitlines()[-1].startswith("CUT: in ")
+    assert "CUT" not in align("prepare", "-c", config)[1]

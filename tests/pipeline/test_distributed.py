@@ -165,9 +165,13 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     """Ranks have unequal numbers of packs in most steps: a step is five examples.
 
     They sample the same completions in step, before and while they train, and what they leave
-    behind opens as a model.
+    behind opens as a model, which generates as the model before it.
     """
-    tree = tree_of(tiny_model, preferences, sample_steps=4, sample_prompts=3, keep_last=1, learning_rate=1e-3)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 9]}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    tree = tree_of(model, preferences, sample_steps=4, sample_prompts=3, keep_last=1, learning_rate=1e-3)
     tree["sample"] = {"max_tokens": 6}
     store = prepared(tree, tmp_path / "store")
     expected = run(tree, copy_of(store, "one"), "train")
@@ -179,6 +183,7 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     assert_same_run(found, expected, spread)
     ours, theirs = (Path(result["artifact"]) for result in (found, expected))
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    assert json.loads((ours / "generation_config.json").read_text()) == generation
     (checkpoint,) = ours.glob("checkpoint-*")
     assert list(checkpoint.glob("*.distcp"))
     opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
