@@ -10,12 +10,10 @@ temporary prefix is complete. The manifest is checked when an artifact is opened
 """
 
 import hashlib
-import os
 import platform
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +34,7 @@ from cache.files import (
     write_json,
 )
 from cache.fingerprint import canonical_json, fingerprint, short
+from cache.ownership import Claim, claim, remove_abandoned, temporary_suffix
 from cache.shards import ShardRecord, read_shard, write_shard
 
 MANIFEST = "manifest.json"
@@ -87,6 +86,7 @@ class Draft:
     identity: Mapping[str, Any]
     started: float = field(default_factory=time.monotonic)
     records: list[ShardRecord] = field(default_factory=list)
+    claim: Claim | None = None
 
     def write_shard(self, name: str, table: pa.Table) -> None:
         """Add one Arrow shard."""
@@ -95,6 +95,12 @@ class Draft:
     def discard(self) -> None:
         """Throw the draft away."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Remove the mark that a process is writing the draft."""
+        if self.claim is not None:
+            self.claim.release()
 
 
 class Store:
@@ -116,15 +122,18 @@ class Store:
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:
-        """Start an artifact in a staging folder of its own; with `keep`, in that of an interrupted draft of this identity."""
+        """Start an artifact in a staging folder of its own, and remove those that killed processes left of this identity.
+
+        With `keep`, take the staging folder of an interrupted draft of this identity, which the caller has to claim.
+        """
         final = self.folder(kind, name, identity)
         staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
-        if not keep:
-            # Process ids alone can be equal in containers and on machines that share a store.
-            staging = staging.with_name(f"{staging.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        if keep:
+            return Draft(staging, final, stage, identity)
         with disk_errors_named(staging):
-            staging.mkdir(parents=True, exist_ok=True)
-        return Draft(staging, final, stage, identity)
+            remove_abandoned(staging.parent, f"{staging.name}.")
+            staging = staging.with_name(f"{staging.name}.{temporary_suffix()}")
+            return Draft(staging, final, stage, identity, claim=claim(staging))
 
     def publish(
         self,
@@ -135,6 +144,7 @@ class Store:
         **provenance: Any,
     ) -> Artifact:
         """Write the manifest last and rename the draft to its final name."""
+        draft.release()
         write_bytes(draft.path / "config.yaml", config_text.encode())
         listed = {record.name: asdict(record) for record in draft.records}
         for path in sorted(draft.path.rglob("*")):

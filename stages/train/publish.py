@@ -45,7 +45,7 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     context.store.publish(
         finished, _counts(run, best, loss_state), {}, context.config_text, policy=run.job.source.name
     )
-    shutil.rmtree(draft.path)
+    shutil.rmtree(draft.path, ignore_errors=True)  # the next start of this run may remove it too
 
 
 def _checkpoint_of(run: Run, step: int, working: Path) -> Path:

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.errors import AlignError, CorruptError, StaleError, UsageError
+from cache.errors import AlignError, BusyError, CorruptError, StaleError, UsageError
 from stages.train.checkpoints import checkpoint_steps, newest_checkpoint
 from stages.train.step.row_scorer import RowScorer
-from tests.forked import in_child
+from tests.forked import exit_code, fork, in_child
 from tests.pipeline.small_run import metrics_of, run, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -265,6 +265,38 @@ def test_a_run_goes_on_from_the_older_checkpoint(halfway, tmp_path) -> None:
     assert any("checkpoint-4: model.safetensors is damaged" in line for line in said)
     assert any("Continuing from step 3" in line for line in said)
     assert resumed == digest(Path(train(tree, fresh(store))["artifact"]))
+
+
+def test_the_second_of_two_identical_runs_is_refused_and_the_first_is_as_if_alone(halfway) -> None:
+    """Both at once would log every step twice and overwrite each other's checkpoints."""
+    tree, store, working = halfway
+    whole = digest(Path(train(tree, shutil.copytree(store, store.parent / "alone"))["artifact"]))
+    go, wait = os.pipe(), os.pipe()
+
+    def first() -> None:
+        from stages.train.loop import Run
+
+        take = Run._step
+
+        def slow(self: Run, step: int) -> Any:
+            if step == 6:
+                os.write(go[1], b".")
+                os.read(wait[0], 1)
+            return take(self, step)
+
+        Run._step = slow  # type: ignore[method-assign]
+        train(tree, store)
+
+    child = fork(first)
+    os.read(go[0], 1)
+    with pytest.raises(BusyError, match=f"Process {child} on .*since .* is writing {working}"):
+        train(tree, store)
+    said: list[str] = []
+    assert train(changed(tree, {}, seed=1), store, said)["steps"] == 10
+    assert not any("interrupted run" in line for line in said), "it is not interrupted, it runs"
+    os.write(wait[1], b".")
+    assert exit_code(child) == 0
+    assert digest(Path(train(tree, store)["artifact"])) == whole
 
 
 CHANGES = {
