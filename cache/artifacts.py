@@ -23,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cache.checked import check_files, note_checked
 from cache.errors import CorruptError, StaleError
 from cache.files import (
     TEMPORARY_PREFIX,
@@ -33,7 +34,7 @@ from cache.files import (
     write_bytes,
     write_json,
 )
-from cache.fingerprint import canonical_json, fingerprint, short
+from cache.fingerprint import canonical_json, differing_fields, fingerprint, short
 from cache.ownership import Claim, claim, remove_abandoned, temporary_suffix
 from cache.shards import ShardRecord, read_shard, write_shard
 
@@ -66,14 +67,20 @@ class Artifact:
         return [read_shard(self.path / record["name"], record["sha256"], repair) for record in records]
 
     def check_files(self) -> None:
-        """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`."""
-        for record in self.manifest["files"]:
-            path = self.path / record["name"]
-            repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
-            if not path.is_file():
-                raise StaleError(f"{path} is missing. {repair}")
-            if sha256_file(path) != record["sha256"]:
-                raise CorruptError(f"{path} is damaged: its sha256 is not the one in the manifest. {repair}")
+        """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`.
+
+        Files that have not changed in size or times since they were last compared are not read.
+        """
+        repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
+        check_files(self.path, self._sha256, repair)
+
+    def note_checked(self) -> None:
+        """Note the size and times of the files, which are known to be as listed."""
+        note_checked(self.path, self._sha256)
+
+    @property
+    def _sha256(self) -> dict[str, str]:
+        return {record["name"]: record["sha256"] for record in self.manifest["files"]}
 
 
 @dataclass
@@ -115,9 +122,22 @@ class Store:
         return self.root / kind / f"{name}-{short(fingerprint(identity))}"
 
     def find(self, kind: str, name: str, identity: Mapping[str, Any]) -> Artifact | None:
-        """The finished artifact of exactly this identity, or None."""
+        """The finished artifact of exactly this identity, its files as they were written, or None.
+
+        Raises `StaleError` or `CorruptError` if its files are not, or if it is another artifact under this name.
+        """
         folder = self.folder(kind, name, identity)
-        return open_artifact(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        found = open_artifact(folder)
+        if found.fingerprint != fingerprint(identity):
+            fields = "; ".join(differing_fields(found.manifest["identity"], identity))
+            raise StaleError(
+                f"{folder} holds another artifact than its name says ({fields}). Rename it so that it ends in "
+                f"{short(found.fingerprint)}, or delete it."
+            )
+        found.check_files()
+        return found
 
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
@@ -168,7 +188,18 @@ class Store:
         manifest["manifest_sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
         write_json(draft.path / MANIFEST, manifest)
         publish_folder(draft.path, draft.final)
-        return open_artifact(draft.final)
+        published = open_artifact(draft.final)
+        if (
+            published.manifest["manifest_sha256"] == manifest["manifest_sha256"]
+        ):  # not that of another writer of this identity
+            published.note_checked()
+        return published
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder has a manifest of an artifact, which other programs' `manifest.json` is not."""
+    path = folder / MANIFEST
+    return path.is_file() and b'"manifest_version"' in path.read_bytes()
 
 
 def open_artifact(folder: Path) -> Artifact:

@@ -15,6 +15,7 @@ from pipeline import quickstart
 from pipeline.config import RunConfig
 from stages.cache_ref.store_lookup import check_same_model, open_reference
 from stages.data.mixing import sources_of
+from stages.models.adapters import base_of, is_adapter
 from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
@@ -22,6 +23,7 @@ from stages.runtime.context import Context
 from stages.sample.stage import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.template import Template
+from stages.train.checkpoints import check_model_files
 from stages.train.job import Job, find_policy
 from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
@@ -76,7 +78,11 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        return resolve_model(name, revision, or_adapter)
+        source = resolve_model(name, revision, or_adapter)
+        check_model_files(source.folder)
+        if is_adapter(source.folder):
+            check_model_files(base_of(source.folder).folder)
+        return source
 
     @cached_property
     def data(self) -> DataSettings:

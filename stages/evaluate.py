@@ -6,9 +6,8 @@ reference model is not loaded. Run it with `align eval`.
 
 from pathlib import Path
 
-from cache.artifacts import MANIFEST
+from cache.artifacts import is_artifact, open_artifact
 from cache.errors import DataError
-from cache.files import read_json
 from stages.data.rows import RowSet
 from stages.losses.contract import Loss
 from stages.models.adapters import base_of, is_adapter, load_any
@@ -31,8 +30,8 @@ def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
     """
     if not loss.keeps_state:
         return {}
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
+    if is_artifact(folder):
+        manifest = open_artifact(folder).manifest
         identity, state = manifest["identity"], manifest["counts"].get("loss_state")
     elif (folder / STATE).is_file():
         saved = Checkpoint.read(folder).state

@@ -106,7 +106,7 @@ def _audit(run: Run, job: Job) -> Audit:
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:
     """The checkpoint to continue from: the run's own newest valid one, or the one that `train.resume` names."""
-    own = newest_checkpoint(draft.path, context.say)
+    own = newest_checkpoint(draft.path, context.say, job.own_identity)
     if job.origin is not None and (own is None or job.origin.step > own.step):
         return job.origin
     if own is None and (other := nearest_interrupted(job, context.store)) is not None:
