@@ -102,11 +102,18 @@ def sha256_file(path: Path) -> str:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept."""
+    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept.
+
+    Its files get the permissions that the umask gives to new files, as `staging` has them.
+    """
     with disk_errors_named(final):
+        mode = staging.stat().st_mode & 0o666
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 with open(path, "rb+") as handle:
+                    os.fchmod(
+                        handle.fileno(), mode
+                    )  # safetensors writes files that only their owner can read
                     os.fsync(handle.fileno())
             elif path.is_dir():
                 fsync_folder(path)

@@ -4,6 +4,7 @@ In: a model, evaluation sets, reference log-probs and a loss.  Out: metrics of e
 reference model is not loaded. Run it with `align eval`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from cache.artifacts import is_artifact, open_artifact
@@ -14,6 +15,7 @@ from stages.models.adapters import base_of, is_adapter, load_any
 from stages.models.loading import ModelSource
 from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
+from stages.runtime.limits import using_memory
 from stages.train.checkpoints import STATE, Checkpoint
 from stages.train.job import Job
 from stages.train.preflight import check_rows
@@ -48,8 +50,6 @@ def evaluate_model(
 
     `state` is the state of the loss, as `saved_state` returns it. Raises `DataError` if there are no rows to evaluate on.
     """
-    from stages.engine.scorer import Scorer  # imports transformers' modelling code
-
     sets = {HELDOUT: RowSet.of(job.rows, "heldout")}
     sets |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}
     sets = {name: rows for name, rows in sets.items() if len(rows)}
@@ -60,6 +60,15 @@ def evaluate_model(
         )
     folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
     check_rows(job, sets.values(), folder, context)
+    with using_memory(f"Lower compute.tokens_per_batch (now {job.compute.tokens_per_batch})."):
+        return _metrics_of(job, model, sets, state, context)
+
+
+def _metrics_of(
+    job: Job, model: ModelSource, sets: Mapping[str, RowSet], state: dict[str, float], context: Context
+) -> dict[str, dict[str, float]]:
+    from stages.engine.scorer import Scorer  # imports transformers' modelling code
+
     scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
     row_scorers = make_row_scorers(
         scorer,

@@ -20,6 +20,7 @@ from stages.models.adapters import model_identity
 from stages.models.loading import ModelSource
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
+from stages.runtime.limits import using_memory
 from stages.sample.prompts import file_prompts, heldout_prompts
 from stages.settings.fields import SampleSettings
 from stages.tokenization.template import Template
@@ -106,9 +107,10 @@ def sample(job: SampleJob, context: Context) -> Artifact:
         longest = max(len(prompt.ids) for prompt in job.prompts)
         options = EngineOptions(job.compute.dtype_name, max_model_length=longest + job.settings.max_tokens)
         folders = [model.folder for model in job.models.values()]
-        engine, completions = generate(
-            job.settings.engine, folders, job.prompts, job.sampling, options, context.say
-        )
+        with using_memory(f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."):
+            engine, completions = generate(
+                job.settings.engine, folders, job.prompts, job.sampling, options, context.say
+            )
         records = []
         for (side, model), own in zip(job.models.items(), completions, strict=True):
             part = _records(job.prompts, own, model, side)

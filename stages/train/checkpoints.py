@@ -8,7 +8,8 @@ is renamed into place.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cache.errors import CorruptError
 from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_json
 from cache.fingerprint import canonical_json, differing_fields
 from stages.runtime.distributed import World
+from stages.runtime.limits import writing
 
 FILES = "files.json"
 STATE = "state.json"
@@ -66,6 +68,23 @@ def save_checkpoint(
     """
     final = root / f"{PREFIX}{step}"
     staging = root / f"{TEMPORARY_PREFIX}{final.name}"
+    with writing(final), removed_on_failure(staging):
+        _write_checkpoint(staging, final, step, state, write, world)
+
+
+@contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that could not be finished: where the disk is full, the space is needed."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_checkpoint(
+    staging: Path, final: Path, step: int, state: RunState, write: Callable[[Path], None], world: World
+) -> None:
     if world.is_main:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

@@ -15,7 +15,14 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import CorruptError
 from cache.files import TEMPORARY_PREFIX
 from stages.runtime.context import Context
-from stages.train.checkpoints import PREFIX, Checkpoint, checkpoint_problem, checkpoint_steps
+from stages.runtime.limits import writing
+from stages.train.checkpoints import (
+    PREFIX,
+    Checkpoint,
+    checkpoint_problem,
+    checkpoint_steps,
+    removed_on_failure,
+)
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
 from stages.train.monitoring.metrics_log import copy_logs
@@ -26,6 +33,11 @@ FINISHED = "finished"
 def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     """Publish the last weights, or with `train.save_best` the best. `draft` is the working folder. Every rank calls this."""
     finished = replace(draft, path=draft.path / FINISHED)
+    with writing(draft.final), removed_on_failure(finished.path):
+        _publish(run, draft, finished, context)
+
+
+def _publish(run: Run, draft: Draft, finished: Draft, context: Context) -> None:
     if run.world.is_main:
         shutil.rmtree(finished.path, ignore_errors=True)
         finished.path.mkdir()

@@ -16,6 +16,7 @@ from cache.ownership import Claim, claim
 from stages.data.rows import RowSet
 from stages.runtime.context import Context
 from stages.runtime.distributed import World, join_world
+from stages.runtime.limits import using_memory, writing
 from stages.settings.fields import TrackSettings
 from stages.train.audit import Audit, audit
 from stages.train.checkpoints import Checkpoint, newest_checkpoint
@@ -27,6 +28,11 @@ from stages.train.preflight import preflight
 from stages.train.publish import publish_policy, remove_leftovers
 from stages.train.resume import nearest_interrupted
 
+_ADVICE = (
+    "Lower compute.tokens_per_batch (now {}), set train.gradient_checkpointing=true or train an adapter; `align plan` "
+    "predicts the memory of each. The same command continues from the last checkpoint."
+)
+
 
 def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     """Train the policy and return its artifact. Raises an `AlignError` before a model is loaded if the run cannot work."""
@@ -36,7 +42,10 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     preflight(job, train_rows, eval_rows, context)
     world = join_world(job.compute.device, job.settings.parallel == "fsdp")
     draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
-    with _sole_run(draft.path, world, context.say):
+    with (
+        _sole_run(draft.path, world, context.say),
+        using_memory(_ADVICE.format(job.compute.tokens_per_batch)),
+    ):
         finished = world.from_main(lambda: find_policy(job, context))
         if finished is None:  # else another run has published it since this one began to look
             _train(job, train_rows, eval_rows, draft, world, track, context)
@@ -81,7 +90,8 @@ def _train(
     last_step = -1 if checkpoint is None else checkpoint.step
     tracker = Tracker(None)
     if world.is_main:
-        boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
+        with writing(draft.path):
+            boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
         tracker = Tracker(draft.path, boards)
     try:
         run.go(tracker, difference)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.errors import AlignError, BusyError, CorruptError, StaleError, UsageError
+from cache.errors import AlignError, BusyError, CorruptError, MachineError, StaleError, UsageError
 from stages.train.checkpoints import checkpoint_steps, newest_checkpoint
 from stages.train.step.row_scorer import RowScorer
 from tests.forked import exit_code, fork, in_child
+from tests.full_disk import full_disk
 from tests.pipeline.small_run import metrics_of, run, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -296,6 +297,53 @@ def test_the_second_of_two_identical_runs_is_refused_and_the_first_is_as_if_alon
     assert not any("interrupted run" in line for line in said), "it is not interrupted, it runs"
     os.write(wait[1], b".")
     assert exit_code(child) == 0
+    assert digest(Path(train(tree, store)["artifact"])) == whole
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_checkpoint(prepared, tiny_model) -> None:
+    """Files grow up to a limit: none at all, the weights of a checkpoint, its optimizer of twice that size."""
+    tree, store = prepared
+    tree["train"]["max_steps"] = 3
+    whole = digest(Path(train(tree, store)["artifact"]))
+    weights = (tiny_model / "model.safetensors").stat().st_size
+    for limit in (0, weights - 1_000, weights + 10_000):
+        fresh(store)
+        with (
+            full_disk(limit),
+            pytest.raises(MachineError, match=r"Cannot write .*policy.*same command again"),
+        ):
+            train(tree, store)
+        assert not list((store / "policy").glob(".tmp-*/.tmp-checkpoint*")), "its space is needed"
+        assert digest(Path(train(tree, store)["artifact"])) == whole, limit
+
+
+def test_a_full_disk_after_some_checkpoints_loses_none(halfway) -> None:
+    tree, store, _ = halfway
+    with full_disk(1_000), pytest.raises(MachineError, match="Cannot write"):
+        train(tree, store)
+    said: list[str] = []
+    resumed = digest(Path(train(tree, store, said)["artifact"]))
+    assert any("Continuing from step 4" in line for line in said)
+    assert resumed == digest(Path(train(tree, fresh(store))["artifact"]))
+
+
+def test_a_lack_of_memory_in_a_step_is_one_line_and_the_run_goes_on(prepared, monkeypatch) -> None:
+    tree, store = prepared
+    tree["train"]["max_steps"] = 3
+    whole = digest(Path(train(tree, store)["artifact"]))
+    fresh(store)
+    calls, score = 0, RowScorer.score
+
+    def greedy(self: RowScorer, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return torch.empty(1 << 46) if calls == 8 else score(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowScorer, "score", greedy)
+        said = r"memory does not suffice \(.*allocate.*\)\. Lower compute.tokens_per_batch \(now 120\)"
+        with pytest.raises(MachineError, match=said):
+            train(tree, store)
     assert digest(Path(train(tree, store)["artifact"])) == whole
 
 
