@@ -414,6 +414,18 @@ def test_named_changes_continue_and_the_result_says_from_where(halfway) -> None:
     assert train(other, store)["reused"]
 
 
+def test_an_overridden_hyperparameter_of_the_optimizer_takes_effect(halfway) -> None:
+    """The optimizer of the checkpoint brings its state, not its weight decay."""
+    tree, store, working = halfway
+    weights = []
+    for decay in (0.0, 0.9):
+        over = {"weight_decay": decay, "learning_rate": 0.1, "max_steps": 6, "resume": str(working)}
+        names = ["train.weight_decay", "train.learning_rate"]
+        result = train(changed(tree, {}, **over, resume_override=names), store)
+        weights.append(load_file(Path(result["artifact"]) / "model.safetensors"))
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfway) -> None:
     tree, store, working = halfway
     said: list[str] = []
