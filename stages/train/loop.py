@@ -96,7 +96,7 @@ class Run:
         `audit_difference` is the result of the audit at step 0, in nats per token; None if there was no audit.
         """
         self._begin(tracker, audit_difference)
-        watch, begin = Watch(), self.last_step
+        watch, begin = Watch(self.loss), self.last_step
         with (
             progress("train", self.resolved.steps - begin, "steps") as advance,
             stop_at_a_step(self.say) as request,
@@ -174,7 +174,7 @@ class Run:
             metrics = {
                 **metrics,
                 "grad_norm": norm,
-                "weights_changed": self.weight_updates.changed_share(self.world),
+                **self.weight_updates.shares(self.world, rate),
             }
         else:
             self._refuse_or_skip(step, metrics["loss"], norm, examples)

@@ -25,6 +25,7 @@ from stages.train.checkpoints import (
 )
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
+from stages.train.monitoring.health import warnings_now
 from stages.train.monitoring.metrics_log import copy_logs
 
 FINISHED = "finished"
@@ -91,6 +92,7 @@ def _counts(run: Run, best: Best | None, loss_state: dict[str, float]) -> dict[s
         "final": _heldout(final),
         "audit_max_abs_diff": run.audit_difference,
         "skipped_steps": sum(bool(line.get("skipped")) for line in run.history),
+        "warnings": warnings_now(run.history, run.loss),
     }
     if run.loss.keeps_state:
         counts["loss_state"] = loss_state
