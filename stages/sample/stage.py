@@ -14,7 +14,7 @@ from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json
 from stages.generation.completion_files import CompletionRecord, write_alpaca_eval, write_jsonl
-from stages.generation.generate import Completion, generate
+from stages.generation.generate import Completion, Engine, auto_engine, generate
 from stages.generation.requests import EngineOptions, Prompt, Sampling
 from stages.models.adapters import model_identity
 from stages.models.loading import ModelSource
@@ -82,21 +82,35 @@ class SampleJob:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the completions."""
+        return self.identity_with(self.settings.engine)
+
+    def identity_with(self, engine: Engine) -> dict[str, Any]:
+        """The identity of the same job with `sample.engine` set to `engine`."""
+        effective = self.sampling.effective
+        unused = {"engine": engine, "top_p": effective.top_p, "top_k": effective.top_k}
         return {
             "stage_version": STAGE_VERSION,
             "models": {side: model_identity(model.folder) for side, model in self.models.items()},
             "prompts": hashlib.sha256(
                 canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])
             ).hexdigest(),
-            "sample": self.settings.model_dump(exclude={"prompts", "num_prompts", "compare", "model"}),
+            "sample": self.settings.model_dump(exclude={"prompts", "num_prompts", "compare", "model"})
+            | unused,
             "stop_token_ids": list(self.stop_token_ids),
             "dtype": self.compute.dtype_name,
         }
 
 
 def find_completions(job: SampleJob, context: Context) -> Artifact | None:
-    """The finished completions of this job, if there are any."""
-    return context.store.find("completions", job.name, job.identity)
+    """The finished completions of this job, if there are any; `auto` and the engine it takes make the same ones."""
+    asked, auto = job.settings.engine, auto_engine()
+    engines: tuple[Engine, ...] = (asked, "auto", auto)
+    for engine in dict.fromkeys(engines):
+        found = context.store.find("completions", job.name, job.identity_with(engine))
+        wanted = auto if asked == "auto" else asked
+        if found is not None and (engine == asked or found.counts["engine"] == wanted):
+            return found
+    return None
 
 
 def sample(job: SampleJob, context: Context) -> Artifact:
