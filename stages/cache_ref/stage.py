@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from cache.artifacts import Artifact
+from cache.files import TEMPORARY_PREFIX
+from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from stages.cache_ref.store_lookup import remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
@@ -66,6 +68,7 @@ def cache_ref(
         needed = {key for unit in units_of(row_sets, worker) for key in unit.keys}
     missing = len(reference.missing(needed))
     forwards = 0
+    remove_abandoned(reference.folder, TEMPORARY_PREFIX)
     if missing:
         check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
         longest = max(row_sets, key=RowSet.max_length)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import AlignError, CorruptError, StaleError
+from cache.ownership import host
 from tests.pipeline.small_run import run, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -107,3 +108,12 @@ def test_a_checkpoint_of_other_settings_in_the_working_folder_is_not_continued(t
     assert run(tree, store, "train", said=said)["steps"] == 2
     assert any("Skipping" in line and "train.seed: 0 -> 5" in line for line in said), said
     assert (policy / "model.safetensors").read_bytes() == expected
+
+
+def test_what_a_killed_cache_ref_was_writing_is_removed_by_the_next(trained) -> None:
+    tree, store, _ = trained
+    (reference,) = (store / "ref-logps").glob("tiny-*")
+    left = reference / f".tmp-shard.{host()}.4194305.0123abcd"
+    left.write_bytes(b"cut")
+    assert run(tree, store, "cache-ref")["reused"]
+    assert not left.exists()

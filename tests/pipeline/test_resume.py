@@ -161,14 +161,17 @@ def interrupted(tree: dict, store: Path, after_steps: int, signum: int, times: i
 
     def work() -> None:
         Run._step = signalling  # type: ignore[method-assign]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         train(tree, store)
 
     return in_child(work)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_a_signal_finishes_the_step_and_saves_it(signum, code, prepared) -> None:
     tree, store = prepared
     whole = digest(Path(train(tree, store)["artifact"]))
