@@ -1,8 +1,9 @@
 """How files are written and hashed: whole or not at all.
 
 A file appears under its final name only after its bytes are on disk: temporary name in the same
-folder, flush, fsync, rename, fsync of the folder. Nothing here relies on a lock, because `flock`
-does nothing on many shared file systems; two writers of the same content leave the same bytes.
+folder, flush, fsync, rename, fsync of the folder. No content relies on a lock, because `flock` does nothing on many
+shared file systems: two writers of the same content leave the same bytes. Locks tell what is being written from what a
+killed process left (`ownership.py`).
 """
 
 import contextlib
@@ -10,13 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CorruptError, MachineError
 from cache.fingerprint import canonical_json
+from cache.ownership import lock_temporary, temporary_suffix
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -44,15 +45,17 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yield an unused temporary path in `folder`; a file that is left there afterwards is removed."""
+    """Yield an empty temporary file in `folder`, locked by this process; if it is left there afterwards, it is removed."""
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TEMPORARY_PREFIX}{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    try:
-        with disk_errors_named(folder / name):
+    temporary = folder / f"{TEMPORARY_PREFIX}{name}.{temporary_suffix()}"
+    with disk_errors_named(folder / name):
+        handle = lock_temporary(temporary)
+        try:
             yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -115,11 +118,18 @@ def sha256_file(path: Path) -> str:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept."""
+    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept.
+
+    Its files get the permissions that the umask gives to new files, as `staging` has them.
+    """
     with disk_errors_named(final):
+        mode = staging.stat().st_mode & 0o666
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 with open(path, "rb+") as handle:
+                    os.fchmod(
+                        handle.fileno(), mode
+                    )  # safetensors writes files that only their owner can read
                     os.fsync(handle.fileno())
             elif path.is_dir():
                 fsync_folder(path)

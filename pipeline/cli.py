@@ -73,6 +73,8 @@ for _command in COMMANDS.values():
 def main() -> None:
     """Entry point of `align`; ends with one of the documented exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _terminated)
     # peft imports bitsandbytes where it is installed, and bitsandbytes warns of an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -109,5 +111,5 @@ def _complain(line: str) -> None:
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM unwinds the stack like an exception, so that temporary files are removed."""
-    raise SystemExit(143)
+    """SIGTERM, and SIGHUP of a closed terminal, unwind the stack like an exception, so that temporary files are removed."""
+    raise SystemExit(128 + signum)

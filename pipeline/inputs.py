@@ -16,6 +16,7 @@ from pipeline.config import RunConfig
 from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
+from stages.models.adapters import base_of, is_adapter
 from stages.models.identity import reference_identity
 from stages.models.loading import ModelSource, load_tokenizer, open_config, resolve_model
 from stages.models.vocabulary import TokensInUse
@@ -25,6 +26,7 @@ from stages.runtime.context import Context
 from stages.sample.stage import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.template import Template
+from stages.train.checkpoints import check_model_files
 from stages.train.job import Job, find_policy
 from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
@@ -80,7 +82,11 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        return resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
+        source = resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
+        check_model_files(source.folder)
+        if is_adapter(source.folder):
+            check_model_files(base_of(source).folder)
+        return source
 
     @cached_property
     def data(self) -> DataSettings:

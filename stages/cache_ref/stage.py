@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from cache.artifacts import Artifact
+from cache.files import TEMPORARY_PREFIX
+from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
@@ -67,6 +69,7 @@ def cache_ref(
     needed = _needed_keys(row_sets, share)
     missing = len(reference.missing(needed))
     forwards = 0
+    remove_abandoned(reference.folder, TEMPORARY_PREFIX)
     if missing:
         check_rows_fit(source, row_sets)
         longest = max(row_sets, key=RowSet.max_length)

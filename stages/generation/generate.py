@@ -171,6 +171,11 @@ def _run(
     return "transformers", [run_transformers(model, requests, sampling, options) for model in models]
 
 
+def auto_engine() -> Engine:
+    """The engine that `auto` takes on this machine, if it starts."""
+    return "transformers" if _why_no_vllm() else "vllm"
+
+
 def _why_no_vllm() -> str | None:
     if importlib.util.find_spec("vllm") is not None:
         return None

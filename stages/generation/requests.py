@@ -1,6 +1,6 @@
 """What a generation engine is given: models, prompts and requests, and how to sample."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class Sampling:
     seed: int
     num_samples: int
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def effective(self) -> "Sampling":
+        """Without settings that have no effect: greedy sampling takes the likeliest token, whatever the others."""
+        return replace(self, top_p=1.0, top_k=0) if self.temperature == 0 else self
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for values that the engines would treat differently."""

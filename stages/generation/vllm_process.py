@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cache.errors import MachineError
 from cache.files import read_json, write_bytes
+from cache.ownership import claim, remove_abandoned, temporary_suffix
 from cache.safetensors import INDEX, listed_files, weight_files
 from stages.generation.requests import EngineOptions, Model, Request, Sampling
 from stages.models.adapters import adapter_config
@@ -29,6 +30,7 @@ MIN_KV_CACHE_BYTES = 512 << 20
 MIN_FULL_SEQUENCES = 2
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 TERMINATE_SECONDS = 5
+PREFIX = "align-vllm-worker."
 # pydantic, which vLLM validates with, puts the cause on a line of its own.
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)(: .*|$)|Value error, .*")
 VLLM_SYMPTOM = "Engine core initialization failed"
@@ -124,7 +126,11 @@ def _run_worker(
         "sampling": asdict(sampling),
         "options": asdict(options),
     }
-    folder = Path(tempfile.mkdtemp(prefix="align-vllm-"))
+    temporary = Path(tempfile.gettempdir())
+    remove_abandoned(temporary, PREFIX)
+    folder = temporary / f"{PREFIX}{temporary_suffix()}"
+    folder.mkdir(mode=0o700)  # prompts are for nobody else on this machine
+    own = claim(folder)
     request_path, result_path, log_path = (
         folder / "request.json",
         folder / "result.json",
@@ -136,6 +142,8 @@ def _run_worker(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        own.release()  # a folder without an owner's file, as that of a worker that failed, stays for a day
     if code != 0 or not result_path.is_file():
         raise MachineError(
             f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Fix that, or "

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
+from cache.errors import AlignError
+
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 600
@@ -37,12 +39,19 @@ class World:
         return tensor
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Call `make` on the first rank only and return its result on every rank."""
+        """Call `make` on the first rank only; return its result, or raise its `AlignError`, on every rank."""
         if self.size == 1:
             return make()
-        box = [make() if self.is_main else None]
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except AlignError as error:  # the other ranks would wait for a result
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -21,6 +21,7 @@ from stages.models.loading import load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.job import Job
+from stages.train.shards import read_shards, write_shards
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -74,25 +75,21 @@ def full_state(scorer: "Scorer", trained_only: bool) -> dict[str, Any]:
     }
 
 
-def save_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
-    """Write this rank's shards of weights and optimizer into `folder` (torch's distributed checkpoint)."""
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    save(_sharded_state(scorer, optimizer, trained_only), checkpoint_id=folder)
-
-
-def are_shards(folder: Path) -> bool:
-    """Whether `save_shards` wrote this checkpoint."""
-    return (folder / ".metadata").is_file()
+def save_shards(
+    scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool, world: World
+) -> None:
+    """Write this rank's shards of weights and optimizer into `folder`."""
+    write_shards(_sharded_state(scorer, optimizer, trained_only), folder, world)
 
 
-def load_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
+def load_shards(
+    scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool, world: World
+) -> None:
     """Load weights and optimizer from `folder`; any number of ranks may have written it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = _sharded_state(scorer, optimizer, trained_only)
-    load(state, checkpoint_id=folder)
+    read_shards(state, folder, world)
     set_state_dict(
         scorer,
         optimizer,

@@ -165,7 +165,10 @@ def _check_origin(job: Job, context: Context) -> None:
     assert job.origin is not None, "a run without train.resume has no origin"
     assert job.origin.state.identity is not None, "open_origin refuses checkpoints without one"
     differing = differing_settings(job.origin.state.identity, job.own_identity)
-    refused = _without(differing, [*MAY_CHANGE, *job.settings.resume_override])
+    lengths = [job.settings.max_steps, job.origin.state.identity["train"].get("max_steps")]
+    # Where train.max_steps ends one of the runs, its number of epochs has no effect.
+    free = [*MAY_CHANGE, *(["train.num_epochs"] if any(lengths) else [])]
+    refused = _without(differing, [*free, *job.settings.resume_override])
     if refused:
         names = ",".join(refused)
         raise StaleError(

@@ -7,7 +7,7 @@ an uninterrupted one. The random state of training is not used.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,11 @@ class PromptPool:
     @property
     def identity(self) -> str:
         """Digest of all that changes the samples, except the weights."""
-        prompts = [[prompt.id, prompt.ids] for prompt in self.prompts]
-        how = {"sampling": asdict(self.sampling), "number": self.number, "strategy": self.strategy}
+        number = min(self.number, len(self.prompts))
+        used = self.prompts[:number] if self.strategy == "fixed" else self.prompts
+        prompts = [[prompt.id, prompt.ids] for prompt in used]
+        sampling = asdict(replace(self.sampling.effective, num_samples=1))  # while training, always one
+        how = {"sampling": sampling, "number": number, "strategy": self.strategy}
         return fingerprint({"prompts": prompts, **how})
 
 

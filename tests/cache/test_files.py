@@ -1,14 +1,14 @@
 """Files appear whole or not at all, and what the disk refuses is one line."""
 
-import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cache.errors import CorruptError, MachineError
 from cache.files import (
@@ -21,20 +21,10 @@ from cache.files import (
     write_bytes,
     write_json,
 )
+from tests.full_disk import full_disk
 
 OLD, NEW = b"old", b"new content"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -192,3 +182,22 @@ def test_a_folder_that_cannot_be_published_stays_where_it_was(tmp_path):
     with pytest.raises(MachineError, match="Cannot write"):
         publish_folder(tmp_path / "staging", tmp_path / "final")
     assert names(tmp_path) == ["final", "staging"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_published_folder_has_the_permissions_of_the_umask(tmp_path, umask, mode):
+    """safetensors writes its files for their owner alone, so that nobody else could load a policy."""
+    before = os.umask(umask)
+    try:
+        staging = tmp_path / "staging"
+        (staging / "inner").mkdir(parents=True)
+        save_file({"weight": np.zeros(3, np.float32)}, staging / "model.safetensors")
+        (staging / "inner" / "config.json").write_text("{}")
+        publish_folder(staging, tmp_path / "final")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "final").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        "model.safetensors": mode,
+        "config.json": mode,
+    }

@@ -119,7 +119,7 @@ def assert_same_layout(found: Path, expected: Path) -> None:
 
 def is_of_optimizer(path: Path) -> bool:
     """Files of a checkpoint that differ between one whole optimizer and its shards."""
-    return path.name in ("optimizer.pt", ".metadata") or path.suffix == ".distcp"
+    return path.name in ("optimizer.pt", "shards") or path.parent.name == "shards"
 
 
 def assert_same_run(found: dict, expected: dict, spread: dict[str, float]) -> None:
@@ -138,7 +138,7 @@ def assert_same_bits(found: dict, expected: dict) -> None:
         {
             str(path.relative_to(folder)): sha256_file(path)
             for path in folder.rglob("*")
-            if path.is_file() and path.name not in ("manifest.json", "metrics.jsonl", ".metadata", FILES)
+            if path.is_file() and path.name not in ("manifest.json", "metrics.jsonl", ".checked.json", FILES)
         }
         for folder in folders
     )
@@ -185,7 +185,10 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
     assert json.loads((ours / "generation_config.json").read_text()) == generation
     (checkpoint,) = ours.glob("checkpoint-*")
-    assert list(checkpoint.glob("*.distcp"))
+    assert [path.name for path in sorted((checkpoint / "shards").iterdir())] == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
     opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     published = load_file(ours / "model.safetensors")
     assert all(torch.equal(opened[name], value) for name, value in published.items())

@@ -328,7 +328,7 @@ OTHER_SETTINGS = {
     "graded": "ranked",
 }
 OTHER_DATA = {
-    "format": "preference",
+    "format": "ultrafeedback",
     "columns": {"prompt": "prompt"},
     "ties": "half",
     "threshold": 3.0,
