@@ -9,13 +9,10 @@ A stage writes into a staging folder beside it and publishes it by renaming, so 
 temporary prefix is complete. The manifest is checked when an artifact is opened, and every file when it is read.
 """
 
-import hashlib
-import os
 import platform
 import shutil
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -25,20 +22,24 @@ from typing import Any
 
 import pyarrow as pa
 
-from cache.errors import CorruptError, StaleError
+from cache.checked import check_files, note_checked
+from cache.errors import StaleError
 from cache.files import (
     TEMPORARY_PREFIX,
     disk_errors_named,
     publish_folder,
-    read_json,
+    read_with_digest,
     sha256_file,
+    with_digest,
     write_bytes,
     write_json,
 )
-from cache.fingerprint import canonical_json, fingerprint, short
+from cache.fingerprint import differing_fields, fingerprint, short
+from cache.ownership import Claim, claim, remove_abandoned, temporary_suffix
 from cache.shards import ShardRecord, read_shard, write_shard
 
 MANIFEST = "manifest.json"
+DIGEST = "manifest_sha256"
 MANIFEST_VERSION = 1
 DEFAULT_STORE = Path("artifacts")
 
@@ -67,14 +68,20 @@ class Artifact:
         return [read_shard(self.path / record["name"], record["sha256"], repair) for record in records]
 
     def check_files(self) -> None:
-        """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`."""
-        for record in self.manifest["files"]:
-            path = self.path / record["name"]
-            repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
-            if not path.is_file():
-                raise StaleError(f"{path} is missing. {repair}")
-            if sha256_file(path) != record["sha256"]:
-                raise CorruptError(f"{path} is damaged: its sha256 is not the one in the manifest. {repair}")
+        """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`.
+
+        Files that have not changed in size or times since they were last compared are not read.
+        """
+        repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
+        check_files(self.path, self._sha256, repair)
+
+    def note_checked(self) -> None:
+        """Note the size and times of the files, which are known to be as listed."""
+        note_checked(self.path, self._sha256)
+
+    @property
+    def _sha256(self) -> dict[str, str]:
+        return {record["name"]: record["sha256"] for record in self.manifest["files"]}
 
 
 @dataclass
@@ -87,6 +94,7 @@ class Draft:
     identity: Mapping[str, Any]
     started: float = field(default_factory=time.monotonic)
     records: list[ShardRecord] = field(default_factory=list)
+    claim: Claim | None = None
 
     def write_shard(self, name: str, table: pa.Table) -> None:
         """Add one Arrow shard."""
@@ -95,6 +103,12 @@ class Draft:
     def discard(self) -> None:
         """Throw the draft away."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Remove the mark that a process is writing the draft."""
+        if self.claim is not None:
+            self.claim.release()
 
 
 class Store:
@@ -109,22 +123,38 @@ class Store:
         return self.root / kind / f"{name}-{short(fingerprint(identity))}"
 
     def find(self, kind: str, name: str, identity: Mapping[str, Any]) -> Artifact | None:
-        """The finished artifact of exactly this identity, or None."""
+        """The finished artifact of exactly this identity, its files as they were written, or None.
+
+        Raises `StaleError` or `CorruptError` if its files are not, or if it is another artifact under this name.
+        """
         folder = self.folder(kind, name, identity)
-        return open_artifact(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        found = open_artifact(folder)
+        if found.fingerprint != fingerprint(identity):
+            fields = "; ".join(differing_fields(found.manifest["identity"], identity))
+            raise StaleError(
+                f"{folder} holds another artifact than its name says ({fields}). Rename it so that it ends in "
+                f"{short(found.fingerprint)}, or delete it."
+            )
+        found.check_files()
+        return found
 
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:
-        """Start an artifact in a staging folder of its own; with `keep`, in that of an interrupted draft of this identity."""
+        """Start an artifact in a staging folder of its own, and remove those that killed processes left of this identity.
+
+        With `keep`, take the staging folder of an interrupted draft of this identity, which the caller has to claim.
+        """
         final = self.folder(kind, name, identity)
         staging = final.parent / f"{TEMPORARY_PREFIX}{final.name}"
-        if not keep:
-            # Process ids alone can be equal in containers and on machines that share a store.
-            staging = staging.with_name(f"{staging.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        if keep:
+            return Draft(staging, final, stage, identity)
         with disk_errors_named(staging):
-            staging.mkdir(parents=True, exist_ok=True)
-        return Draft(staging, final, stage, identity)
+            remove_abandoned(staging.parent, f"{staging.name}.")
+            staging = staging.with_name(f"{staging.name}.{temporary_suffix()}")
+            return Draft(staging, final, stage, identity, claim=claim(staging))
 
     def publish(
         self,
@@ -135,6 +165,7 @@ class Store:
         **provenance: Any,
     ) -> Artifact:
         """Write the manifest last and rename the draft to its final name."""
+        draft.release()
         write_bytes(draft.path / "config.yaml", config_text.encode())
         listed = {record.name: asdict(record) for record in draft.records}
         for path in sorted(draft.path.rglob("*")):
@@ -155,10 +186,20 @@ class Store:
                 **provenance,
             },
         }
-        manifest["manifest_sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
-        write_json(draft.path / MANIFEST, manifest)
+        write_json(draft.path / MANIFEST, with_digest(manifest, DIGEST))
         publish_folder(draft.path, draft.final)
-        return open_artifact(draft.final)
+        published = open_artifact(draft.final)
+        if (
+            published.manifest["manifest_sha256"] == manifest["manifest_sha256"]
+        ):  # not that of another writer of this identity
+            published.note_checked()
+        return published
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder has a manifest of an artifact, which other programs' `manifest.json` is not."""
+    path = folder / MANIFEST
+    return path.is_file() and b'"manifest_version"' in path.read_bytes()
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -168,13 +209,7 @@ def open_artifact(folder: Path) -> Artifact:
         raise StaleError(
             f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again."
         )
-    manifest = read_json(path)
-    manifest = manifest if isinstance(manifest, dict) else {}
-    body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
-    if manifest.get("manifest_sha256") != hashlib.sha256(canonical_json(body)).hexdigest():
-        raise CorruptError(
-            f"{path} was changed after it was written. Delete {folder} and run its stage again."
-        )
+    manifest = read_with_digest(path, DIGEST, f"Delete {folder} and run its stage again.")
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise StaleError(
             f"{path} has manifest version {manifest['manifest_version']}; this align reads {MANIFEST_VERSION}. "

@@ -39,3 +39,9 @@ class MachineError(AlignError):
     """A limit of the machine: a missing extra, no device, no memory, no disk (exit code 6)."""
 
     exit_code = 6
+
+
+class BusyError(AlignError):
+    """What another process is writing at this time (exit code 7)."""
+
+    exit_code = 7

@@ -1,8 +1,9 @@
 """How files are written and hashed: whole or not at all.
 
 A file appears under its final name only after its bytes are on disk: temporary name in the same
-folder, flush, fsync, rename, fsync of the folder. Nothing here relies on a lock, because `flock`
-does nothing on many shared file systems; two writers of the same content leave the same bytes.
+folder, flush, fsync, rename, fsync of the folder. No content relies on a lock, because `flock` does nothing on many
+shared file systems: two writers of the same content leave the same bytes. Locks tell what is being written from what a
+killed process left (`ownership.py`).
 """
 
 import contextlib
@@ -10,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CorruptError, MachineError
+from cache.fingerprint import canonical_json
+from cache.ownership import lock_temporary, temporary_suffix
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -43,15 +45,17 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yield an unused temporary path in `folder`; a file that is left there afterwards is removed."""
+    """Yield an empty temporary file in `folder`, locked by this process; if it is left there afterwards, it is removed."""
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TEMPORARY_PREFIX}{name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    try:
-        with disk_errors_named(folder / name):
+    temporary = folder / f"{TEMPORARY_PREFIX}{name}.{temporary_suffix()}"
+    with disk_errors_named(folder / name):
+        handle = lock_temporary(temporary)
+        try:
             yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(handle)
 
 
 def commit(temporary: Path, final: Path) -> None:
@@ -82,14 +86,29 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from `path`; raises `CorruptError` when it is not JSON."""
+def read_json(path: Path, repair: str | None = None) -> Any:
+    """Read JSON from `path`; raises `CorruptError` when it is not JSON, with `repair`, a sentence that says what to type."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptError(
-            f"{path} is not readable JSON ({error}). Delete {path.parent} and run the stage again."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        repair = repair or f"Delete {path.parent} and run the stage again."
+        raise CorruptError(f"{path} is not readable JSON ({error}). {repair}") from error
+
+
+def with_digest(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`value` with its own sha256 under `key`, for `read_with_digest`."""
+    return {**value, key: hashlib.sha256(canonical_json(value)).hexdigest()}
+
+
+def read_with_digest(path: Path, key: str, repair: str) -> dict[str, Any]:
+    """The object that was written `with_digest`; raises `CorruptError`, with `repair`, if anything in it has changed."""
+    value = read_json(path, repair)
+    try:
+        if with_digest({name: part for name, part in value.items() if name != key}, key) == value:
+            return value
+    except (ValueError, AttributeError):  # no object, or numbers and characters that are never written
+        pass
+    raise CorruptError(f"{path} was changed after it was written. {repair}")
 
 
 def sha256_file(path: Path) -> str:
@@ -99,11 +118,18 @@ def sha256_file(path: Path) -> str:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept."""
+    """Rename a finished `staging` folder to `final`; if another writer made `final` first, that one is kept.
+
+    Its files get the permissions that the umask gives to new files, as `staging` has them.
+    """
     with disk_errors_named(final):
+        mode = staging.stat().st_mode & 0o666
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 with open(path, "rb+") as handle:
+                    os.fchmod(
+                        handle.fileno(), mode
+                    )  # safetensors writes files that only their owner can read
                     os.fsync(handle.fileno())
             elif path.is_dir():
                 fsync_folder(path)

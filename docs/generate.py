@@ -178,7 +178,7 @@ def _of(names: list[str]) -> str:
 
 
 def exit_codes() -> str:
-    """The exit codes: those of the errors, and four that are no `AlignError`."""
+    """The exit codes: those of the errors, and five that are no `AlignError`."""
     kinds = [
         kind for kind in vars(cache.errors).values() if inspect.isclass(kind) and issubclass(kind, AlignError)
     ]
@@ -193,7 +193,10 @@ def exit_codes() -> str:
             ["0", "done, or already there"],
             ["1", "a bug: the traceback is shown"],
             *([str(code), codes[code]] for code in sorted(codes)),
-            ["130, 143", "interrupted (Ctrl-C) or terminated (SIGTERM): type the same command to continue"],
+            [
+                "129, 130, 143",
+                "hung up (SIGHUP), interrupted (Ctrl-C) or terminated (SIGTERM): type the same command to continue",
+            ],
         ],
     )
 

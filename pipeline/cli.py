@@ -45,7 +45,8 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
     """Run a command and print its result, or the error in one line."""
     try:
         session = options.session()
-        result = session.dry_run(command.name) if options.dry_run else session.run(command.name, **own)
+        run = session.dry_run if options.dry_run else session.run
+        result = run(command.name, **own)
         if os.environ.get("RANK", "0") == "0":
             _print(result, options.json_)
             if not options.json_ and not options.dry_run:
@@ -72,6 +73,8 @@ for _command in COMMANDS.values():
 def main() -> None:
     """Entry point of `align`; ends with one of the documented exit codes."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _terminated)
     # peft imports bitsandbytes where it is installed, and bitsandbytes warns of an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -108,5 +111,5 @@ def _complain(line: str) -> None:
 
 
 def _terminated(signum: int, frame: Any) -> None:
-    """SIGTERM unwinds the stack like an exception, so that temporary files are removed."""
-    raise SystemExit(143)
+    """SIGTERM, and SIGHUP of a closed terminal, unwind the stack like an exception, so that temporary files are removed."""
+    raise SystemExit(128 + signum)

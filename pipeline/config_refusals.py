@@ -12,8 +12,13 @@ from stages.losses import LOSSES
 from stages.settings.fields import Settings
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
-# A user and password, or a token, in a URL.
-URL_WITH_SECRET = re.compile(r"://[^/\s]*:[^/\s]*@")
+# In a URL: a user and password; over http anything before an @ (hosts take a token there); a parameter named as a secret.
+URL_WITH_SECRET = re.compile(
+    r"://[^/?#\s]*:[^/?#\s]*@"
+    r"|https?://[^/?#\s]+@"
+    r"|://\S*[?&#]([\w.-]*(token|secret|password|passwd|api[_-]?key|credential|signature)[\w.-]*|key|sig|auth)=[^&#\s]",
+    re.IGNORECASE,
+)
 # Keys and names by which other trainers select a reference that follows the policy (TR-DPO).
 MOVING_REFERENCE = (
     "sync_ref_model",
@@ -37,9 +42,12 @@ def _refuse_urls_with_secrets(value: Any, name: str) -> None:
     if isinstance(value, Mapping):
         for key, part in value.items():
             _refuse_urls_with_secrets(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            _refuse_urls_with_secrets(part, f"{name}[{number}]")
     elif isinstance(value, str) and URL_WITH_SECRET.search(value):
         raise UsageError(
-            f"{name}: the URL contains a user and password, which would be saved with every artifact. Remove them and log "
+            f"{name}: the URL contains a password or a token, which would be saved with every artifact. Remove it and log "
             f"in with `hf auth login`, or set HF_TOKEN."
         )
 

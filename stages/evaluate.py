@@ -4,17 +4,20 @@ In: a model, evaluation sets, reference log-probs and a loss.  Out: metrics of e
 reference model is not loaded. Run it with `align eval`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from cache.artifacts import MANIFEST
+from cache.artifacts import is_artifact, open_artifact
 from cache.errors import DataError
-from cache.files import read_json
-from stages.data.rows import RowSet
+from stages.data.rows import RowSet, distinct_ids
 from stages.losses.contract import Loss
 from stages.models.adapters import base_of, is_adapter, load_any
-from stages.models.loading import ModelSource
+from stages.models.identity import check_base
+from stages.models.loading import ModelSource, load_tokenizer
+from stages.models.vocabulary import TokensInUse
 from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
+from stages.runtime.limits import using_memory
 from stages.train.checkpoints import STATE, Checkpoint
 from stages.train.job import Job
 from stages.train.preflight import check_rows
@@ -31,8 +34,8 @@ def saved_state(folder: Path, loss: Loss) -> dict[str, float]:
     """
     if not loss.keeps_state:
         return {}
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
+    if is_artifact(folder):
+        manifest = open_artifact(folder).manifest
         identity, state = manifest["identity"], manifest["counts"].get("loss_state")
     elif (folder / STATE).is_file():
         saved = Checkpoint.read(folder).state
@@ -49,8 +52,6 @@ def evaluate_model(
 
     `state` is the state of the loss, as `saved_state` returns it. Raises `DataError` if there are no rows to evaluate on.
     """
-    from stages.engine.scorer import Scorer  # imports transformers' modelling code
-
     sets = {HELDOUT: RowSet.of(job.rows, "heldout")}
     sets |= {name: RowSet.of(rows, "train") for name, rows in job.eval_sets.items()}
     sets = {name: rows for name, rows in sets.items() if len(rows)}
@@ -59,8 +60,23 @@ def evaluate_model(
             f"{job.rows.path} has no held-out rows. Raise prepare.heldout_fraction, or name a file: "
             f"--set eval.sets.NAME=FILE."
         )
-    folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
-    check_rows(job, sets.values(), folder, context)
+    TokensInUse(load_tokenizer(job.source), lambda: distinct_ids(sets.values())).check(
+        model,
+        "The model",
+        f"Evaluate it on rows of its own: prepare them with --set policy.model={model.name}",
+        context.say,
+    )
+    check_rows(job, sets.values(), base_of(model) if is_adapter(model.folder) else model, context)
+    check_base(model)
+    with using_memory(f"Lower compute.tokens_per_batch (now {job.compute.tokens_per_batch})."):
+        return _metrics_of(job, model, sets, state, context)
+
+
+def _metrics_of(
+    job: Job, model: ModelSource, sets: Mapping[str, RowSet], state: dict[str, float], context: Context
+) -> dict[str, dict[str, float]]:
+    from stages.engine.scorer import Scorer  # imports transformers' modelling code
+
     scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
     row_scorers = make_row_scorers(
         scorer,

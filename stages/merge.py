@@ -15,6 +15,7 @@ from stages.data.rows import RowSet
 from stages.engine.packs import build_pack
 from stages.models.adapters import is_adapter, load_adapter
 from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.fit import check_can_be_saved
 from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
@@ -39,6 +40,7 @@ def merge(
     from stages.engine.scorer import Scorer
 
     policy.check_files()
+    check_can_be_saved(base)
     exact = Compute(compute.device, torch.float32, compute.tokens_per_batch)
     adapted = load_adapter(load_model(base, exact), policy.path)
     sample = _sample(rows)

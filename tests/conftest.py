@@ -250,7 +250,7 @@ def align(tmp_path, monkeypatch, capsys):
     from pipeline.cli import main
 
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["align", *map(str, arguments)])
@@ -264,7 +264,8 @@ def align(tmp_path, monkeypatch, capsys):
         return code, shown.out, shown.err
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

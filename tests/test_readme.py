@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import typer.main
 
-from cache.errors import AlignError, CorruptError, DataError, MachineError, StaleError, UsageError
+from cache.errors import AlignError, BusyError, CorruptError, DataError, MachineError, StaleError, UsageError
 from pipeline.cli import app
 from pipeline.commands import COMMANDS
 from pipeline.config import RunConfig, load_config
@@ -239,8 +239,8 @@ def test_the_exit_codes_are_those_of_the_errors():
         for row in table(section(DOCS / "command-line.md", "Exit codes"))
         for code in row[0].split(", ")
     }
-    errors = (AlignError, UsageError, DataError, StaleError, CorruptError, MachineError)
-    assert documented == {0, 130, 143} | {error.exit_code for error in errors}
+    errors = (AlignError, UsageError, DataError, StaleError, CorruptError, MachineError, BusyError)
+    assert documented == {0, 129, 130, 143} | {error.exit_code for error in errors}
 
 
 def test_the_command_line_says_what_it_would_do_and_writes_nothing(align, project):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import tables
 from pipeline.commands.command import Command, Intent, StageResult, found_or_made
@@ -18,6 +19,8 @@ SHOWN_METRICS = (
     ("loss", "loss"),
     ("rewards/accuracies", "accuracy"),
     ("rewards/margins", "margin"),
+    ("logps/chosen", "chosen log-prob"),
+    ("logps/rejected", "rejected log-prob"),
     ("logratios/chosen", "chosen log-ratio"),
     ("logratios/rejected", "rejected log-ratio"),
 )
@@ -33,6 +36,8 @@ class Trained(StageResult):
         counts = self.artifact.counts
         what = f"{counts['steps']:,} steps on {counts['examples']:,} examples"
         tables.headline(console, "train", what, self.artifact.path, self.reused)
+        for warning in counts.get("warnings", []):
+            console.print(Text(f"  Warning: {warning}.", style="yellow"), soft_wrap=True)
         if not counts["final"]:
             console.print(
                 "  No evaluation: there are no held-out examples. Raise prepare.heldout_fraction to hold some out."

@@ -1,6 +1,6 @@
 """What a generation engine is given: models, prompts and requests, and how to sample."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Sampling:
     num_samples: int
     stop_token_ids: tuple[int, ...] = ()
 
+    @property
+    def effective(self) -> "Sampling":
+        """Without settings that have no effect: greedy sampling takes the likeliest token, whatever the others."""
+        return replace(self, top_p=1.0, top_k=0) if self.temperature == 0 else self
+
     def __post_init__(self) -> None:
         """Raise `UsageError` for values that the engines would treat differently."""
         allowed = {
@@ -62,6 +67,7 @@ class EngineOptions:
     kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
     enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
     gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
+    trust_remote_code: whether Python code in the model's folder may run.
     """
 
     dtype: str
@@ -70,6 +76,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from cache.errors import MachineError
 from cache.files import read_json, write_bytes
+from cache.ownership import claim, remove_abandoned, temporary_suffix
+from cache.safetensors import INDEX, listed_files, weight_files
 from stages.generation.requests import EngineOptions, Model, Request, Sampling
 from stages.models.adapters import adapter_config
 
@@ -28,6 +30,7 @@ MIN_KV_CACHE_BYTES = 512 << 20
 MIN_FULL_SEQUENCES = 2
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 TERMINATE_SECONDS = 5
+PREFIX = "align-vllm-worker."
 # pydantic, which vLLM validates with, puts the cause on a line of its own.
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)(: .*|$)|Value error, .*")
 VLLM_SYMPTOM = "Engine core initialization failed"
@@ -45,6 +48,8 @@ def run_vllm(
     """
     import torch
 
+    for model in models:
+        check_weight_files(model.path)
     # On a CPU one process can run one engine after the other: 3 to 4 seconds instead of a whole start.
     # On CUDA, and with several workers, only the exit frees the memory that the next one needs.
     share = not torch.cuda.is_available() and options.tensor_parallel_size == 1
@@ -89,6 +94,19 @@ def lora_rank(adapter: Path) -> int:
     return ranks[0]
 
 
+def check_weight_files(folder: Path) -> None:
+    """Raise `MachineError` if vLLM would read other files than transformers: without an index it reads all there are."""
+    index = folder / INDEX
+    read = listed_files(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
+    ours = weight_files(folder)
+    if read != ours:
+        names = " and ".join(", ".join(path.name for path in files) for files in (read, ours))
+        raise MachineError(
+            f"vLLM and transformers read different weights in {folder}: {names}. Move the others away, or use "
+            f"--set sample.engine=transformers."
+        )
+
+
 def _run_worker(
     models: list[Model], requests: list[Request], sampling: Sampling, options: EngineOptions
 ) -> list[list[list[int]]]:
@@ -108,7 +126,11 @@ def _run_worker(
         "sampling": asdict(sampling),
         "options": asdict(options),
     }
-    folder = Path(tempfile.mkdtemp(prefix="align-vllm-"))
+    temporary = Path(tempfile.gettempdir())
+    remove_abandoned(temporary, PREFIX)
+    folder = temporary / f"{PREFIX}{temporary_suffix()}"
+    folder.mkdir(mode=0o700)  # prompts are for nobody else on this machine
+    own = claim(folder)
     request_path, result_path, log_path = (
         folder / "request.json",
         folder / "result.json",
@@ -120,6 +142,8 @@ def _run_worker(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        own.release()  # a folder without an owner's file, as that of a worker that failed, stays for a day
     if code != 0 or not result_path.is_file():
         raise MachineError(
             f"vLLM stopped with exit code {code}: {failure_cause(log_path.read_text(errors='replace'))} (whole log: {log_path}). Fix that, or "

@@ -10,7 +10,7 @@ reference's, n_w, n_l their token counts; D = L - R, d = D / n, h = D_w - D_l; s
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -51,6 +51,11 @@ class MarginLoss(Loss):
     sft_weight: NonNegativeFloat = 0.0
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     f_alpha_divergence_coef: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @field_validator("ld_alpha")
+    @classmethod
+    def _one_changes_nothing(cls, value: float | None) -> float | None:
+        return None if value == 1 else value
 
     @model_validator(mode="after")
     def _coefficient_goes_with_its_divergence(self):

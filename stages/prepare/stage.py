@@ -32,6 +32,7 @@ from stages.prepare.shard_writer import SplitWriter
 from stages.prepare.workers import outcomes
 from stages.runtime.context import Context
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
+from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
 STAGE_VERSION = 6
@@ -46,6 +47,11 @@ def rows_identity(
     filter_: FilterSettings = NOTHING_FILTERED,
 ) -> dict[str, Any]:
     """Everything that changes the rows, and nothing else."""
+    data, settings, filter_ = (
+        effective_data(_without_detected_formats(data)),
+        effective_prepare(settings),
+        effective_filter(filter_),
+    )
     return {
         "stage_version": STAGE_VERSION,
         "source": sources_identity(data),
@@ -60,6 +66,25 @@ def rows_identity(
         },
         "template": template.identity(),
     }
+
+
+def _without_detected_formats(data: DataSettings) -> DataSettings:
+    """The settings with `auto` for each format that is named as it would be detected."""
+    sources = [
+        entry.model_copy(update={"format": _named_format(source.data)})
+        for entry, source in zip(data.sources, sources_of(data), strict=False)
+    ]
+    return data.model_copy(update={"sources": sources, "format": "auto" if sources else _named_format(data)})
+
+
+def _named_format(data: DataSettings) -> str:
+    if data.format != "auto":
+        try:
+            if _choose_format(data.model_copy(update={"format": "auto"})).name == data.format:
+                return "auto"
+        except DataError:  # ambiguous, so the name decides
+            pass
+    return data.format
 
 
 def artifact_name(data: DataSettings) -> str:

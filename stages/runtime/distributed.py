@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+
+from cache.errors import AlignError
 
 T = TypeVar("T")
 
@@ -37,12 +39,19 @@ class World:
         return tensor
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Call `make` on the first rank only and return its result on every rank."""
+        """Call `make` on the first rank only; return its result, or raise its `AlignError`, on every rank."""
         if self.size == 1:
             return make()
-        box = [make() if self.is_main else None]
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except AlignError as error:  # the other ranks would wait for a result
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[return-value]
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -90,6 +99,6 @@ def join_world(device: torch.device, sharded: bool = False) -> World:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS), **alone)
     return World(dist.get_rank(), size, sharded)

@@ -6,7 +6,7 @@ Every key has its default, its unit and its bounds here. No torch is imported, s
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -50,6 +50,10 @@ class ComputeSettings(Settings):
     )
     tokens_per_batch: PositiveInt = Field(
         default=2048, description="token budget of one forward pass; changes speed and memory, not results"
+    )
+    trust_remote_code: Flag = Field(
+        default=False,
+        description="run the Python code that a model's folder brings (auto_map in its config.json): code of whoever made it",
     )
     load_in_4bit: Flag = Field(
         default=False,
@@ -109,3 +113,11 @@ class TrackSettings(Settings):
     run_name: str | None = Field(
         default=None, description="name of the run; null takes the name of the policy artifact"
     )
+
+    @field_validator("project", "run_name")
+    @classmethod
+    def _is_no_path(cls, value: str | None) -> str | None:
+        # Dashboards on disk name folders and files by it.
+        if value is not None and (not value.strip(".") or set(value) & set("/\\\0")):
+            raise ValueError("expected a name without / and \\, and not of dots alone")
+        return value

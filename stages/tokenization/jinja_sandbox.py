@@ -45,8 +45,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
         self.marks = marks
         self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = DATE.strftime
+        self.globals.update(raise_exception=_raise_exception, strftime_now=DATE.strftime)  # pyrefly: ignore
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """An attribute, as a template reads it."""

@@ -6,15 +6,20 @@ layout) with the optimizer (under `train.parallel: fsdp` shards of optimizer and
 is renamed into place.
 """
 
+import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.artifacts import is_artifact, open_artifact
 from cache.errors import CorruptError
 from cache.files import TEMPORARY_PREFIX, publish_folder, read_json, sha256_file, write_json
+from cache.fingerprint import canonical_json, differing_fields
 from stages.runtime.distributed import World
+from stages.runtime.limits import writing
 
 FILES = "files.json"
 STATE = "state.json"
@@ -63,6 +68,23 @@ def save_checkpoint(
     """
     final = root / f"{PREFIX}{step}"
     staging = root / f"{TEMPORARY_PREFIX}{final.name}"
+    with writing(final), removed_on_failure(staging):
+        _write_checkpoint(staging, final, step, state, write, world)
+
+
+@contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove a folder that could not be finished: where the disk is full, the space is needed."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_checkpoint(
+    staging: Path, final: Path, step: int, state: RunState, write: Callable[[Path], None], world: World
+) -> None:
     if world.is_main:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -93,15 +115,46 @@ def checkpoint_steps(root: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def newest_checkpoint(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written; damaged newer ones are reported and skipped."""
+def newest_checkpoint(
+    root: Path, say: Callable[[str], None], identity: Mapping[str, Any] | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as written; damaged newer ones are reported and skipped.
+
+    So are those of runs with another `identity`, if that is given.
+    """
     for step in checkpoint_steps(root):
         folder = root / f"{PREFIX}{step}"
         problem = checkpoint_problem(folder)
         if not problem:
-            return Checkpoint.read(folder)
+            found = Checkpoint.read(folder)
+            problem = "" if identity is None else _foreign(found, identity)
+            if not problem:
+                return found
         say(f"Skipping {folder}: {problem}")
     return None
+
+
+def _foreign(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> str:
+    """Why a checkpoint is not of the run with this identity, as a clause; empty if it is."""
+    stored = checkpoint.state.identity
+    if stored is None:
+        return "it was written by an older version and does not name its run"
+    # Through JSON, because the settings of a run hold tuples.
+    fields = differing_fields(stored, json.loads(canonical_json(identity)))
+    if not fields:
+        return ""
+    return f"it belongs to a run with other settings ({'; '.join(fields)})"
+
+
+def check_model_files(folder: Path) -> None:
+    """Compare the files of a policy or checkpoint with what was written; raises `StaleError` or `CorruptError`.
+
+    The folder of any other model is not checked.
+    """
+    if is_artifact(folder):
+        open_artifact(folder).check_files()
+    elif (folder / STATE).is_file() and (problem := checkpoint_problem(folder)):
+        raise CorruptError(f"{folder} cannot be used: {problem}. Name another checkpoint.")
 
 
 def checkpoint_problem(folder: Path) -> str:

@@ -11,14 +11,30 @@ def epoch_order(mismatch_groups: np.ndarray, seed: int, epoch: int) -> np.ndarra
 
     `mismatch_groups`, (examples,), is the number of the group of each example; the examples of a group are contiguous.
     """
-    boundaries = np.flatnonzero(np.diff(mismatch_groups)) + 1
-    groups = np.split(np.arange(len(mismatch_groups)), boundaries)
-    shuffled = np.random.default_rng([seed, epoch]).permutation(len(groups))
-    return (
-        np.concatenate([groups[number] for number in shuffled])
-        if len(mismatch_groups)
-        else np.zeros(0, np.int64)
-    )
+    if not len(mismatch_groups):
+        return np.zeros(0, np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(mismatch_groups)) + 1])
+    lengths = np.diff(np.append(starts, len(mismatch_groups)))
+    shuffled = np.random.default_rng([seed, epoch]).permutation(len(starts))
+    places = np.cumsum(lengths[shuffled]) - lengths[shuffled]  # of each group in the order
+    return np.arange(len(mismatch_groups)) + np.repeat(starts[shuffled] - places, lengths[shuffled])
+
+
+class DataOrder:
+    """The examples of each step of a run. The order of an epoch is computed once, at its first step."""
+
+    def __init__(self, mismatch_groups: np.ndarray, seed: int, batch_size: int) -> None:
+        """`mismatch_groups` and `seed` as in `epoch_order`."""
+        self._groups, self._seed, self._batch_size = mismatch_groups, seed, batch_size
+        self._steps_per_epoch = -(-len(mismatch_groups) // batch_size)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def examples_of(self, step: int) -> np.ndarray:
+        """Example numbers of a step, (examples,); steps count from 1. A function of the seed and the step alone."""
+        epoch, index = divmod(step - 1, self._steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._groups, self._seed, epoch)
+        return self._order[index * self._batch_size : (index + 1) * self._batch_size]
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int, max_steps: int | None) -> int:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from cache.errors import UsageError
 from stages.data.rows import RowSet
 from stages.models.adapters import attach_adapter
-from stages.models.loading import load_model
+from stages.models.loading import load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.job import Job
+from stages.train.shards import read_shards, write_shards
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -47,7 +48,8 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
             f"{job.source.name} is scored one completion at a time, which ranks cannot do in step with each "
             f"other. Use --set train.parallel=ddp."
         )
-    model, adapted = _with_adapter(job, _on_meta(job))
+    shapes = model_of_shapes(job.source, attn_implementation="sdpa", dtype=torch.float32)
+    model, adapted = _with_adapter(job, shapes)
     scorer = Scorer(
         model,
         job.compute,
@@ -73,25 +75,21 @@ def full_state(scorer: "Scorer", trained_only: bool) -> dict[str, Any]:
     }
 
 
-def save_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
-    """Write this rank's shards of weights and optimizer into `folder` (torch's distributed checkpoint)."""
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    save(_sharded_state(scorer, optimizer, trained_only), checkpoint_id=folder)
-
-
-def are_shards(folder: Path) -> bool:
-    """Whether `save_shards` wrote this checkpoint."""
-    return (folder / ".metadata").is_file()
+def save_shards(
+    scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool, world: World
+) -> None:
+    """Write this rank's shards of weights and optimizer into `folder`."""
+    write_shards(_sharded_state(scorer, optimizer, trained_only), folder, world)
 
 
-def load_shards(scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool) -> None:
+def load_shards(
+    scorer: "Scorer", optimizer: torch.optim.Optimizer, folder: Path, trained_only: bool, world: World
+) -> None:
     """Load weights and optimizer from `folder`; any number of ranks may have written it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = _sharded_state(scorer, optimizer, trained_only)
-    load(state, checkpoint_id=folder)
+    read_shards(state, folder, world)
     set_state_dict(
         scorer,
         optimizer,
@@ -121,16 +119,6 @@ def _with_adapter(job: Job, model: Any) -> tuple[Any, Any | None]:
     if job.adapter.name == "none":
         return model, None
     return model, attach_adapter(model, job.adapter, job.settings.seed, job.source)
-
-
-def _on_meta(job: Job) -> Any:
-    """The model on torch's meta device: shapes without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(job.source.folder), attn_implementation="sdpa", dtype=torch.float32
-        )
 
 
 def _shard(scorer: "Scorer", compute: Compute) -> None:

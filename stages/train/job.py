@@ -19,6 +19,7 @@ from stages.settings.train import AdapterSettings, TrainSettings
 from stages.train.checkpoints import Checkpoint
 from stages.train.data_order import num_steps
 from stages.train.samples import PromptPool
+from stages.train.without_effect import effective_adapter, effective_train
 
 STAGE_VERSION = 4
 NUM_DEFAULT_EVALS = 5
@@ -107,18 +108,22 @@ class Job:
     def own_identity(self) -> dict[str, Any]:
         """Everything that changes the trained weights or the metrics, except the checkpoint that the run continues."""
         resolved = self.resolved
+        sizes = [self.rows.counts["examples"]["heldout"]]
+        sizes += [rows.counts["examples"]["train"] for rows in self.eval_sets.values()]
+        settings = effective_train(self.settings, resolved.steps_per_epoch, max(sizes))
+        adapter = effective_adapter(self.adapter).model_dump(mode="json")
         return {
             "stage_version": STAGE_VERSION,
             "rows": self.rows.fingerprint,
             "reference": self.reference.fingerprint if self.reference else None,
             "start": self.start,
             "loss": self.loss.model_dump(),
-            "adapter": None if self.adapter.name == "none" else self.adapter.model_dump(mode="json"),
+            "adapter": None if self.adapter.name == "none" else adapter,
             "train": {
-                **self.settings.model_dump(exclude=NOT_HASHED),
+                **settings.model_dump(exclude=NOT_HASHED),
                 "learning_rate": resolved.learning_rate,
                 "batch_size": resolved.batch_size,
-                "eval_steps": resolved.eval_steps,
+                "eval_steps": min(resolved.eval_steps, resolved.steps),
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
             "samples": self.pool.identity if self.pool else None,

@@ -21,7 +21,7 @@ from stages.data.rows import RowSet
 from stages.runtime.context import progress
 from stages.runtime.distributed import World
 from stages.train.checkpoints import Checkpoint, RunState, remove_old, save_checkpoint
-from stages.train.data_order import epoch_order
+from stages.train.data_order import DataOrder
 from stages.train.job import Job
 from stages.train.monitoring.best_evaluation import Best, best_evaluation, check_metric, eval_name
 from stages.train.monitoring.health import Watch
@@ -69,6 +69,7 @@ class Run:
         )
         self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
         self.schedule = make_schedule(settings, self.resolved.learning_rate, self.resolved.steps)
+        self._order = DataOrder(rows.mismatch_groups, settings.seed, self.resolved.batch_size)
         self.policy = load_trainable(job, world, say)
         filled = {name: split for name, split in eval_sets.items() if len(split)}
         self.train_scorer, *eval_scorers = make_row_scorers(
@@ -95,7 +96,7 @@ class Run:
         `audit_difference` is the result of the audit at step 0, in nats per token; None if there was no audit.
         """
         self._begin(tracker, audit_difference)
-        watch, begin = Watch(), self.last_step
+        watch, begin = Watch(self.loss), self.last_step
         with (
             progress("train", self.resolved.steps - begin, "steps") as advance,
             stop_at_a_step(self.say) as request,
@@ -134,13 +135,11 @@ class Run:
 
     def examples_of(self, step: int) -> np.ndarray:
         """Example numbers of a step, (examples,); steps count from 1. A function of the seed and the step alone."""
-        epoch, index = divmod(step - 1, self.resolved.steps_per_epoch)
-        order = epoch_order(self.rows.mismatch_groups, self.settings.seed, epoch)
-        return order[index * self.resolved.batch_size : (index + 1) * self.resolved.batch_size]
+        return self._order.examples_of(step)
 
     def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:
         """Evaluate at step 0, or restore the checkpoint."""
-        tracker.begin(self.checkpoint and self.checkpoint.folder)
+        tracker.begin(None if self.checkpoint is None else self.checkpoint.folder)
         if self.checkpoint is None:
             self.audit_difference = audit_difference
             first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
@@ -175,7 +174,7 @@ class Run:
             metrics = {
                 **metrics,
                 "grad_norm": norm,
-                "weights_changed": self.weight_updates.changed_share(self.world),
+                **self.weight_updates.shares(self.world, rate),
             }
         else:
             self._refuse_or_skip(step, metrics["loss"], norm, examples)

@@ -6,9 +6,10 @@ each case.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ import torch
 from cache.errors import StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
 from stages.models.chat_files import ChatFormat, write_chat_files
-from stages.models.loading import ModelSource, load_model
+from stages.models.loading import ModelSource, load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
-from stages.train.fsdp import are_shards, full_state, load_sharded, load_shards, save_shards
+from stages.train.fsdp import full_state, load_sharded, load_shards, save_shards
 from stages.train.job import Job
+from stages.train.shards import are_shards
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -72,18 +74,18 @@ class Trainable:
         elif state is None:
             self.model.save_pretrained(folder)
         else:
-            _unsharded(self.model.config, state).save_pretrained(folder)
+            _unsharded(self.source, self.model.config, state).save_pretrained(folder)
         write_chat_files(self.source, self.chat, folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Write weights and optimizer into the folder of a checkpoint, for `load_state`. Every rank calls this.
 
         Weights are written as by `save`, so a checkpoint is also a model folder. A sharded policy writes its shards of
-        weights and optimizer besides, in torch's distributed format, so that each rank reads only its own part.
+        weights and optimizer besides, so that each rank reads only its own part.
         """
         self.save(folder)
         if self.world.sharded:
-            save_shards(self.scorer, optimizer, folder, trained_only=self.adapted is not None)
+            save_shards(self.scorer, optimizer, folder, self.adapted is not None, self.world)
         elif self.world.is_main:
             torch.save(optimizer.state_dict(), folder / OPTIMIZER)
 
@@ -92,21 +94,39 @@ class Trainable:
 
         Raises `StaleError` for a checkpoint that was written with the other `train.parallel`.
         """
-        if are_shards(folder) != self.world.sharded:
-            written, wanted = ("fsdp", "ddp") if are_shards(folder) else ("ddp", "fsdp")
+        if (sharded := are_shards(folder)) != self.world.sharded:
+            written, wanted = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
             raise StaleError(
                 f"{folder} was written with train.parallel={written}, and this run has {wanted}. Continue it with "
                 f"--set train.parallel={written}, on any number of ranks."
             )
+        with _own_hyperparameters(optimizer):
+            self._load(folder, optimizer)
+
+    def _load(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         if self.world.sharded:
-            load_shards(self.scorer, optimizer, folder, trained_only=self.adapted is not None)
+            load_shards(self.scorer, optimizer, folder, self.adapted is not None, self.world)
             return
         if self.adapted is not None:
             load_adapter_weights(self.adapted, folder)
         else:
             on_cpu = Compute(torch.device("cpu"), torch.float32, self.scorer.compute.tokens_per_batch)
-            self.model.load_state_dict(load_model(ModelSource(str(folder), folder), on_cpu).state_dict())
+            self.model.load_state_dict(load_model(replace(self.source, folder=folder), on_cpu).state_dict())
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+
+
+@contextmanager
+def _own_hyperparameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the context the optimizer may take over the state of another run, but not its weight decay, betas and so on.
+
+    They are settings, and with `train.resume_override` they may differ from those of the run that is continued.
+    """
+    own = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    yield
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
 
 
 def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Trainable:
@@ -128,13 +148,10 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
     return Trainable(job.source, ChatFormat.of(job.rows), model, adapted, scorer, parameters, world)
 
 
-def _unsharded(config: Any, state: dict[str, torch.Tensor]) -> Any:
+def _unsharded(source: ModelSource, config: Any, state: dict[str, torch.Tensor]) -> Any:
     """A model on the CPU with the gathered tensors, which is saved as one that was never sharded."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
-        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
+    # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
+    model = model_of_shapes(source, deepcopy(config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model

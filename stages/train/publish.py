@@ -15,9 +15,17 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import CorruptError
 from cache.files import TEMPORARY_PREFIX
 from stages.runtime.context import Context
-from stages.train.checkpoints import PREFIX, Checkpoint, checkpoint_problem, checkpoint_steps
+from stages.runtime.limits import writing
+from stages.train.checkpoints import (
+    PREFIX,
+    Checkpoint,
+    checkpoint_problem,
+    checkpoint_steps,
+    removed_on_failure,
+)
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
+from stages.train.monitoring.health import warnings_now
 from stages.train.monitoring.metrics_log import copy_logs
 
 FINISHED = "finished"
@@ -26,6 +34,11 @@ FINISHED = "finished"
 def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     """Publish the last weights, or with `train.save_best` the best. `draft` is the working folder. Every rank calls this."""
     finished = replace(draft, path=draft.path / FINISHED)
+    with writing(draft.final), removed_on_failure(finished.path):
+        _publish(run, draft, finished, context)
+
+
+def _publish(run: Run, draft: Draft, finished: Draft, context: Context) -> None:
     if run.world.is_main:
         shutil.rmtree(finished.path, ignore_errors=True)
         finished.path.mkdir()
@@ -45,7 +58,7 @@ def publish_policy(run: Run, draft: Draft, context: Context) -> None:
     context.store.publish(
         finished, _counts(run, best, loss_state), {}, context.config_text, policy=run.job.source.name
     )
-    shutil.rmtree(draft.path)
+    shutil.rmtree(draft.path, ignore_errors=True)  # the next start of this run may remove it too
 
 
 def _checkpoint_of(run: Run, step: int, working: Path) -> Path:
@@ -79,6 +92,7 @@ def _counts(run: Run, best: Best | None, loss_state: dict[str, float]) -> dict[s
         "final": _heldout(final),
         "audit_max_abs_diff": run.audit_difference,
         "skipped_steps": sum(bool(line.get("skipped")) for line in run.history),
+        "warnings": warnings_now(run.history, run.loss),
     }
     if run.loss.keeps_state:
         counts["loss_state"] = loss_state

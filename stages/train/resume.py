@@ -14,6 +14,7 @@ from cache.artifacts import Store
 from cache.errors import CorruptError, StaleError
 from cache.files import TEMPORARY_PREFIX, read_json
 from cache.fingerprint import differing_fields
+from cache.ownership import is_claimed
 from stages.runtime.context import Context
 from stages.train.checkpoints import (
     FILES,
@@ -67,7 +68,7 @@ def nearest_interrupted(job: Job, store: Store) -> InterruptedRun | None:
     found = []
     for folder in (store.root / "policy").glob(f"{TEMPORARY_PREFIX}{job.name}-*"):
         steps = checkpoint_steps(folder)
-        if not steps or folder.name == f"{TEMPORARY_PREFIX}{own}":
+        if not steps or folder.name == f"{TEMPORARY_PREFIX}{own}" or is_claimed(folder):
             continue
         newest = folder / f"checkpoint-{steps[0]}"
         if (newest / FILES).is_file() and (identity := _identity(newest)) is not None:

@@ -7,7 +7,7 @@ an uninterrupted one. The random state of training is not used.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,11 @@ class PromptPool:
     @property
     def identity(self) -> str:
         """Digest of all that changes the samples, except the weights."""
-        prompts = [[prompt.id, prompt.ids] for prompt in self.prompts]
-        how = {"sampling": asdict(self.sampling), "number": self.number, "strategy": self.strategy}
+        number = min(self.number, len(self.prompts))
+        used = self.prompts[:number] if self.strategy == "fixed" else self.prompts
+        prompts = [[prompt.id, prompt.ids] for prompt in used]
+        sampling = asdict(replace(self.sampling.effective, num_samples=1))  # while training, always one
+        how = {"sampling": sampling, "number": number, "strategy": self.strategy}
         return fingerprint({"prompts": prompts, **how})
 
 
@@ -85,7 +88,8 @@ def sample_policy(
     places = choose(pool.strategy, len(pool.prompts), pool.number, round_index, sampling.seed)
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
-    model = open_model(source.folder, sampling, EngineOptions("float32", longest))
+    options = EngineOptions("float32", longest, trust_remote_code=source.runs_code)
+    model = open_model(source.folder, sampling, options)
     check_prompts(pool.prompts, model)
     requests = [
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)

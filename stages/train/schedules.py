@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -52,6 +53,22 @@ def _factors(
             f"train.lr_scheduler_type={name} does not take train.lr_scheduler_kwargs={arguments}: {error}. "
             f"Use the names that transformers has for this schedule."
         ) from error
+
+
+def arguments_with_effect(settings: TrainSettings) -> dict[str, Any]:
+    """`train.lr_scheduler_kwargs` without those that have the values transformers gives them by default."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+    from transformers.trainer_utils import SchedulerType
+
+    if not settings.lr_scheduler_kwargs:
+        return {}
+    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(settings.lr_scheduler_type)]
+    defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
+    return {
+        name: value
+        for name, value in settings.lr_scheduler_kwargs.items()
+        if name not in defaults or defaults[name] != value
+    }
 
 
 def _arguments(settings: TrainSettings, steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training: the current step is finished and saved, then the process ends.
+"""SIGTERM, SIGHUP (a closed terminal) and Ctrl-C during training: the current step is finished and saved, then the process ends.
 
 A second signal of the same kind ends the process at once; earlier checkpoints stay valid.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
@@ -18,7 +18,7 @@ class StopRequest:
     signum: int = 0
 
     def end(self) -> None:
-        """End the process as the signal would: by KeyboardInterrupt (exit code 130) or with exit code 143."""
+        """End the process as the signal would: by KeyboardInterrupt (exit code 130), or with 128 and its number (SIGTERM: 143)."""
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signum)

@@ -5,11 +5,18 @@ command continues from the newest valid checkpoint. Run it with `align train --l
 `torchrun -m pipeline train`.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
 from cache.artifacts import Artifact, Draft
+from cache.files import disk_errors_named
 from cache.fingerprint import fingerprint
+from cache.ownership import Claim, claim
 from stages.data.rows import RowSet
 from stages.runtime.context import Context
-from stages.runtime.distributed import join_world
+from stages.runtime.distributed import World, join_world
+from stages.runtime.limits import using_memory, writing
 from stages.settings.fields import TrackSettings
 from stages.train.audit import Audit, audit
 from stages.train.checkpoints import Checkpoint, newest_checkpoint
@@ -18,8 +25,13 @@ from stages.train.loop import Run
 from stages.train.monitoring.dashboards import open_dashboards
 from stages.train.monitoring.metrics_log import Tracker
 from stages.train.preflight import preflight
-from stages.train.publish import publish_policy
+from stages.train.publish import publish_policy, remove_leftovers
 from stages.train.resume import nearest_interrupted
+
+_ADVICE = (
+    "Lower compute.tokens_per_batch (now {}), set train.gradient_checkpointing=true or train an adapter; `align plan` "
+    "predicts the memory of each. The same command continues from the last checkpoint."
+)
 
 
 def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
@@ -30,6 +42,47 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     preflight(job, train_rows, eval_rows, context)
     world = join_world(job.compute.device, job.settings.parallel == "fsdp")
     draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
+    with (
+        _sole_run(draft.path, world, context.say),
+        using_memory(_ADVICE.format(job.compute.tokens_per_batch)),
+    ):
+        finished = world.from_main(lambda: find_policy(job, context))
+        if finished is None:  # else another run has published it since this one began to look
+            _train(job, train_rows, eval_rows, draft, world, track, context)
+        elif world.is_main:
+            remove_leftovers(finished)
+    artifact = find_policy(job, context)
+    assert artifact is not None, "the policy was published under another name"
+    return artifact
+
+
+@contextmanager
+def _sole_run(working: Path, world: World, say: Callable[[str], None]) -> Iterator[None]:
+    """Within the context no other run writes into this working folder; raises `BusyError` if one does already."""
+    held: list[Claim] = []
+
+    def take() -> None:
+        with disk_errors_named(working):
+            held.append(claim(working, say))
+
+    world.from_main(take)
+    try:
+        yield
+    finally:
+        for own in held:
+            own.release()
+
+
+def _train(
+    job: Job,
+    train_rows: RowSet,
+    eval_rows: Mapping[str, RowSet],
+    draft: Draft,
+    world: World,
+    track: TrackSettings,
+    context: Context,
+) -> None:
+    """Run the training loop from step 0 or a checkpoint, and publish the policy. Every rank calls this."""
     say = context.say if world.is_main else _silent
     checkpoint = world.from_main(lambda: _checkpoint_of(job, draft, context))
     run = Run(job, train_rows, eval_rows, checkpoint, draft.path, world, say)
@@ -37,7 +90,8 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     last_step = -1 if checkpoint is None else checkpoint.step
     tracker = Tracker(None)
     if world.is_main:
-        boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
+        with writing(draft.path):
+            boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
         tracker = Tracker(draft.path, boards)
     try:
         run.go(tracker, difference)
@@ -45,9 +99,6 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
         tracker.close()
     publish_policy(run, draft, context)
     world.barrier()
-    artifact = find_policy(job, context)
-    assert artifact is not None, "the policy was published under another name"
-    return artifact
 
 
 def _audit(run: Run, job: Job) -> Audit:
@@ -65,7 +116,7 @@ def _audit(run: Run, job: Job) -> Audit:
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:
     """The checkpoint to continue from: the run's own newest valid one, or the one that `train.resume` names."""
-    own = newest_checkpoint(draft.path, context.say)
+    own = newest_checkpoint(draft.path, context.say, job.own_identity)
     if job.origin is not None and (own is None or job.origin.step > own.step):
         return job.origin
     if own is None and (other := nearest_interrupted(job, context.store)) is not None:

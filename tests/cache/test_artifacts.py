@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -94,6 +95,68 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MachineError, match=r"Cannot write .*--store DIR"):
         Store(tmp_path / "file").draft("rows", "name", "prepare", IDENTITY)
+
+
+def flip(path, times_kept=False):
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if times_kept:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_damage_is_noticed_when_the_artifact_is_found(store, artifact):
+    """Also where the time of modification is set back, and again after the first time."""
+    for path in sorted(path for path in artifact.path.rglob("*") if path.is_file()):
+        if path.name in ("manifest.json", ".checked.json"):
+            continue
+        content = path.read_bytes()
+        for damage in (flip, lambda path: flip(path, times_kept=True), lambda path: path.write_bytes(b"")):
+            damage(path)
+            for _ in range(2):
+                with pytest.raises(CorruptError, match=f"{path} is damaged"):
+                    store.find("rows", "name", IDENTITY)
+            path.write_bytes(content)
+        path.unlink()
+        with pytest.raises(StaleError, match=f"{path} is missing"):
+            store.find("rows", "name", IDENTITY)
+        path.write_bytes(content)
+        assert store.find("rows", "name", IDENTITY) is not None
+
+
+def test_files_that_have_not_changed_are_not_read_again(store, artifact):
+    """A flipped file is believed where the note says that it was checked as it is now: only then is nothing read."""
+    path = artifact.path / "inner" / "notes.txt"
+    flip(path)
+    noted = json.loads((artifact.path / ".checked.json").read_text())
+    stat = path.stat()
+    now = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    noted["inner/notes.txt"][:4] = now
+    (artifact.path / ".checked.json").write_text(json.dumps(noted))
+    assert store.find("rows", "name", IDENTITY) is not None
+    for broken in ("", "[]", '{"inner/notes.txt": null}'):
+        (artifact.path / ".checked.json").write_text(broken)
+        with pytest.raises(CorruptError, match=r"notes\.txt is damaged"):
+            store.find("rows", "name", IDENTITY)
+
+
+def test_a_copied_artifact_is_read_once(store, artifact):
+    copied = Store(shutil.copytree(store.root, store.root.parent / "copy"))
+    noted = copied.root / artifact.path.relative_to(store.root) / ".checked.json"
+    before = noted.read_bytes()
+    assert copied.find("rows", "name", IDENTITY) is not None
+    assert noted.read_bytes() != before
+
+
+def test_folders_that_were_exchanged_are_noticed(store, artifact):
+    other = publish(store, {**IDENTITY, "limits": {"max_length": 9}})
+    artifact.path.rename(store.root / "aside")
+    other.path.rename(artifact.path)
+    (store.root / "aside").rename(other.path)
+    with pytest.raises(
+        StaleError, match=r"another artifact than its name says \(limits.max_length: 9 -> 8\)"
+    ):
+        store.find("rows", "name", IDENTITY)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "inner/notes.txt", "train-00000.arrow"])

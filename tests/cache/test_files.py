@@ -1,31 +1,30 @@
 """Files appear whole or not at all, and what the disk refuses is one line."""
 
-import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cache.errors import CorruptError, MachineError
-from cache.files import atomic_path, publish_folder, read_json, sha256_file, write_bytes, write_json
+from cache.files import (
+    atomic_path,
+    publish_folder,
+    read_json,
+    read_with_digest,
+    sha256_file,
+    with_digest,
+    write_bytes,
+    write_json,
+)
+from tests.full_disk import full_disk
 
 OLD, NEW = b"old", b"new content"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -136,6 +135,31 @@ def test_what_is_not_json_is_corrupt(tmp_path, content):
         read_json(tmp_path / "file.json")
 
 
+def test_a_bit_flipped_in_any_byte_of_an_object_with_a_digest_is_noticed(tmp_path):
+    """It is one line, or it changes nothing: white space between values."""
+    value = {"name": "ref", "files": {"a": [1, -2.5]}, "none": None, "text": "é \u2028 \\ \n"}
+    path = tmp_path / "note.json"
+    write_json(path, with_digest(value, "sha256"))
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytes([content[position] ^ (1 << position % 8)])
+        path.write_bytes(content[:position] + flipped + content[position + 1 :])
+        try:
+            assert read_with_digest(path, "sha256", "Do this.") == with_digest(value, "sha256")
+        except CorruptError as error:
+            assert str(error).startswith(f"{path} ")  # noqa: PT017
+            assert str(error).endswith(" Do this.")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"1", b"null", b'{"a": NaN}', b'{"a": "\\ud800"}', b"{}", b"[" * 99_999]
+)
+def test_what_has_no_digest_is_corrupt(tmp_path, content):
+    (tmp_path / "note.json").write_bytes(content)
+    with pytest.raises(CorruptError, match=r"note\.json .* Do this\."):
+        read_with_digest(tmp_path / "note.json", "sha256", "Do this.")
+
+
 def test_sha256_of_a_file(tmp_path):
     """The published digest of `abc` (FIPS 180-2, appendix B.1)."""
     (tmp_path / "file").write_bytes(b"abc")
@@ -158,3 +182,22 @@ def test_a_folder_that_cannot_be_published_stays_where_it_was(tmp_path):
     with pytest.raises(MachineError, match="Cannot write"):
         publish_folder(tmp_path / "staging", tmp_path / "final")
     assert names(tmp_path) == ["final", "staging"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_published_folder_has_the_permissions_of_the_umask(tmp_path, umask, mode):
+    """safetensors writes its files for their owner alone, so that nobody else could load a policy."""
+    before = os.umask(umask)
+    try:
+        staging = tmp_path / "staging"
+        (staging / "inner").mkdir(parents=True)
+        save_file({"weight": np.zeros(3, np.float32)}, staging / "model.safetensors")
+        (staging / "inner" / "config.json").write_text("{}")
+        publish_folder(staging, tmp_path / "final")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "final").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        "model.safetensors": mode,
+        "config.json": mode,
+    }

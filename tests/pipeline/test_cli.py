@@ -271,6 +271,17 @@ def test_a_dry_run_writes_nothing(align, config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_a_share_counts_its_own_rows(align, config):
+    assert align("prepare", "-c", config)[0] == 0
+
+    def needed(*share: str) -> int:
+        _, out, _ = align("cache-ref", "--dry-run", "--json", "-c", config, *share)
+        return json.loads(out)["cache-ref"]["rows_needed"]
+
+    assert sum(needed("--shard", f"{i}/2") for i in (1, 2)) == needed()
+    refused(align("cache-ref", "--dry-run", "-c", config, "--shard", "3/2"), 2, "--shard 3/2")
+
+
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(align, stage):
     code, out, _ = align(stage, "--help")

@@ -335,6 +335,54 @@ def test_secrets_are_sent_where_they_belong(tmp_path, key):
         assert "HF_TOKEN" in found
 
 
+SECRET_URLS = (
+    "https://user:pass@example.org/x",
+    "https://hf_abcdef@huggingface.co/datasets/x",
+    "hf://user:pass@datasets/x",
+    "https://example.org/x.jsonl?token=abc",
+    "https://example.org/x.jsonl?page=1&access_token=abc",
+    "https://example.org/x.jsonl?api_key=abc&page=1",
+    "https://bucket.s3.amazonaws.com/x.jsonl?X-Amz-Credential=a&X-Amz-Signature=abc",
+    "https://account.blob.core.windows.net/x.jsonl?sv=2024&sig=abc",
+)
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_url_with_a_secret_is_refused_wherever_it_is(tmp_path, url):
+    for text in (
+        f"data: {{path: '{url}'}}",
+        f"data: {{sources: [{{path: x.jsonl}}, {{path: '{url}'}}]}}",
+        f"filter: {{decontaminate: ['{url}']}}",
+        f"eval: {{sets: {{mine: '{url}'}}}}",
+    ):
+        found = refusal(text, tmp_path)
+        assert "the URL contains a password or a token" in found
+        assert "HF_TOKEN" in found
+        assert url not in found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "https://example.org/x.jsonl?page=2&tokens=",
+        "https://example.org/@user/x.jsonl",
+        "ssh://git@example.org/x",
+        "s3://bucket/key=3/x.jsonl",
+        "rows@2.jsonl",
+    ],
+)
+def test_a_url_without_a_secret_is_none(path):
+    assert build_config({"data": {"path": path}}).data.path == path
+
+
+@pytest.mark.parametrize("key", ["run_name", "project"])
+@pytest.mark.parametrize("name", ["../outside", "a/b", "a\\b", "..", "."])
+def test_the_name_of_a_run_is_no_path(key, name):
+    """TensorBoard and trackio name files by it, which would lie outside of the store."""
+    with pytest.raises(UsageError, match=rf"track\.{key}: .*expected a name without /"):
+        build_config({"track": {key: name}})
+
+
 @pytest.mark.parametrize("assignment", ["train", "train.seed", "=3", "train.=2", ".seed=2", "train.seed=["])
 def test_an_assignment_says_how_it_is_written(tmp_path, assignment):
     assert f"--set {assignment!r}" in refusal("", tmp_path, assignment)

@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cache.files import sha256_file
+from pipeline.cli import main
 from stages.train.checkpoints import FILES
 from stages.train.loop import Run
+from tests.forked import on_two_ranks
 from tests.pipeline.small_run import (
+    command_line,
     errors_of,
     metrics_of,
     run,
@@ -115,7 +119,7 @@ def assert_same_layout(found: Path, expected: Path) -> None:
 
 def is_of_optimizer(path: Path) -> bool:
     """Files of a checkpoint that differ between one whole optimizer and its shards."""
-    return path.name in ("optimizer.pt", ".metadata") or path.suffix == ".distcp"
+    return path.name in ("optimizer.pt", "shards") or path.parent.name == "shards"
 
 
 def assert_same_run(found: dict, expected: dict, spread: dict[str, float]) -> None:
@@ -134,7 +138,7 @@ def assert_same_bits(found: dict, expected: dict) -> None:
         {
             str(path.relative_to(folder)): sha256_file(path)
             for path in folder.rglob("*")
-            if path.is_file() and path.name not in ("manifest.json", "metrics.jsonl", ".metadata", FILES)
+            if path.is_file() and path.name not in ("manifest.json", "metrics.jsonl", ".checked.json", FILES)
         }
         for folder in folders
     )
@@ -181,7 +185,10 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
     assert json.loads((ours / "generation_config.json").read_text()) == generation
     (checkpoint,) = ours.glob("checkpoint-*")
-    assert list(checkpoint.glob("*.distcp"))
+    assert [path.name for path in sorted((checkpoint / "shards").iterdir())] == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
     opened = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     published = load_file(ours / "model.safetensors")
     assert all(torch.equal(opened[name], value) for name, value in published.items())
@@ -242,13 +249,14 @@ def forget_moments(checkpoint: Path) -> None:
 def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
     tiny_model, preferences, tmp_path
 ):
-    """The real launcher, and a signal at whatever point of the run.
+    """The real launcher, and a signal at whatever point of the run; forked ranks continue.
 
     Not by `--max-restarts`: the new ranks of torch 2.13 sometimes wait for each other while they make their gloo group.
     """
     tree = tree_of(tiny_model, preferences, num_epochs=3)
     store = prepared(tree, tmp_path / "store")
-    process = torchrun(tree, store, "train")
+    command = command_line(tree, store, "train")
+    process = torchrun(command)
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -259,11 +267,22 @@ def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
     assert process.returncode != 0
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert not list((store / "policy").glob("[!.]*")), err
-    again = torchrun(tree, store, "train")
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "Continuing from step" in err
-    assert json.loads(out)["steps"] == 12  # the first rank alone speaks
+
+    def again() -> None:
+        path = tmp_path / f"rank-{os.environ['RANK']}"
+        sys.argv = ["align", *command]
+        with (
+            open(f"{path}.out", "w") as out,
+            open(f"{path}.err", "w") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            main()
+
+    assert on_two_ranks(again, errors_of(store)) == [0, 0], errors_of(store).read_text()
+    assert "Continuing from step" in (tmp_path / "rank-0.err").read_text()
+    assert json.loads((tmp_path / "rank-0.out").read_text())["steps"] == 12
+    assert (tmp_path / "rank-1.out").read_text() == ""  # the first rank alone speaks
 
 
 def ranks_of(launcher: int) -> list[int]:

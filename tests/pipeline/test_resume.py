@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache.errors import AlignError, CorruptError, StaleError, UsageError
+from cache.errors import AlignError, BusyError, CorruptError, MachineError, StaleError, UsageError
 from stages.train.checkpoints import checkpoint_steps, newest_checkpoint
 from stages.train.step.row_scorer import RowScorer
-from tests.forked import in_child
+from tests.forked import exit_code, fork, in_child
+from tests.full_disk import full_disk
 from tests.pipeline.small_run import metrics_of, run, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -160,14 +161,17 @@ def interrupted(tree: dict, store: Path, after_steps: int, signum: int, times: i
 
     def work() -> None:
         Run._step = signalling  # type: ignore[method-assign]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, lambda number, _: sys.exit(128 + number))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         train(tree, store)
 
     return in_child(work)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_a_signal_finishes_the_step_and_saves_it(signum, code, prepared) -> None:
     tree, store = prepared
     whole = digest(Path(train(tree, store)["artifact"]))
@@ -267,6 +271,85 @@ def test_a_run_goes_on_from_the_older_checkpoint(halfway, tmp_path) -> None:
     assert resumed == digest(Path(train(tree, fresh(store))["artifact"]))
 
 
+def test_the_second_of_two_identical_runs_is_refused_and_the_first_is_as_if_alone(halfway) -> None:
+    """Both at once would log every step twice and overwrite each other's checkpoints."""
+    tree, store, working = halfway
+    whole = digest(Path(train(tree, shutil.copytree(store, store.parent / "alone"))["artifact"]))
+    go, wait = os.pipe(), os.pipe()
+
+    def first() -> None:
+        from stages.train.loop import Run
+
+        take = Run._step
+
+        def slow(self: Run, step: int) -> Any:
+            if step == 6:
+                os.write(go[1], b".")
+                os.read(wait[0], 1)
+            return take(self, step)
+
+        Run._step = slow  # type: ignore[method-assign]
+        train(tree, store)
+
+    child = fork(first)
+    os.read(go[0], 1)
+    with pytest.raises(BusyError, match=f"Process {child} on .*since .* is writing {working}"):
+        train(tree, store)
+    said: list[str] = []
+    assert train(changed(tree, {}, seed=1), store, said)["steps"] == 10
+    assert not any("interrupted run" in line for line in said), "it is not interrupted, it runs"
+    os.write(wait[1], b".")
+    assert exit_code(child) == 0
+    assert digest(Path(train(tree, store)["artifact"])) == whole
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_checkpoint(prepared, tiny_model) -> None:
+    """Files grow up to a limit: none at all, the weights of a checkpoint, its optimizer of twice that size."""
+    tree, store = prepared
+    tree["train"]["max_steps"] = 3
+    whole = digest(Path(train(tree, store)["artifact"]))
+    weights = (tiny_model / "model.safetensors").stat().st_size
+    for limit in (0, weights - 1_000, weights + 10_000):
+        fresh(store)
+        with (
+            full_disk(limit),
+            pytest.raises(MachineError, match=r"Cannot write .*policy.*same command again"),
+        ):
+            train(tree, store)
+        assert not list((store / "policy").glob(".tmp-*/.tmp-checkpoint*")), "its space is needed"
+        assert digest(Path(train(tree, store)["artifact"])) == whole, limit
+
+
+def test_a_full_disk_after_some_checkpoints_loses_none(halfway) -> None:
+    tree, store, _ = halfway
+    with full_disk(1_000), pytest.raises(MachineError, match="Cannot write"):
+        train(tree, store)
+    said: list[str] = []
+    resumed = digest(Path(train(tree, store, said)["artifact"]))
+    assert any("Continuing from step 4" in line for line in said)
+    assert resumed == digest(Path(train(tree, fresh(store))["artifact"]))
+
+
+def test_a_lack_of_memory_in_a_step_is_one_line_and_the_run_goes_on(prepared, monkeypatch) -> None:
+    tree, store = prepared
+    tree["train"]["max_steps"] = 3
+    whole = digest(Path(train(tree, store)["artifact"]))
+    fresh(store)
+    calls, score = 0, RowScorer.score
+
+    def greedy(self: RowScorer, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return torch.empty(1 << 46) if calls == 8 else score(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowScorer, "score", greedy)
+        said = r"memory does not suffice \(.*allocate.*\)\. Lower compute.tokens_per_batch \(now 120\)"
+        with pytest.raises(MachineError, match=said):
+            train(tree, store)
+    assert digest(Path(train(tree, store)["artifact"])) == whole
+
+
 CHANGES = {
     "train.learning_rate": {"train": {"learning_rate": 2e-3}},
     "train.batch_size": {"train": {"batch_size": 6}},
@@ -332,6 +415,18 @@ def test_named_changes_continue_and_the_result_says_from_where(halfway) -> None:
     steps = [json.loads(line)["step"] for line in (Path(result["artifact"]) / "metrics.jsonl").open()]
     assert steps == list(range(8))
     assert train(other, store)["reused"]
+
+
+def test_an_overridden_hyperparameter_of_the_optimizer_takes_effect(halfway) -> None:
+    """The optimizer of the checkpoint brings its state, not its weight decay."""
+    tree, store, working = halfway
+    weights = []
+    for decay in (0.0, 0.9):
+        over = {"weight_decay": decay, "learning_rate": 0.1, "max_steps": 6, "resume": str(working)}
+        names = ["train.weight_decay", "train.learning_rate"]
+        result = train(changed(tree, {}, **over, resume_override=names), store)
+        weights.append(load_file(Path(result["artifact"]) / "model.safetensors"))
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_saving_more_often_is_the_same_run_and_more_steps_need_no_override(halfway) -> None:

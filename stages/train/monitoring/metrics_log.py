@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.runtime.limits import writing
 from stages.train.monitoring.dashboards import Dashboard
 
 METRICS = "metrics.jsonl"
@@ -27,10 +28,11 @@ class Tracker:
         """Begin with copies of the files of a checkpoint, or with none."""
         if self._folder is None:
             return
-        for name in (METRICS, SAMPLES):
-            (self._folder / name).unlink(missing_ok=True)
-        if checkpoint is not None:
-            copy_logs(checkpoint, self._folder)
+        with writing(self._folder):
+            for name in (METRICS, SAMPLES):
+                (self._folder / name).unlink(missing_ok=True)
+            if checkpoint is not None:
+                copy_logs(checkpoint, self._folder)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Record the metrics of a step under their plain names (`step`, `loss`, `eval/loss`)."""
@@ -71,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(map(_json_line, lines)))
 
 

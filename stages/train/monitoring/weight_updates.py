@@ -1,8 +1,7 @@
-"""The share of the weights whose stored value an optimizer step changes, of those with a gradient.
+"""What an optimizer step does to the stored weights: how many change, how many cannot, how many are not finite.
 
-In: the trained parameters, before and after a step.  Out: the metric `weights_changed`. A learning rate too small for
-the precision of the weights (above all with bfloat16 weights) leaves most of them unchanged, and no other metric shows
-this.
+In: the trained parameters, before and after a step.  Out: the metrics `weights_...`. A learning rate too small for the
+precision of the weights (above all with bfloat16 weights) leaves most of them unchanged, and no other metric shows this.
 """
 
 from collections.abc import Sequence
@@ -35,15 +34,27 @@ class WeightUpdates:
         ]
 
     @torch.no_grad()
-    def changed_share(self, world: World) -> float:
-        """Share of these weights that have changed since `before_step`, over all ranks; 0 if none has a gradient."""
-        counts = torch.zeros(2, dtype=torch.float64, device=self._parameters[0].device)
+    def shares(self, world: World, rate: float) -> dict[str, float]:
+        """Shares of the compared weights over all ranks, by metric name; `rate` is the learning rate of the step.
+
+        Of the finite weights with a gradient: those changed since `before_step`, and those so coarsely stored that a
+        change of `rate` is rounded away. Of all: those that are infinite or NaN. A share of no weight is 0.
+        """
+        counts = torch.zeros(5, dtype=torch.float64, device=self._parameters[0].device)
         updated = [parameter for parameter in self._parameters if parameter.grad is not None]
         for (old, has_gradient), parameter in zip(self._before, updated, strict=True):
-            changed = (_sampled(parameter) != old) & has_gradient
-            counts += torch.stack([changed.sum(), has_gradient.sum()])
-        num_changed, total = world.sum_(counts).tolist()
-        return num_changed / max(total, 1.0)
+            new = _sampled(parameter)
+            finite = new.isfinite()
+            compared = finite & has_gradient
+            coarse = old.abs() + rate == old.abs()
+            found = [(new != old) & compared, coarse & compared, compared, ~finite, torch.ones_like(finite)]
+            counts += torch.stack([part.sum() for part in found])
+        changed, coarse, compared, nonfinite, total = world.sum_(counts).tolist()
+        return {
+            "weights_changed": changed / max(compared, 1.0),
+            "weights_too_coarse": coarse / max(compared, 1.0),
+            "weights_nonfinite": nonfinite / max(total, 1.0),
+        }
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -328,7 +328,7 @@ OTHER_SETTINGS = {
     "graded": "ranked",
 }
 OTHER_DATA = {
-    "format": "preference",
+    "format": "ultrafeedback",
     "columns": {"prompt": "prompt"},
     "ties": "half",
     "threshold": 3.0,
@@ -431,6 +431,7 @@ def test_the_counts_of_what_was_cut(tmp_path, base, context):
     assert counts["tokens"] == 2 + 3 + 2 + (2 + 2 + 2)
 
 
+@pytest.mark.slow
 def test_hh_rlhf_itself(shared_data, base, context):
     data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"))
     counts = prepare(data, PrepareSettings(max_length=1 << 20), base, context).counts
@@ -532,6 +533,7 @@ def test_with_any_number_of_processes_the_first_bad_row_is_the_one_named(tmp_pat
         prepare(DataSettings(path=str(path)), settings, chat, context)
 
 
+@pytest.mark.slow
 def test_fastokens_gives_the_same_rows(shared_data, tmp_path):
     pytest.importorskip("fastokens")
     from transformers import AutoTokenizer
