@@ -40,7 +40,7 @@ fast: check ## lint, types and the tests that start no process and train nothing
 check: $(READY) ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyrefly check --summary=none
 
 style: $(READY) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .

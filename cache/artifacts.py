@@ -9,7 +9,6 @@ A stage writes into a staging folder beside it and publishes it by renaming, so 
 temporary prefix is complete. The manifest is checked when an artifact is opened, and every file when it is read.
 """
 
-import hashlib
 import platform
 import shutil
 import sys
@@ -24,21 +23,23 @@ from typing import Any
 import pyarrow as pa
 
 from cache.checked import check_files, note_checked
-from cache.errors import CorruptError, StaleError
+from cache.errors import StaleError
 from cache.files import (
     TEMPORARY_PREFIX,
     disk_errors_named,
     publish_folder,
-    read_json,
+    read_with_digest,
     sha256_file,
+    with_digest,
     write_bytes,
     write_json,
 )
-from cache.fingerprint import canonical_json, differing_fields, fingerprint, short
+from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ownership import Claim, claim, remove_abandoned, temporary_suffix
 from cache.shards import ShardRecord, read_shard, write_shard
 
 MANIFEST = "manifest.json"
+DIGEST = "manifest_sha256"
 MANIFEST_VERSION = 1
 DEFAULT_STORE = Path("artifacts")
 
@@ -185,8 +186,7 @@ class Store:
                 **provenance,
             },
         }
-        manifest["manifest_sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
-        write_json(draft.path / MANIFEST, manifest)
+        write_json(draft.path / MANIFEST, with_digest(manifest, DIGEST))
         publish_folder(draft.path, draft.final)
         published = open_artifact(draft.final)
         if (
@@ -209,13 +209,7 @@ def open_artifact(folder: Path) -> Artifact:
         raise StaleError(
             f"{folder} has no {MANIFEST}, so it is not a finished artifact. Delete it and run its stage again."
         )
-    manifest = read_json(path)
-    manifest = manifest if isinstance(manifest, dict) else {}
-    body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
-    if manifest.get("manifest_sha256") != hashlib.sha256(canonical_json(body)).hexdigest():
-        raise CorruptError(
-            f"{path} was changed after it was written. Delete {folder} and run its stage again."
-        )
+    manifest = read_with_digest(path, DIGEST, f"Delete {folder} and run its stage again.")
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise StaleError(
             f"{path} has manifest version {manifest['manifest_version']}; this align reads {MANIFEST_VERSION}. "

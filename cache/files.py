@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cache.errors import CorruptError, MachineError
+from cache.fingerprint import canonical_json
 from cache.ownership import lock_temporary, temporary_suffix
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -85,14 +86,29 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON from `path`; raises `CorruptError` when it is not JSON."""
+def read_json(path: Path, repair: str | None = None) -> Any:
+    """Read JSON from `path`; raises `CorruptError` when it is not JSON, with `repair`, a sentence that says what to type."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorruptError(
-            f"{path} is not readable JSON ({error}). Delete {path.parent} and run the stage again."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        repair = repair or f"Delete {path.parent} and run the stage again."
+        raise CorruptError(f"{path} is not readable JSON ({error}). {repair}") from error
+
+
+def with_digest(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`value` with its own sha256 under `key`, for `read_with_digest`."""
+    return {**value, key: hashlib.sha256(canonical_json(value)).hexdigest()}
+
+
+def read_with_digest(path: Path, key: str, repair: str) -> dict[str, Any]:
+    """The object that was written `with_digest`; raises `CorruptError`, with `repair`, if anything in it has changed."""
+    value = read_json(path, repair)
+    try:
+        if with_digest({name: part for name, part in value.items() if name != key}, key) == value:
+            return value
+    except (ValueError, AttributeError):  # no object, or numbers and characters that are never written
+        pass
+    raise CorruptError(f"{path} was changed after it was written. {repair}")
 
 
 def sha256_file(path: Path) -> str:

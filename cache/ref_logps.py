@@ -19,7 +19,7 @@ import pyarrow as pa
 from cache.artifacts import MANIFEST, machine_provenance
 from cache.errors import CorruptError, StaleError
 from cache.files import read_json, write_json
-from cache.fingerprint import ROW_KEY_BYTES, differing_fields, fingerprint
+from cache.fingerprint import ROW_KEY_BYTES, differing_fields, fingerprint, short
 from cache.shards import SHARD_SUFFIX, read_shard, write_content_named_shard
 
 SCHEMA = pa.schema([("row_key", pa.binary(ROW_KEY_BYTES)), ("token_logps", pa.list_(pa.float32()))])
@@ -59,15 +59,7 @@ class RefLogps:
 
     def add(self, keys: Sequence[bytes], token_logps: Sequence[np.ndarray]) -> Path:
         """Append one shard, durable when this returns; raises `CorruptError` for a value that is not a log-prob."""
-        if not (self.folder / MANIFEST).is_file():
-            write_json(
-                self.folder / MANIFEST,
-                {
-                    "fingerprint": self.fingerprint,
-                    "identity": self.identity,
-                    "provenance": machine_provenance(),
-                },
-            )
+        self.write_manifest()
         lengths = np.array([len(values) for values in token_logps], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         flat = np.concatenate(token_logps).astype(np.float32) if len(token_logps) else np.zeros(0, np.float32)
@@ -82,6 +74,12 @@ class RefLogps:
         path = write_content_named_shard(self.folder, table)
         self._add_shard(path)
         return path
+
+    def write_manifest(self) -> None:
+        """Write the manifest unless it is there."""
+        if not (self.folder / MANIFEST).is_file():
+            named = {"fingerprint": self.fingerprint, "identity": self.identity}
+            write_json(self.folder / MANIFEST, {**named, "provenance": machine_provenance()})
 
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """The distinct keys without a value, in the order given."""
@@ -100,16 +98,16 @@ class RefLogps:
         path = self.folder / MANIFEST
         if not path.is_file():
             return
-        manifest = read_json(path)
+        repair = f"Delete {path} and run `align cache-ref` again: no row is scored again."
+        manifest = read_json(path, repair)
         stored = manifest.get("identity") if isinstance(manifest, dict) else None
-        if not isinstance(stored, dict):
-            raise CorruptError(
-                f"{path} does not name the reference it belongs to. Delete {path}; it is written again."
-            )
-        if fingerprint(stored) != self.fingerprint:
+        if not isinstance(stored, dict) or manifest.get("fingerprint") != _fingerprint(stored):
+            raise CorruptError(f"{path} was changed after it was written. {repair}")
+        if manifest["fingerprint"] != self.fingerprint:
             fields = "; ".join(differing_fields(stored, self.identity))
             raise StaleError(
-                f"{self.folder} belongs to another reference: {fields}. Run `align cache-ref` to make the right one."
+                f"{self.folder} belongs to another reference: {fields}. A folder of log-probs ends in the fingerprint of its "
+                f"reference: rename this one to end in -{short(manifest['fingerprint'])}, or delete it."
             )
 
     def _add_shard(self, path: Path) -> None:
@@ -126,6 +124,14 @@ class RefLogps:
         self._values.append(values)
         self._offsets.append(offsets)
         self._where.update({key: (shard, row) for row, key in enumerate(keys)})
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str | None:
+    """The fingerprint of an identity that was read; None if it holds what no identity can."""
+    try:
+        return fingerprint(identity)
+    except ValueError:
+        return None
 
 
 def check_values(

@@ -24,7 +24,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="align",
     help="Offline preference alignment in four stages that exchange only files.",
-    epilog="Without -c, a command uses configs/quickstart.yaml: a tiny embedded model and dataset that need neither network nor GPU.",
+    epilog="Without -c, a command runs the quickstart (configs/quickstart.yaml): a tiny embedded model and dataset that need neither network nor GPU. With `--set data.path=FILE` or `--set policy.model=NAME` it uses the defaults of configs/reference.yaml instead.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
@@ -45,9 +45,12 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
     """Run a command and print its result, or the error in one line."""
     try:
         session = options.session()
-        result = session.dry_run(command.name) if options.dry_run else session.run(command.name, **own)
+        run = session.dry_run if options.dry_run else session.run
+        result = run(command.name, **own)
         if os.environ.get("RANK", "0") == "0":
             _print(result, options.json_)
+            if not options.json_ and not options.dry_run:
+                tables.print_cuts(tables.console(), session.inputs.found_rows)
     except AlignError as error:
         if options.debug:
             raise

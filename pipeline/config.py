@@ -28,6 +28,7 @@ from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
+EMBEDDED = DataSettings().path  # the name of the quickstart's data, and of its model
 MAX_YAML_BYTES = 1 << 20
 
 
@@ -65,9 +66,12 @@ class RunConfig(Settings):
 
 
 def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: str | None) -> RunConfig:
-    """Merge YAML files (later ones win), `key=value` assignments and `--loss`; raises `UsageError`."""
+    """Merge YAML files (later ones win), `key=value` assignments and `--loss`; raises `UsageError`.
+
+    Without a file, the quickstart has its own settings; other data, or another model, has the defaults.
+    """
     tree: dict[str, Any] = {}
-    for path in files or [QUICKSTART]:
+    for path in files or ([QUICKSTART] if _means_quickstart(assignments) else []):
         _merge(tree, _read_extended(path))
     for assignment in assignments:
         _assign(tree, assignment)
@@ -75,6 +79,12 @@ def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: st
         given = {key: value for key, value in _assigned(assignments, "loss").items() if key != "name"}
         tree["loss"] = {"name": loss_name, **given}
     return build_config(tree)
+
+
+def _means_quickstart(assignments: Sequence[str]) -> bool:
+    data, policy = (_assigned(assignments, block) for block in ("data", "policy"))
+    names = {data.get("path", EMBEDDED), policy.get("model", EMBEDDED)}
+    return names == {EMBEDDED} and not data.get("sources")
 
 
 def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:

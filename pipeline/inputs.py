@@ -13,10 +13,13 @@ from cache.errors import StaleError, UsageError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
-from stages.cache_ref.store_lookup import check_same_model, open_reference
+from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
+from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.models.adapters import base_of, is_adapter
-from stages.models.loading import ModelSource, load_tokenizer, reference_identity, resolve_model
+from stages.models.identity import reference_identity
+from stages.models.loading import ModelSource, load_tokenizer, open_config, resolve_model
+from stages.models.vocabulary import TokensInUse
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
@@ -45,8 +48,9 @@ class Inputs:
     """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is loaded yet."""
+        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
         self.config, self.context = config, context
+        self.found_rows: dict[str, Artifact] = {}
 
     @property
     def is_quickstart(self) -> bool:
@@ -78,10 +82,10 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
-        source = resolve_model(name, revision, or_adapter)
+        source = resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
         check_model_files(source.folder)
         if is_adapter(source.folder):
-            check_model_files(base_of(source.folder).folder)
+            check_model_files(base_of(source).folder)
         return source
 
     @cached_property
@@ -104,6 +108,7 @@ class Inputs:
         """The policy's tokenizer and the chat template."""
         settings = self.config.prepare
         quick = settings.tokenizer == "fastokens"
+        open_config(self.policy_source)  # rows for a model that cannot be opened are of no use
         return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
 
     @property
@@ -138,6 +143,7 @@ class Inputs:
         rows = find_rows(*source)
         if rows is None:
             raise self._no_rows(what)
+        self.found_rows[what] = rows
         return rows
 
     def _no_rows(self, what: str) -> StaleError:
@@ -170,11 +176,16 @@ class Inputs:
     def _reference(self, start: dict[str, Any]) -> RefLogps:
         """The store of reference log-probs; `start` identifies the policy before training."""
         name, revision = self.config.reference_model
-        is_start = (name, revision) == (self.config.policy.model, self.config.policy.revision)
-        reference = open_reference(name, revision, self.compute, self.context, check_files=not is_start)
-        if is_start:  # compare hashes of the weights, which `start` has, rather than dates of files
-            check_same_model(reference, start, self.context)
-        return reference
+        if (name, revision) == (self.config.policy.model, self.config.policy.revision):
+            return open_start(self.policy_source, start, self.compute, self.context)
+        if name == QUICKSTART:
+            name = str(self._quickstart.model)
+        used = TokensInUse(self.template.tokenizer, lambda: distinct_ids(self._row_sets()))
+        return open_reference(name, revision, used, self.compute, self.context)
+
+    def _row_sets(self) -> list[RowSet]:
+        artifacts = (self.rows, *self.eval_sets.values())
+        return [RowSet.of(artifact, split) for artifact in artifacts for split in SPLITS]
 
     @property
     def _pool(self) -> PromptPool:
@@ -186,7 +197,8 @@ class Inputs:
     @property
     def policy(self) -> ModelSource:
         """The policy that this configuration trained."""
-        return ModelSource(self.policy_artifact.path.name, self.policy_artifact.path)
+        path = self.policy_artifact.path
+        return ModelSource(path.name, path, runs_code=self.config.compute.trust_remote_code)
 
     @cached_property
     def policy_artifact(self) -> Artifact:
@@ -213,7 +225,9 @@ class Inputs:
                     "sample.compare compares the trained policy with its reference, and sample.model names another model. Leave one of them out."
                 )
             models["reference"] = self.model(*config.reference_model)
-        return SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
+        job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
+        job.check_tokens(self.template.tokenizer, self.context.say)
+        return job
 
     @property
     def evaluated(self) -> ModelSource:

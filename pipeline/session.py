@@ -36,6 +36,6 @@ class Session:
         """Run a command; `options` are its own, such as `shard` for cache-ref."""
         return COMMANDS[name].work(self.inputs, **options)
 
-    def dry_run(self, name: str) -> Result:
+    def dry_run(self, name: str, **options: Any) -> Result:
         """Report what `run` would do; writes nothing."""
-        return COMMANDS[name].dry_run(self.inputs)
+        return COMMANDS[name].dry_run(self.inputs, **options)

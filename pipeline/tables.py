@@ -1,13 +1,17 @@
 """Tables and numbers as commands print them on a terminal."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cache.artifacts import Artifact
+
 # Where stdout is a file or a pipe, which has no width.
 WIDTH = 100
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length")
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -24,6 +28,21 @@ def headline(console: Console, name: str, what: str, folder: Path, reused: bool)
     state = "reused" if reused else "done"
     console.print(Text.assemble((name, "bold"), f"  {what}  ({state})"))
     console.print(Text(f"  {folder}", style="dim"), soft_wrap=True)
+
+
+def print_cuts(console: Console, row_sets: Mapping[str, Artifact]) -> None:
+    """Print one line for each set of rows, by name, of which the length limits cut something off."""
+    for name, rows in row_sets.items():
+        settings = rows.manifest["identity"]["prepare"]
+        lost = [
+            f"{cut['cut']:,} {kind} lost {cut['tokens']:,} tokens (median {cut['median']:,}, at most {cut['max']:,})"
+            for kind, cut in rows.counts["cuts"].items()
+            if cut["cut"]
+        ]
+        if lost:
+            limits = [f"prepare.{key}={settings[key]}" for key in LIMITS if settings[key] is not None]
+            line = f"CUT: in {name}, {' and '.join(lost)}, by {', '.join(limits)}"
+            console.print(Text(line, style="bold red"), soft_wrap=True)
 
 
 def labelled() -> Table:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from cache.artifacts import is_artifact, open_artifact
 from cache.errors import DataError
-from stages.data.rows import RowSet
+from stages.data.rows import RowSet, distinct_ids
 from stages.losses.contract import Loss
 from stages.models.adapters import base_of, is_adapter, load_any
-from stages.models.loading import ModelSource
+from stages.models.identity import check_base
+from stages.models.loading import ModelSource, load_tokenizer
+from stages.models.vocabulary import TokensInUse
 from stages.runtime.context import Context, progress
 from stages.runtime.distributed import World
 from stages.runtime.limits import using_memory
@@ -58,8 +60,14 @@ def evaluate_model(
             f"{job.rows.path} has no held-out rows. Raise prepare.heldout_fraction, or name a file: "
             f"--set eval.sets.NAME=FILE."
         )
-    folder = base_of(model.folder).folder if is_adapter(model.folder) else model.folder
-    check_rows(job, sets.values(), folder, context)
+    TokensInUse(load_tokenizer(job.source), lambda: distinct_ids(sets.values())).check(
+        model,
+        "The model",
+        f"Evaluate it on rows of its own: prepare them with --set policy.model={model.name}",
+        context.say,
+    )
+    check_rows(job, sets.values(), base_of(model) if is_adapter(model.folder) else model, context)
+    check_base(model)
     with using_memory(f"Lower compute.tokens_per_batch (now {job.compute.tokens_per_batch})."):
         return _metrics_of(job, model, sets, state, context)
 

@@ -14,7 +14,9 @@ from cache.errors import CorruptError, UsageError
 from stages.data.rows import RowSet
 from stages.engine.packs import build_pack
 from stages.models.adapters import is_adapter, load_adapter
-from stages.models.loading import ModelSource, load_model, load_tokenizer
+from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.fit import check_can_be_saved
+from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 
@@ -38,6 +40,7 @@ def merge(
     from stages.engine.scorer import Scorer
 
     policy.check_files()
+    check_can_be_saved(base)
     exact = Compute(compute.device, torch.float32, compute.tokens_per_batch)
     adapted = load_adapter(load_model(base, exact), policy.path)
     sample = _sample(rows)
@@ -54,7 +57,7 @@ def merge(
     draft = context.store.draft("merged", _name(policy), "merge", _identity(policy))
     try:
         merged.save_pretrained(draft.path)
-        load_tokenizer(base).save_pretrained(draft.path)
+        write_chat_files(base, ChatFormat.of(rows), draft.path)
         counts = {"max_abs_diff": difference, "tokens_compared": len(before)}
         return context.store.publish(draft, counts, {"policy": policy.path.name}, context.config_text)
     finally:

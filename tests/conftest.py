@@ -275,3 +275,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at ../shared/data (seen from {ROOT.name})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Small files in layouts that people use, beside the checkout; tests that want them are skipped where they are not."""
+    folder = ROOT.parent / "shared" / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no cases at ../shared/cases (seen from {ROOT.name})")
+    return folder

@@ -1,6 +1,7 @@
 """The layers: imports go down only, between packages and between folders, and every file is named for one idea."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,20 @@ STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample")
 EMPTY_NAMES = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 
 
+@cache
+def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a file, at its top or inside a function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported_modules(path: Path) -> list[str]:
-    """Every module a file imports, at its top or inside a function."""
+    """Every module a file imports."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_statements(path):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             found.append("." * node.level + (node.module or ""))
     return found
 
@@ -123,7 +131,7 @@ def in_a_circle(targets: dict[str, set[str]]) -> list[str]:
 def imported_names(path: Path) -> set[str]:
     """Modules a file imports, and `package.name` for `from package import name`, which may be one."""
     modules = set(imported_modules(path))
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_statements(path):
         if isinstance(node, ast.ImportFrom):
             modules |= {f"{node.module}.{alias.name}" for alias in node.names}
     return modules

@@ -58,10 +58,10 @@ def cache_ref(
     """Stage 2: score new rows with the frozen reference and store their log-probs."""
     from stages.cache_ref.stage import cache_ref as score
 
-    name, revision = inputs.config.reference_model
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
-    source = inputs.model(name, revision)
-    done = score(row_sets, source, revision, inputs.compute, inputs.context, shard)
+    source = inputs.model(*inputs.config.reference_model)
+    tokenizer = inputs.template.tokenizer
+    done = score(row_sets, source, tokenizer, inputs.compute, inputs.context, shard)
     folder = done.reference.folder
     if not done.rows_scored:
         whose = f" of shard {shard}" if shard else ""
@@ -71,13 +71,13 @@ def cache_ref(
     )
 
 
-def would_cache_ref(inputs: "Inputs") -> Intent:
+def would_cache_ref(inputs: "Inputs", shard: str | None = None) -> Intent:
     """Count the rows that are not scored yet."""
     from stages.cache_ref.stage import count_missing
 
     source = inputs.model(*inputs.config.reference_model)
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
-    needed, missing, tokens = count_missing(row_sets, source, inputs.compute, inputs.context)
+    needed, missing, tokens = count_missing(row_sets, source, inputs.compute, inputs.context, shard)
     return Intent(
         "score" if missing else "reuse", {"rows_needed": needed, "rows_missing": missing, "tokens": tokens}
     )

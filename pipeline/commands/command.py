@@ -71,14 +71,14 @@ class Command:
     """One command of `align`.
 
     `work` takes the inputs and then the command's own options, annotated for typer; its docstring is the help.
-    `intent` is the dry run, which neither computes nor writes. A command that runs others has `parts` instead:
-    the commands that it runs under a configuration.
+    `intent` is the dry run; it takes the same arguments, and neither computes nor writes. A command that runs
+    others has `parts` instead: the commands that it runs under a configuration.
     """
 
     name: str
     work: Callable[..., Result]
     examples: Sequence[str]
-    intent: "Callable[[Inputs], Intent] | None" = None
+    intent: Callable[..., Intent] | None = None
     parts: "Callable[[RunConfig], Sequence[Command]] | None" = None
     takes_loss: bool = True
 
@@ -87,17 +87,17 @@ class Command:
         """Whether it takes `--dry-run`."""
         return self.intent is not None or self.parts is not None
 
-    def dry_run(self, inputs: "Inputs") -> DryRun:
+    def dry_run(self, inputs: "Inputs", **options: Any) -> DryRun:
         """Compare the configuration with the store."""
         parts = [self] if self.parts is None else self.parts(inputs.config)
-        return DryRun({part.name: part._intent(inputs) for part in parts})
+        return DryRun({part.name: part._intent(inputs, options) for part in parts})
 
-    def _intent(self, inputs: "Inputs") -> Intent:
+    def _intent(self, inputs: "Inputs", options: Mapping[str, Any]) -> Intent:
         assert self.intent is not None, f"{self.name} has no dry run"
         if inputs.needs_quickstart:
             return Intent("first build the quickstart's model and data", {})
         try:
-            return self.intent(inputs)
+            return self.intent(inputs, **options)
         except StaleError as error:
             return Intent(f"wait for its input: {error}", {})
 

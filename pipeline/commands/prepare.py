@@ -77,6 +77,8 @@ def prepare(inputs: "Inputs") -> Prepared:
 
     artifact, reused = rows(inputs.rows_source)
     sets = {name: StageResult(*rows(source)) for name, source in inputs.eval_sources.items()}
+    inputs.found_rows[inputs.data_name] = artifact
+    inputs.found_rows |= {f"eval.sets.{name}": made.artifact for name, made in sets.items()}
     return Prepared(artifact, reused, sets)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +21,15 @@ from cache.artifacts import Artifact
 from cache.files import TEMPORARY_PREFIX
 from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
-from stages.cache_ref.store_lookup import remember_store, store_of
+from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
-from stages.data.rows import SPLITS, RowSet
+from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, packed_length
-from stages.models.loading import ModelSource, check_length, load_model
+from stages.models.fit import check_rows_fit
+from stages.models.loading import ModelSource, load_model
+from stages.models.vocabulary import TokensInUse
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context, progress
 
@@ -49,47 +51,56 @@ class CacheRefResult:
 def cache_ref(
     rows: Sequence[Artifact],
     source: ModelSource,
-    revision: str | None,
+    tokenizer: Any,
     compute: Compute,
     context: Context,
     share: str | None = None,
 ) -> CacheRefResult:
     """Score the rows of all of `rows` that are missing from the reference's store; does nothing when none is.
 
-    With `share` (`i/N`), rows needed and missing are those of that share of the work.
+    `tokenizer` is the one that made the rows. With `share` (`i/N`), rows needed and missing are those of that share of
+    the work. Raises `UsageError` where the reference has other tokens, or a row does not fit it.
     """
     worker = choose_worker(share)
     started = time.monotonic()
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
-    if share is None:
-        needed = {key for row_set in row_sets for key in row_set.keys}
-    else:
-        needed = {key for unit in units_of(row_sets, worker) for key in unit.keys}
+    check_tokens(TokensInUse(tokenizer, lambda: distinct_ids(row_sets)), source, context)
+    needed = _needed_keys(row_sets, share)
     missing = len(reference.missing(needed))
     forwards = 0
     remove_abandoned(reference.folder, TEMPORARY_PREFIX)
     if missing:
-        check_length(source.folder, max(row_set.max_length() for row_set in row_sets))
+        check_rows_fit(source, row_sets)
         longest = max(row_sets, key=RowSet.max_length)
         forwards = _score(units_of(row_sets, worker), longest, reference, source, compute, missing, context)
-    remember_store(source, revision, compute, reference, context)
+    remember_store(source, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 
 
 def count_missing(
-    rows: Sequence[Artifact], source: ModelSource, compute: Compute, context: Context
+    rows: Sequence[Artifact],
+    source: ModelSource,
+    compute: Compute,
+    context: Context,
+    share: str | None = None,
 ) -> tuple[int, int, int]:
-    """Rows needed, rows missing, and positions a run would compute; writes nothing."""
+    """Rows needed, rows missing, and positions a run would compute, of all or of a share; writes nothing."""
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
-    needed = {key for row_set in row_sets for key in row_set.keys}
+    needed = _needed_keys(row_sets, share)
     positions = sum(
         packed_length(unit.rows, group)
-        for unit in units_of(row_sets, Worker())
+        for unit in units_of(row_sets, Worker() if share is None else choose_worker(share))
         for group in unit.unscored(reference).groups
     )
     return len(needed), len(reference.missing(needed)), positions
+
+
+def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> set[bytes]:
+    if share is None:
+        return {key for row_set in row_sets for key in row_set.keys}
+    return {key for unit in units_of(row_sets, choose_worker(share)) for key in unit.keys}
 
 
 def _row_sets(rows: Sequence[Artifact]) -> list[RowSet]:
@@ -105,7 +116,7 @@ def _score(
     missing: int,
     context: Context,
 ) -> int:
-    """Score what is missing of the units and add it to the store; returns the number of forward passes."""
+    """Score the missing rows of the units and add them to the store; returns the number of forward passes."""
     # Brings transformers' modelling code: only when there is something to score.
     from stages.engine.scorer import Scorer
 

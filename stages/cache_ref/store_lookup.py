@@ -1,93 +1,159 @@
 """Which store of reference log-probs belongs to which model.
 
-A store is named by the content of the model. Because hashing the weights takes time, cache-ref also notes which
-store a model name led to and the size and dates of the model's files; `train` reads this note.
+A store is named by the content of the model. Because hashing the weights takes time, cache-ref also leaves a note
+for each place a model was in: which store it led to, and the sizes and dates of the model's files. `train`
+reads this note, and looks at the place again: a name may lead elsewhere today.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StaleError
-from cache.files import read_json, write_json
+from cache.errors import CorruptError, StaleError, UsageError
+from cache.files import read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ref_logps import RefLogps
-from stages.models.loading import ModelSource, reference_identity
+from cache.safetensors import DECIDING, weight_files
+from stages.cache_ref.places import Place, place_of, places_of
+from stages.models.identity import reference_identity
+from stages.models.loading import ModelSource, has_tokenizer, load_tokenizer
+from stages.models.vocabulary import TokensInUse, vocabulary_sha256
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
+
+DIGEST = "note_sha256"
 
 
 def store_of(source: ModelSource, compute: Compute, context: Context) -> RefLogps:
     """The store of this reference, found by the content of its weights; empty before the first run."""
-    identity = reference_identity(source, compute)
-    root, digits = context.store.root / "ref-logps", short(fingerprint(identity))
-    # The content decides, whatever name the model was first cached under.
-    folder = next(iter(sorted(root.glob(f"*-{digits}"))), root / f"{source.short_name}-{digits}")
-    return RefLogps(folder, identity)
+    return _store(reference_identity(source, compute), source.short_name, context)
 
 
 def open_reference(
-    source_name: str, revision: str | None, compute: Compute, context: Context, check_files: bool = True
+    name: str, revision: str | None, used: TokensInUse, compute: Compute, context: Context
 ) -> RefLogps:
-    """The store that cache-ref filled for this reference, found by the note it left; the weights are not read.
+    """The store that cache-ref filled for this reference, found by the note it left; no weights are read.
 
-    Raises `StaleError` when there is no note, or (`check_files`) when the model's files have changed since.
+    Weights that are gone are not missed, which is said. `used` are the tokens of the rows. Raises `StaleError` when there is
+    no note, or when the model's files have changed since, and `UsageError` where the reference has other tokens.
     """
-    path = _note_path(source_name, revision, compute, context)
+    for place in places_of(name, revision):
+        path = _note_path(place, compute, context)
+        if path.is_file():
+            note = _read_note(path, context)
+            _compare_files(name, place, note["files"], context)
+            if note["vocabulary"] != vocabulary_sha256(used.tokenizer):
+                _compare_tokens(name, place, note, used, context)
+            return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
+    raise _no_store(name, compute, context)
+
+
+def open_start(source: ModelSource, start: dict[str, Any], compute: Compute, context: Context) -> RefLogps:
+    """The store of the policy's own starting weights, which `start` identifies.
+
+    Raises `StaleError` when there is none, naming the fields in which the model differs from the one that cache-ref
+    found in its place.
+    """
+    reference = _store(start, source.short_name, context)
+    if reference.folder.is_dir():
+        return reference
+    path = _note_path(place_of(source), compute, context)
     if not path.is_file():
-        raise StaleError(
-            f"No reference log-probs of {source_name} in {compute.arithmetic} are in {context.store.root}. "
-            f"Make them with: {context.command('cache-ref')}"
-        )
-    note = read_json(path)
-    now = _stat_files(Path(note["folder"]))
-    if check_files and now and now != note["files"]:
-        names = {*now, *note["files"]}
-        changed = ", ".join(sorted(name for name in names if now.get(name) != note["files"].get(name)))
-        raise StaleError(
-            f"The files of the model {source_name} have changed since its log-probs were cached (size or date of {changed}). "
-            f"Compare their content, and score again only where it changed, with: {context.command('cache-ref')}"
-        )
-    return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
+        raise _no_store(source.name, compute, context)
+    note = _read_note(path, context)
+    if note["identity"] == start:  # its store was deleted
+        raise _no_store(source.name, compute, context)
+    raise StaleError(
+        f"The cached reference log-probs in {context.store.root / 'ref-logps' / note['store']} are not of the policy's own "
+        f"starting weights: {'; '.join(differing_fields(note['identity'], start))}. Run: {context.command('cache-ref')}"
+    )
 
 
-def check_same_model(reference: RefLogps, policy_identity: dict[str, Any], context: Context) -> None:
-    """Raise `StaleError` naming the fields in which the cached reference differs from the policy's start."""
-    fields = differing_fields(reference.identity, policy_identity)
-    if fields:
-        raise StaleError(
-            f"The cached reference log-probs in {reference.folder} are not of the policy's own starting weights: "
-            f"{'; '.join(fields)}. Run: {context.command('cache-ref')}"
-        )
-
-
-def remember_store(
-    source: ModelSource, revision: str | None, compute: Compute, reference: RefLogps, context: Context
-) -> None:
-    """Note which store this model name led to, for `open_reference`."""
-    folder = source.folder.resolve()
+def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, context: Context) -> None:
+    """Note which store the place of this model led to, for `open_reference`; write the store's manifest if it is gone."""
     note = {
         "model": source.name,
-        "folder": str(folder),
-        "files": _stat_files(folder),
+        "place": place_of(source).identity,
+        "files": _stat_files(source.folder, [path.name for path in weight_files(source.folder)]),
         "store": reference.folder.name,
         "identity": reference.identity,
+        "vocabulary": vocabulary_sha256(load_tokenizer(source)) if has_tokenizer(source.folder) else None,
     }
-    path = _note_path(source.name, revision, compute, context)
-    if not path.is_file() or read_json(path) != note:
-        write_json(path, note)
-
-
-def _note_path(name: str, revision: str | None, compute: Compute, context: Context) -> Path:
-    key = fingerprint({"model": name, "revision": revision, "dtype": compute.arithmetic})
-    return context.store.root / "ref-logps" / "by-model" / f"{short(key)}.json"
-
-
-def _stat_files(folder: Path) -> dict[str, list[int]]:
-    """Size, modification and change time (ns) of the model's files; empty where the folder cannot be read."""
+    reference.write_manifest()
+    path, note = _note_path(place_of(source), compute, context), with_digest(note, DIGEST)
     try:
-        paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-        return {
-            path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths
-        }
-    except OSError:
-        return {}
+        if path.is_file() and read_with_digest(path, DIGEST, "") == note:
+            return
+    except CorruptError:  # the note is written anew
+        pass
+    write_json(path, note)
+
+
+def check_tokens(used: TokensInUse, source: ModelSource, context: Context) -> None:
+    """Raise `UsageError` if the rows' tokens are others to the reference."""
+    remedy = "Its log-probs of these rows mean nothing; use a reference with the policy's tokenizer: --set reference.model=NAME"
+    used.check(source, "The reference", remedy, context.say)
+
+
+def _compare_tokens(
+    name: str, place: Place, note: dict[str, Any], used: TokensInUse, context: Context
+) -> None:
+    """The same for a reference whose weights may be gone, and its tokenizer with them."""
+    if place.folder is not None and has_tokenizer(place.folder):
+        check_tokens(used, ModelSource(name, place.folder), context)
+    elif note["vocabulary"] is not None:
+        raise UsageError(
+            f"The reference {name} has another vocabulary than {used.tokenizer.name_or_path}, and its tokenizer is gone, so "
+            f"they cannot be compared. Put its tokenizer back, or use another reference: --set reference.model=NAME"
+        )
+
+
+def _store(identity: dict[str, Any], name: str, context: Context) -> RefLogps:
+    root, digits = context.store.root / "ref-logps", short(fingerprint(identity))
+    # The content decides, whatever name the model was first cached under.
+    folder = next(iter(sorted(root.glob(f"*-{digits}"))), root / f"{name}-{digits}")
+    return RefLogps(folder, identity)
+
+
+def _no_store(name: str, compute: Compute, context: Context) -> StaleError:
+    return StaleError(
+        f"No reference log-probs of {name} in {compute.arithmetic} are in {context.store.root}. "
+        f"Make them with: {context.command('cache-ref')}"
+    )
+
+
+def _compare_files(name: str, place: Place, noted: dict[str, list[int]], context: Context) -> None:
+    """Compare today's files with the noted ones, by size and dates."""
+    now = {} if place.folder is None else _stat_files(place.folder, noted)
+    changed = sorted(file for file in now if now[file] != noted.get(file))
+    if changed:
+        raise StaleError(
+            f"The files of the model {name} in {place.folder} are not those whose log-probs were cached (size or date of "
+            f"{', '.join(changed)}). Compare their content, and score again only where it changed, with: "
+            f"{context.command('cache-ref')}"
+        )
+    if now != noted:
+        gone = ", ".join(sorted(noted.keys() - now))
+        context.say(f"The reference {name} is gone ({gone}); its stored log-probs are used as they are.")
+
+
+def _read_note(path: Path, context: Context) -> dict[str, Any]:
+    command = context.command("cache-ref")
+    return read_with_digest(
+        path, DIGEST, f"Delete it and run: {command} (it is written again, and no row is scored again)"
+    )
+
+
+def _note_path(place: Place, compute: Compute, context: Context) -> Path:
+    key = fingerprint({"place": place.identity, "dtype": compute.arithmetic})
+    return context.store.root / "ref-logps" / "by-place" / f"{short(key)}.json"
+
+
+def _stat_files(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Size, modification and change time (ns) of those of the named and the deciding files that are there."""
+    paths = [folder / name for name in sorted({*names, *DECIDING})]
+    return {
+        path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for path in paths
+        if path.is_file()
+    }

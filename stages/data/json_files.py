@@ -45,7 +45,7 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
             if not text.strip():
                 continue
             try:
-                value = _parse(text)
+                value = parse_json(text)
             except ValueError as error:
                 yield SourceRow(location, None, str(error))
                 continue
@@ -60,7 +60,7 @@ def read_json(path: Path) -> Iterator[SourceRow]:
     with _open(path) as handle:
         content = handle.read().removeprefix(BYTE_ORDER_MARK)
     try:
-        value = _parse(content)
+        value = parse_json(content)
     except ValueError as error:
         raise DataError(
             f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
@@ -78,8 +78,8 @@ def read_json(path: Path) -> Iterator[SourceRow]:
             yield SourceRow(location, None, f"expected an object, found {type(row).__name__}")
 
 
-def _parse(content: bytes) -> Any:
-    """JSON with duplicate keys, NaN, infinities and invalid UTF-8 refused (ValueError)."""
+def parse_json(content: bytes) -> Any:
+    """A JSON value, with duplicate keys, NaN, infinities and invalid UTF-8 refused (ValueError)."""
     try:
         text = content.decode("utf-8")
         value = _PLAIN.decode(text)

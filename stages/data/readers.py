@@ -8,14 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError, MachineError
+from cache.errors import DataError, MachineError, UsageError
 from cache.files import sha256_file
-from stages.data.arrow_files import read_arrow
+from stages.data.arrow_files import arrow_rows, read_arrow
+from stages.data.folders import FILE_SUFFIXES, folder_files, suffix_of
 from stages.data.json_files import read_json, read_jsonl
 from stages.data.source_row import SourceRow, first_line
 from stages.settings.data import DataSettings
-
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
@@ -38,33 +37,44 @@ def read_source(data: DataSettings) -> Iterator[SourceRow]:
     return islice(rows, data.max_samples)
 
 
-def _local_files(data: DataSettings) -> list[Path] | None:
-    """The file that `data.path` names, or the data files of the folder it names, or None for a hub dataset."""
+def files_note(data: DataSettings) -> str | None:
+    """What of a local folder is read and what is not, where that is not all of it."""
     path = Path(data.path).expanduser()
+    if not path.is_dir():
+        return None
+    found = folder_files(path, data)
+    if not found.other_splits and not found.left_out:
+        return None
+    others = f"; other splits: {', '.join(found.other_splits)}" if found.other_splits else ""
+    unread = f"; not read: {', '.join(file.name for file in found.left_out)}" if found.left_out else ""
+    return f"{path}: the split {data.split} has {len(found.files)} file{'s' * (len(found.files) != 1)}{others}{unread}"
+
+
+def _local_files(data: DataSettings) -> list[Path] | None:
+    """The file that `data.path` names, or the files of a split of the folder it names, or None for a hub dataset."""
+    path = Path(data.path).expanduser()
+    if path.exists() and data.revision is not None:
+        raise UsageError(f"data.revision={data.revision}: {path} is local. Leave data.revision out.")
     if path.is_file():
-        if _suffix(path) not in FILE_SUFFIXES:
+        if suffix_of(path) not in FILE_SUFFIXES:
             raise DataError(
                 f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz)."
             )
+        for key in ("config", "split"):
+            if getattr(data, key) != getattr(DataSettings(), key):
+                raise UsageError(
+                    f"data.{key}={getattr(data, key)}: {path} is one file, which has no {key}. Leave data.{key} out."
+                )
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in FILE_SUFFIXES)
-        if not files:
-            raise DataError(
-                f"{path} holds no data file. Expected files ending in {', '.join(FILE_SUFFIXES)}."
-            )
-        return files
-    if data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or _suffix(path) in FILE_SUFFIXES:
+        return folder_files(path, data).files
+    if data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or suffix_of(path) in FILE_SUFFIXES:
         raise DataError(f"No such file: {data.path}. Give a file or a hub dataset with --set data.path=PATH.")
     return None
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
 def _read_file(path: Path) -> Iterator[SourceRow]:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix == ".jsonl":
         return read_jsonl(path)
     return read_json(path) if suffix == ".json" else read_arrow(path, suffix)
@@ -98,5 +108,9 @@ def _read_hub(data: DataSettings) -> Iterator[SourceRow]:
             f"Dataset {data.path!r} cannot be read ({first_line(error.__cause__ or error)}). "
             f"Give one of its files with --set data.path=PATH; then errors name the row."
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield SourceRow(f"{data.path}[{data.split}]#{number}", dict(row))
+    yield from arrow_rows(dataset_batches(dataset), f"{data.path}[{data.split}]")
+
+
+def dataset_batches(dataset: Any) -> Iterator[Any]:
+    """The rows of a `datasets.Dataset` as Arrow tables."""
+    return dataset.with_format("arrow").iter(batch_size=1024)

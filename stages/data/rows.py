@@ -133,6 +133,16 @@ class RowSet:
         """Number of examples."""
         return len(self.starts)
 
+    def token_ids(self) -> np.ndarray:
+        """Every token id in the rows once, ascending, int64."""
+        present = np.zeros(0, bool)
+        for values in (self._prompts.flat, self._completions.flat):
+            longer = np.zeros(max(len(present), int(values.max(initial=-1)) + 1), bool)
+            longer[: len(present)] = present
+            longer[values] = True
+            present = longer
+        return np.flatnonzero(present)
+
     def prompt(self, row: int) -> np.ndarray:
         """Prompt token ids of a row, int32."""
         return self._prompts[row]
@@ -174,8 +184,13 @@ class _Ragged:
         joined = column.cast(pa.large_list(dtype)).combine_chunks()
         array = joined if isinstance(joined, pa.Array) else joined.chunk(0)
         self._offsets = array.offsets.to_numpy()
-        self._values = array.values.to_numpy(zero_copy_only=False)
+        self.flat = array.values.to_numpy(zero_copy_only=False)
         self.lengths = np.diff(self._offsets)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self._values[self._offsets[row] : self._offsets[row + 1]]
+        return self.flat[self._offsets[row] : self._offsets[row + 1]]
+
+
+def distinct_ids(row_sets: Iterable[RowSet]) -> np.ndarray:
+    """Every token id in any of these rows once, ascending, int64."""
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(rows.token_ids() for rows in row_sets)]))

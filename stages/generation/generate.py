@@ -15,13 +15,14 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import DataError, MachineError
 from stages.generation.requests import EngineOptions, Model, Prompt, Request, Sampling
 from stages.models.adapters import base_of, is_adapter, require_peft
+from stages.models.loading import ModelSource, first_line, has_tokenizer, load_tokenizer, open_config
 
 Engine = Literal["auto", "vllm", "transformers"]
 
@@ -89,30 +90,34 @@ def open_model(path: Path, sampling: Sampling, options: EngineOptions) -> Model:
     A completion ends at `sampling.stop_token_ids` and at every end token the folder declares: in the
     configuration, in the generation configuration and in the tokenizer, which often differ.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
+    source = ModelSource(str(path), path, runs_code=options.trust_remote_code)
     adapter = path if is_adapter(path) else None
     if adapter is not None:
         require_peft()
-        path = base_of(path).folder
-    tokenizer_folder = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else path
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
-        if (path / "generation_config.json").is_file():
-            declared.append(GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"Cannot open the model in {path} ({reason}). Expected a Hugging Face folder with config.json, "
-            f"tokenizer.json and .safetensors weights, as `align train` writes it."
-        ) from error
+        path = base_of(source).folder
+    own_tokenizer = adapter is not None and has_tokenizer(adapter)
+    base = replace(source, folder=path)
+    config, tokenizer = open_config(base), load_tokenizer(source if own_tokenizer else base)
+    declared = [config.get_text_config().eos_token_id, tokenizer.eos_token_id, _end_tokens(path)]
     stop = set(sampling.stop_token_ids)
     for ids in declared:
         stop.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_model_length
     return Model(path, config, tokenizer, min(options.max_model_length, positions), sorted(stop), adapter)
+
+
+def _end_tokens(folder: Path) -> Any:
+    """The end tokens in the generation configuration of a model folder."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'generation_config.json'} cannot be read ({first_line(error)}). Mend it, or save the model again."
+        ) from error
 
 
 def check_prompts(prompts: Sequence[Prompt], model: Model) -> None:

@@ -67,6 +67,7 @@ class EngineOptions:
     kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
     enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
     gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
+    trust_remote_code: whether Python code in the model's folder may run.
     """
 
     dtype: str
@@ -75,6 +76,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     gpu_memory_utilization: float = 0.9
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.generation.requests import EngineOptions, Model, Request, Sampling
 from stages.models.adapters import load_adapter
+from stages.models.loading import ModelSource, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +27,10 @@ def run_transformers(
 ) -> list[list[int]]:
     """Token ids of each request's completion, including its stop token; memory is released on return."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=getattr(torch, options.dtype), local_files_only=True
-    )
+    source = ModelSource(str(model.path), model.path, runs_code=options.trust_remote_code)
+    network = load_weights(source, getattr(torch, options.dtype))
     if model.adapter is not None:
         network = load_adapter(network, model.adapter)
     completions, _ = sample_network(network.to(device).eval(), model, requests, sampling)

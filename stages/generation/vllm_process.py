@@ -22,6 +22,7 @@ from pathlib import Path
 from cache.errors import MachineError
 from cache.files import read_json, write_bytes
 from cache.ownership import claim, remove_abandoned, temporary_suffix
+from cache.safetensors import INDEX, listed_files, weight_files
 from stages.generation.requests import EngineOptions, Model, Request, Sampling
 from stages.models.adapters import adapter_config
 
@@ -47,6 +48,8 @@ def run_vllm(
     """
     import torch
 
+    for model in models:
+        check_weight_files(model.path)
     # On a CPU one process can run one engine after the other: 3 to 4 seconds instead of a whole start.
     # On CUDA, and with several workers, only the exit frees the memory that the next one needs.
     share = not torch.cuda.is_available() and options.tensor_parallel_size == 1
@@ -89,6 +92,19 @@ def lora_rank(adapter: Path) -> int:
             f"arguments of `align train` and sample the folder it names: --set sample.model=FOLDER"
         )
     return ranks[0]
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise `MachineError` if vLLM would read other files than transformers: without an index it reads all there are."""
+    index = folder / INDEX
+    read = listed_files(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
+    ours = weight_files(folder)
+    if read != ours:
+        names = " and ".join(", ".join(path.name for path in files) for files in (read, ours))
+        raise MachineError(
+            f"vLLM and transformers read different weights in {folder}: {names}. Move the others away, or use "
+            f"--set sample.engine=transformers."
+        )
 
 
 def _run_worker(

@@ -41,7 +41,7 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
     options, sampling = request["options"], request["sampling"]
     if current_platform.is_cpu():
         # Compiling for a CPU takes longer than most sampling runs; memory not given is 92 % of the machine's.
-        device = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
+        device: dict[str, Any] = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
     else:
         device = {
             "gpu_memory_utilization": options["gpu_memory_utilization"],
@@ -53,6 +53,10 @@ def _complete(model: dict[str, Any], request: dict[str, Any]) -> list[list[int]]
         device |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": model["max_lora_rank"]}
     llm = LLM(
         model=model["path"],
+        # "auto" would take files in Mistral's own format where there are any.
+        load_format="safetensors",
+        config_format="hf",
+        trust_remote_code=options["trust_remote_code"],
         dtype=options["dtype"],
         max_model_len=model["max_length"],
         tensor_parallel_size=options["tensor_parallel_size"],

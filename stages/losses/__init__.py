@@ -115,7 +115,7 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
     previous = "loss"
     for item in loc:
         if previous == "loss" and item in LOSSES:
-            owner, fields = str(item), [key for key in LOSSES[str(item)].model_fields if key != "name"]
+            owner, fields = item, [key for key in LOSSES[item].model_fields if key != "name"]
         elif isinstance(previous, int):
             path.append(str(item))
             owner, fields = "a part", list(Part.model_fields)

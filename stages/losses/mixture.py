@@ -74,12 +74,12 @@ class Mixture(Loss):
         return frozenset.union(*needs) - {"weights"} | (frozenset.intersection(*needs) & {"weights"})
 
     @property
-    def whole_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def whole_step(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether a part has to be called on the whole step."""
         return any(part.loss.whole_step for part in self.parts)
 
     @property
-    def keeps_state(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def keeps_state(self) -> bool:  # pyrefly: ignore[bad-override]
         """Whether the first part keeps state; no other part may."""
         return self.parts[0].loss.keeps_state
 

@@ -7,19 +7,17 @@ log-prob, and the reference log-probs of its base are its own at step 0, to the 
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError, UsageError
-from cache.safetensors import weights_fingerprint
-from stages.models.loading import ModelSource, load_model, resolve_model
+from stages.models.loading import ModelSource, load_model, model_of_shapes, resolve_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Keys of adapter_config.json that change a forward pass.
-IDENTITY_KEYS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules")
 
 
 def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
@@ -28,10 +26,8 @@ def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
         return
     require_peft()
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
+    model = model_of_shapes(source)
     try:
         attach_adapter(model, settings, 0, source)
     except ValueError as error:
@@ -50,7 +46,8 @@ def check_adapter(settings: AdapterSettings, source: ModelSource) -> None:
 def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: ModelSource) -> Any:
     """Put a new adapter into `model`, freeze all other weights, and return peft's wrapper around the same modules.
 
-    A is drawn from `seed`, B is 0. Raises `ValueError` if no module has a name in `target_modules`.
+    A is drawn from `seed`, B is 0. Raises `ValueError` if no module has a name in `target_modules`, and `UsageError` for a
+    module that shares its weight with another, or that DoRA would divide by zero.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -65,13 +62,54 @@ def attach_adapter(model: Any, settings: AdapterSettings, seed: int, source: Mod
         use_rslora=settings.use_rslora,
         lora_dropout=0.0,  # with dropout, neither step 0 nor a resumed run would be exact
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # refused below
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)
+    _refuse_shared_weights(model)
+    _refuse_rows_of_zeros(adapted)
     written = adapted.peft_config["default"]
     written.base_model_name_or_path = source.name if source.is_on_hub else str(source.folder.resolve())
     written.revision = source.revision
     return adapted
+
+
+def _refuse_shared_weights(model: Any) -> None:
+    """Raise `UsageError` if an adapted module shares its weight: merging would put the update into the other one, too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        if not name.endswith(".base_layer"):
+            for parameter in _own(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+                holders.setdefault(id(parameter), set()).add(name)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            shared = set().union(*(holders[id(parameter)] for parameter in _own(module.get_base_layer())))
+            if len(shared) > 1:
+                raise UsageError(
+                    f"adapter.target_modules: {' and '.join(sorted(shared))} are one matrix (tie_word_embeddings), so an adapter "
+                    f"on one of them cannot be merged: it would change both. Leave {name.split('.')[-1]} out."
+                )
+
+
+def _own(module: Any) -> list[Any]:
+    """The parameters of a module itself."""
+    return list(module.parameters(recurse=False))
+
+
+def _refuse_rows_of_zeros(adapted: Any) -> None:
+    """Raise `UsageError` where DoRA, which divides each row of a weight by its norm, has a row of zeros."""
+    for name, magnitude in adapted.named_parameters():
+        layer, is_magnitude, _ = name.partition(".lora_magnitude_vector")
+        # At the start the magnitudes are the norms. On the meta device there are none yet.
+        zeros = int((magnitude == 0).sum()) if is_magnitude and not magnitude.is_meta else 0
+        if zeros:
+            raise UsageError(
+                f"DoRA divides each row of a weight by its norm, and {layer.removeprefix('base_model.model.')} has {zeros} rows "
+                f"of zeros (padded heads or tokens). Use --set adapter.name=lora, or leave that layer out of "
+                f"adapter.target_modules."
+            )
 
 
 def save_adapter(adapted: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
@@ -94,7 +132,7 @@ def load_any(source: ModelSource, compute: Compute) -> Any:
     """The model of a model folder; for the folder of an adapter its base with the adapter in it."""
     if not is_adapter(source.folder):
         return load_model(source, compute)
-    return load_adapter(load_model(base_of(source.folder), compute), source.folder).get_base_model()
+    return load_adapter(load_model(base_of(source), compute), source.folder).get_base_model()
 
 
 def load_adapter_weights(adapted: Any, folder: Path) -> None:
@@ -126,35 +164,30 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of adapter_config.json; raises `DataError` if it is not JSON."""
+    """The content of adapter_config.json; raises `DataError` if it is not an object in JSON."""
     try:
-        return json.loads((folder / CONFIG).read_bytes())
+        config = json.loads((folder / CONFIG).read_bytes())
+        if isinstance(config, dict):
+            return config
+        problem = f"it holds a {type(config).__name__}"
     except ValueError as error:
-        raise DataError(f"{folder / CONFIG} is not JSON ({error}). Save the adapter again.") from error
+        problem = str(error)
+    raise DataError(
+        f"{folder / CONFIG} is not the configuration of an adapter ({problem}). Save the adapter again."
+    )
 
 
-def base_of(folder: Path) -> ModelSource:
+def base_of(adapter: ModelSource) -> ModelSource:
     """The base model that an adapter names; raises `AlignError` if it is not found."""
-    config = adapter_config(folder)
+    config = adapter_config(adapter.folder)
+    name = config.get("base_model_name_or_path")
     try:
-        return resolve_model(config["base_model_name_or_path"], config.get("revision"))
+        return resolve_model(str(name), config.get("revision"), runs_code=adapter.runs_code)
     except DataError as error:
         raise DataError(
-            f"The adapter in {folder} was trained on {config['base_model_name_or_path']}, which does not exist. "
-            f"Put the model back, or correct base_model_name_or_path in {folder / CONFIG}."
+            f"The adapter in {adapter.folder} was trained on {name}, which does not exist. "
+            f"Put the model back, or correct base_model_name_or_path in {adapter.folder / CONFIG}."
         ) from error
-
-
-def model_identity(folder: Path) -> Any:
-    """Digest of the weights in a model folder; for an adapter, those of its base and its own, and its configuration."""
-    if not is_adapter(folder):
-        return weights_fingerprint(folder)
-    config = adapter_config(folder)
-    return {
-        "base": weights_fingerprint(base_of(folder).folder),
-        "adapter": weights_fingerprint(folder),
-        "config": {key: config.get(key) for key in IDENTITY_KEYS},
-    }
 
 
 def require_peft() -> None:

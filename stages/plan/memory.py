@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine.packs import Pack, build_pack
 from stages.models.adapters import attach_adapter, halve_frozen_weights
-from stages.models.loading import ModelSource
+from stages.models.loading import ModelSource, model_of_shapes, open_config
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
 from stages.train.optimizers import STATE_BYTES
@@ -60,13 +60,11 @@ class Shapes:
         num_layers: int | None = None,
     ) -> None:
         """With `num_layers`, only the first layers of the model are built."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         from stages.engine.scorer import Scorer
         from stages.engine.segment_attention import NAME as SEGMENTS
         from stages.engine.self_check import Way
 
-        config: Any = AutoConfig.from_pretrained(source.folder)
+        config = open_config(source)
         if num_layers is not None:
             _keep_layers(config.get_text_config(), num_layers)
 
@@ -74,10 +72,7 @@ class Shapes:
         # On the CPU whatever the device of the run: the shapes are the same, and no GPU is needed.
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         on_cpu = Compute(torch.device("cpu"), compute.dtype, compute.tokens_per_batch)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", dtype=torch.float32
-            )
+        model = model_of_shapes(source, config, attn_implementation="sdpa", dtype=torch.float32)
         frozen = _linear_weights(model) if compute.load_in_4bit else []
         if adapter.name != "none":
             attach_adapter(model, adapter, 0, source)
@@ -119,9 +114,7 @@ class LayerwiseShapes:
     def __init__(
         self, source: ModelSource, train: TrainSettings, adapter: AdapterSettings, compute: Compute
     ) -> None:
-        from transformers import AutoConfig
-
-        self._more = AutoConfig.from_pretrained(source.folder).get_text_config().num_hidden_layers - 1
+        self._more = open_config(source).get_text_config().num_hidden_layers - 1
         self._one, self._two = (Shapes(source, train, adapter, compute, number) for number in (1, 2))
 
     def predict(self, pack: Pack) -> Memory:

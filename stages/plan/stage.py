@@ -13,7 +13,8 @@ import torch
 from stages.data.rows import RowSet
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import Pack, build_pack, packed_length
-from stages.models.loading import architecture
+from stages.models.fit import num_positions
+from stages.models.loading import open_config
 from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
 from stages.runtime.distributed import World
@@ -127,9 +128,8 @@ def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
 
 def _table(job: Job) -> list[Cell]:
     shapes = LayerwiseShapes(job.source, job.settings, job.adapter, job.compute)
-    described = architecture(job.source.folder)
-    limit = described.get("max_position_embeddings") or max(LENGTHS)
-    vocabulary = described.get("vocab_size") or 2
+    limit = num_positions(job.source) or max(LENGTHS)
+    vocabulary = getattr(open_config(job.source).get_text_config(), "vocab_size", 2)
 
     def predict(batch: int, length: int) -> int | None:
         return shapes.predict(pairs_pack(batch, length, vocabulary)).total if length <= limit else None

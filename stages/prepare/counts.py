@@ -73,6 +73,7 @@ class RowCounts:
     rows: Counter[str] = field(default_factory=Counter)
     scored_rows: int = 0
     weighted_rows: int = 0
+    chat_rows: int = 0
     tokens: int = 0
 
     def drop(self, source: str, reason: str) -> None:
@@ -102,6 +103,7 @@ class RowCounts:
         self.rows_in += batch.rows_in
         self.dropped += batch.dropped
         self.notes += batch.notes
+        self.chat_rows += batch.chat_rows
 
     def reasons(self, source: str | None = None) -> dict[str, int]:
         """Dropped rows by reason, of one source or of all."""

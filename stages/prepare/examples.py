@@ -100,7 +100,8 @@ class ExampleMaker:
                 except BadRow as problem:
                     outcome.reject(place, row, problem)
                 else:
-                    outcome.counts.notes.update(f"{name}_not_in_template" for name in text.unused_keys)
+                    outcome.counts.chat_rows += not text.is_plain and text.pretokenized is None
+                    outcome.counts.notes.update(f"{name}_not_in_template" for name in text.hidden)
                     rendered.append(text)
                     usable.append((place, row, preference))
         return ConvertedBatch(outcome, usable, self.template.encoder.texts_of(rendered))

@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 def compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Value]) -> Sequence[Value]:
     """The values of the entries that are compared: the best and the worst of a ranked list, else the first two.
 
-    Unpaired feedback has one; a tie that is kept both ways has its pair twice.
+    Unpaired feedback has one. Of a tie's two pairs, the second has the same completions as the first.
     """
     scores = [entry.score for entry in entries if entry.role == "ranked" and entry.score is not None]
     return [values[place] for place in best_and_worst(scores)] if scores else values[:2]

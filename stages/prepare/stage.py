@@ -1,7 +1,8 @@
 """Stage 1 of 4: preference data -> tokenized, masked rows in Arrow shards.
 
 Reads `data.path` or `data.sources` with the policy's tokenizer; writes an artifact `rows/<name>-<fingerprint>`
-with shards `train-*.arrow` and `heldout-*.arrow` (and `rejected.jsonl` where rows could not be used).
+with shards `train-*.arrow` and `heldout-*.arrow`, the chat template that wrote conversations (`chat_template.jinja`), and
+`rejected.jsonl` where rows could not be used.
 Its identity is the content of the sources, the tokenizer, the template and the settings. Rows in = rows kept + rows
 dropped, counted by reason. Memory does not grow with the data: it holds a few batches and one shard of each split. Run it with
 `align prepare`.
@@ -18,10 +19,11 @@ from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.data.columns import NOT_TEXT
 from stages.data.mixing import Source, mixture, sources_identity, sources_of
-from stages.data.readers import read_source, source_identity
+from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
 from stages.prepare.examples import BAD_ROW, ExampleMaker, RejectedRow
@@ -33,7 +35,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 5
+STAGE_VERSION = 6
 BATCH_ROWS = 512
 NOTHING_FILTERED = FilterSettings()
 
@@ -125,6 +127,8 @@ def prepare(
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
         _refuse_no_training_row(counts, formats)
+        if counts.chat_rows:
+            (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
         return context.store.publish(
             draft,
@@ -225,6 +229,9 @@ def _announce(
 ) -> None:
     for source in sources:
         format_ = formats[source.name]
+        note = files_note(source.data)
+        if note is not None:
+            context.say(note)
         if source.data.format == "auto":
             where = f"{source.name}: " if len(sources) > 1 else ""
             context.say(

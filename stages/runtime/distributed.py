@@ -99,6 +99,6 @@ def join_world(device: torch.device, sharded: bool = False) -> World:
         return World()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS), **alone)
     return World(dist.get_rank(), size, sharded)

@@ -6,18 +6,20 @@ same template. Writes `completions/<model>-<fingerprint>` with `completions.json
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cache.artifacts import Artifact
 from cache.errors import DataError
 from cache.fingerprint import canonical_json
 from stages.generation.completion_files import CompletionRecord, write_alpaca_eval, write_jsonl
-from stages.generation.generate import Completion, Engine, auto_engine, generate
+from stages.generation.generate import Completion, Engine, auto_engine, generate, open_model
 from stages.generation.requests import EngineOptions, Prompt, Sampling
-from stages.models.adapters import model_identity
+from stages.models.identity import model_identity
 from stages.models.loading import ModelSource
+from stages.models.vocabulary import TokensInUse, tokenizer_sha256
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 from stages.runtime.limits import using_memory
@@ -80,6 +82,25 @@ class SampleJob:
         )
 
     @property
+    def options(self) -> EngineOptions:
+        """How the engine runs."""
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        return EngineOptions(
+            self.compute.dtype_name,
+            max_model_length=longest + self.settings.max_tokens,
+            trust_remote_code=any(model.runs_code for model in self.models.values()),
+        )
+
+    def check_tokens(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        """Raise `UsageError` if the prompts, which `tokenizer` made, are other tokens to a model."""
+        used = TokensInUse(
+            tokenizer, lambda: sorted({token for prompt in self.prompts for token in prompt.ids})
+        )
+        for model in self.models.values():
+            remedy = f"Sample it with prompts of its own: prepare them with --set policy.model={model.name}"
+            used.check(model, "The model", remedy, say)
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the completions."""
         return self.identity_with(self.settings.engine)
@@ -90,7 +111,7 @@ class SampleJob:
         unused = {"engine": engine, "top_p": effective.top_p, "top_k": effective.top_k}
         return {
             "stage_version": STAGE_VERSION,
-            "models": {side: model_identity(model.folder) for side, model in self.models.items()},
+            "models": self._model_identities,
             "prompts": hashlib.sha256(
                 canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])
             ).hexdigest(),
@@ -98,6 +119,19 @@ class SampleJob:
             | unused,
             "stop_token_ids": list(self.stop_token_ids),
             "dtype": self.compute.dtype_name,
+        }
+
+    @cached_property
+    def _model_identities(self) -> dict[str, Any]:
+        return {side: self._identity_of(model) for side, model in self.models.items()}
+
+    def _identity_of(self, model: ModelSource) -> dict[str, Any]:
+        """Weights and architecture, and what its folder says about the end of a completion and about its text."""
+        opened = open_model(model.folder, self.sampling, self.options)
+        return {
+            **model_identity(model),
+            "stop_token_ids": opened.stop_token_ids,
+            "tokenizer": tokenizer_sha256(opened.tokenizer),
         }
 
 
@@ -118,12 +152,10 @@ def sample(job: SampleJob, context: Context) -> Artifact:
     draft = context.store.draft("completions", job.name, "sample", job.identity)
     try:
         context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
-        longest = max(len(prompt.ids) for prompt in job.prompts)
-        options = EngineOptions(job.compute.dtype_name, max_model_length=longest + job.settings.max_tokens)
         folders = [model.folder for model in job.models.values()]
         with using_memory(f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."):
             engine, completions = generate(
-                job.settings.engine, folders, job.prompts, job.sampling, options, context.say
+                job.settings.engine, folders, job.prompts, job.sampling, job.options, context.say
             )
         records = []
         for (side, model), own in zip(job.models.items(), completions, strict=True):

@@ -37,7 +37,7 @@ class DataSettings(Settings):
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz), a folder of such files, a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz), a folder of such files (a clone of a hub dataset, or what save_to_disk wrote), a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",
@@ -55,8 +55,10 @@ class DataSettings(Settings):
         default=None,
         description="single scored responses are desirable from this score on",
     )
-    config: str | None = Field(default=None, description="configuration name of a hub dataset")
-    split: str = Field(default="train", description="split of a hub dataset")
+    config: str | None = Field(
+        default=None, description="configuration name of a hub dataset or of a local folder"
+    )
+    split: str = Field(default="train", description="split of a hub dataset or of a local folder")
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
     sources: list[SourceSettings] = Field(
         default=[],

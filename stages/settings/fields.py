@@ -51,6 +51,10 @@ class ComputeSettings(Settings):
     tokens_per_batch: PositiveInt = Field(
         default=2048, description="token budget of one forward pass; changes speed and memory, not results"
     )
+    trust_remote_code: Flag = Field(
+        default=False,
+        description="run the Python code that a model's folder brings (auto_map in its config.json): code of whoever made it",
+    )
     load_in_4bit: Flag = Field(
         default=False,
         description="load the frozen weights in 4 bits (bitsandbytes, NF4 with double quantization), those of the reference and those under an adapter (QLoRA); the log-probs of such a reference are cached separately",

@@ -51,7 +51,7 @@ class _GenerationBlock(Extension):
 class _BoundedCode(CodeGenerator):
     """Compiles concatenation (`~`) and sums to calls of the environment, which bounds them."""
 
-    def visit_Add(self, node: nodes.Add, frame: Any) -> None:
+    def visit_Add(self, node: nodes.Add, frame: Any) -> None:  # pyrefly: ignore[bad-override]
         # A sum of several texts is one call, not one for each sign.
         parts: list[nodes.Expr] = []
         left: nodes.Expr = node
@@ -84,8 +84,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name in ("center", "format", "indent", "join", "replace", "wordwrap"):
             self.filters[name] = _checked(name, self.filters[name])
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = DATE.strftime
+        self.globals.update(raise_exception=_raise_exception, strftime_now=DATE.strftime)  # pyrefly: ignore
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """An attribute, as a template reads it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from cache.errors import DataError
 
-# (Line breaks stand inside expressions, because `-%}` would swallow them.)
+# Line breaks are inside expressions, because `-%}` would remove them.
 PLAIN_TEMPLATE = (
     "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"

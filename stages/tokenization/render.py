@@ -13,11 +13,8 @@ from stages.data.source_row import BadRow
 from stages.formats.contract import Preference, Tokens
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.named_templates import PLAIN_MARKS, choose_source, marks_of
+from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
-
-# Keys of a message beside its content: the template must name a required one, and may leave out an optional one.
-REQUIRED_KEYS = ("tool_calls",)
-OPTIONAL_KEYS = ("reasoning_content", "thinking")
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class TextPart:
 class Rendered:
     """A preference as text: the prompt and the parts of each completion.
 
-    `is_plain`: joined without a chat template. `unused_keys`: reasoning fields that the template does not show.
+    `is_plain`: joined without a chat template. `hidden`: names of reasoning that the template does not show.
     `escape`: the escape character inside the special tokens of the row's text, "" where it has none.
     `pretokenized`: the preference itself where the row brought token ids; then there is no text.
     """
@@ -40,7 +37,7 @@ class Rendered:
     prompt: str
     completions: list[list[TextPart]]
     is_plain: bool
-    unused_keys: tuple[str, ...] = ()
+    hidden: frozenset[str] = frozenset()
     escape: str = ""
     pretokenized: Preference | None = None
 
@@ -63,6 +60,14 @@ class Renderer:
         self._special = SpecialTokenText(tokenizer)
         self._marks = sorted(marks_of(source) | set(self._special.tokens))
 
+    @property
+    def published_source(self) -> str:
+        """The template for other programs, which do not know the variable `leading_bos`."""
+        if not self.chat.mentions("leading_bos"):
+            return self.chat.source
+        value = "bos_token" if self.chat.variables["leading_bos"] else "''"
+        return f"{{% set leading_bos = {value} %}}{self.chat.source}"
+
     def notes(self) -> list[str]:
         """What a person should know about the template with this tokenizer, one line each."""
         known = self.tokenizer.get_vocab()
@@ -76,21 +81,33 @@ class Renderer:
         ]
 
     def render(self, preference: Preference) -> Rendered:
-        """Text of a preference; raises `BadRow` when the template fails or rewrites the prompt."""
+        """Text of a preference; raises `BadRow` when the template fails, rewrites the prompt or leaves out a text."""
         if isinstance(preference.prompt, Tokens):
             return Rendered("", [], False, pretokenized=preference)
         if isinstance(preference.prompt, str):
             return self.render(_as_turns(preference)) if self.uses_chat else self._plain(preference)
         preference, escape = self._special.escaped(preference, self._marks)
         prompt = _turns(preference.prompt)
-        unused = self._unused_keys(preference)
+        self._check_tools_are_read(preference)
         head, _ = self._apply(prompt, True, preference.tools)
         split = self._parts_by_generation_blocks if self.chat.marks_generation else self._parts_by_turns
         parts = [
             split(prompt, head, _turns(candidate.completion), preference.tools)
             for candidate in preference.candidates
         ]
-        return Rendered(head, parts, False, unused, escape)
+        return Rendered(head, parts, False, self._hidden(preference, head, parts), escape)
+
+    def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> frozenset[str]:
+        """The names of reasoning that the texts leave out; raises `BadRow` where they leave out something else."""
+        prompt, tools, name = _turns(preference.prompt), preference.tools, self.chat.name
+        hidden: set[str] = set()
+        if tools or not are_in_order(prompt, head):
+            hidden |= check_shown(prompt, tools, head, name)
+        for candidate, parts in zip(preference.candidates, completions, strict=True):
+            text, turns = "".join(part.text for part in parts), _turns(candidate.completion)
+            if not are_in_order(turns, text):
+                hidden |= check_shown([*prompt, *turns], tools, head + text, name)
+        return frozenset(hidden)
 
     def _plain(self, preference: Preference) -> Rendered:
         preference, escape = self._special.escaped(preference, self._special.tokens)
@@ -175,20 +192,13 @@ class Renderer:
         except BadRow:
             return ""
 
-    def _unused_keys(self, preference: Preference) -> tuple[str, ...]:
-        """The reasoning fields that the template leaves out; raises `BadRow` where it leaves out tools."""
-        turns = [
-            *_turns(preference.prompt),
-            *(turn for candidate in preference.candidates for turn in _turns(candidate.completion)),
-        ]
-        needed = [key for key in REQUIRED_KEYS if any(key in turn for turn in turns)]
-        needed += ["tools"] if preference.tools else []
-        for key in needed:
-            if not self.chat.mentions(key):
+    def _check_tools_are_read(self, preference: Preference) -> None:
+        """Raise `BadRow` where the template reads no tools and the preference has some."""
+        sides = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
+        calls = any("tool_calls" in turn for side in sides for turn in _turns(side))
+        for key, is_used in (("tool_calls", calls), ("tools", bool(preference.tools))):
+            if is_used and not self.chat.mentions(key):
                 raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
-        return tuple(
-            key for key in OPTIONAL_KEYS if any(key in turn for turn in turns) and not self.chat.mentions(key)
-        )
 
 
 def _turns(value: Any) -> list[Message]:

@@ -2,8 +2,8 @@
 
 Before rendering, a character that no text holds (the escape character) goes into each of them, so that the template's
 own special tokens can be told from the row's. After rendering, the text between the template's is encoded with special
-tokens switched off, and the ids are kept only where they provably stand for the text: they decode to it, and special
-ids stand at the template's tokens alone. Rows whose text holds no special token take none of these steps.
+tokens switched off, and the row is used only if its ids are correct for certain: they decode to the text, and special ids
+occur at the template's tokens only. Rows without a special token in their text need none of these steps.
 """
 
 import re
@@ -23,7 +23,7 @@ REASONING_MARKS = ("<think>", "</think>")
 
 
 class SpecialTokenText:
-    """Finds and escapes what a tokenizer's special tokens and a template's marks look like in a row's text."""
+    """Finds a tokenizer's special tokens and a template's marks in the text of a row, and escapes the special tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a Hugging Face tokenizer."""
@@ -133,14 +133,14 @@ class EscapedTextEncoder:
         self._backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
-        contents = sorted(self._special, key=len, reverse=True)
+        contents: list[str] = sorted(self._special, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
         self._takes_spaces = any(
             token.lstrip or token.rstrip or token.single_word for token in added.values()
         )
 
     def encode(self, text: str, escape: str) -> np.ndarray:
-        """Ids of a text, int32, without what the tokenizer adds around it; raises `Flagged` where they might stand for another."""
+        """Ids of a text, int32, without the special tokens around it; raises `Flagged` where they are not correct for certain."""
         ids, special = [], []
         for number, piece in enumerate(self._split.split(text)):
             if number % 2:

@@ -52,12 +52,18 @@ class Template:
             "append_eos": self.append_eos,
         }
 
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids of all special tokens."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {number for number, token in added if token.special} | set(self.tokenizer.all_special_ids)
+
     def turn_end_ids(self) -> list[int]:
-        """Ids that end a completion: end of sequence, and the special token that closes a turn."""
+        """Ids that end a completion: end of sequence, and the special token that closes a turn, if there is one."""
         ends = {self.tokenizer.eos_token_id}
         if self.renderer.uses_chat:
             prompt = [{"role": "user", "content": "a"}]
             [parts] = self.renderer.render(Preference(prompt, [Candidate("b", "chosen")])).completions
             [ids] = self.encoder.encode_texts([Text(parts[-1].text, add_special_tokens=False)])
-            ends.add(int(ids[-1]))
+            ends |= {int(ids[-1])} & self.special_ids
         return sorted(end for end in ends if end is not None)

@@ -23,7 +23,7 @@ WINDOW = 64
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACE = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
-    # Llama 3, OLMo 2, Qwen 2 and 3, and their kin: cl100k with numbers of three digits, one or two.
+    # Llama 3, OLMo 2, Qwen 2 and 3, and similar ones: cl100k with numbers of up to three digits, two, or one.
     *(
         rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACE}"
         for digits in ("{1,3}", "{1,2}", "")
@@ -33,7 +33,7 @@ PATTERNS = {
     rf"{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
     rf"{CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{SPACE}",
 }
-# Where every one of them splits, whatever stands around: before a space that follows anything but white space, and
+# Where every one of them splits, in any context: before a space that follows anything but white space, and
 # between a line break and a letter or "<". At least REACH characters before the boundary.
 LAST_SAFE_SPLIT = re.compile(rf"(?s).*(?:(?<=\S)(?= )|(?<=\n)(?=[<\w]))(?=.{{{REACH}}})")
 
@@ -42,14 +42,14 @@ class TokenBoundaries:
     """Answers for one tokenizer; `backend` is a `tokenizers.Tokenizer`."""
 
     def __init__(self, backend: Any) -> None:
-        """Look at the parts of the tokenizer; `is_known` says whether any answer can be yes."""
+        """Analyse the parts of the tokenizer; `is_known`: whether any answer can be yes."""
         self._backend = backend
         added = list(backend.get_added_tokens_decoder().values())
-        contents = sorted((token.content for token in added), key=len, reverse=True)
+        contents: list[str] = sorted((token.content for token in added), key=len, reverse=True)
         self._longest = max(map(len, contents), default=0)
         self._added = _any_of(contents)
         self._overlapping = _any_of(_overlapping(contents))
-        # Last characters of a proper prefix of an added token: no others can stand before a boundary inside one.
+        # Last characters of the proper prefixes of added tokens: a boundary inside a token follows one of these.
         self._ends_of_prefixes = {content[end - 1] for content in contents for end in range(1, len(content))}
         self._normalizes = backend.normalizer is not None
         self.is_known = (

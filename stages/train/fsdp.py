@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cache.errors import UsageError
 from stages.data.rows import RowSet
 from stages.models.adapters import attach_adapter
-from stages.models.loading import load_model
+from stages.models.loading import load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.job import Job
@@ -48,7 +48,8 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
             f"{job.source.name} is scored one completion at a time, which ranks cannot do in step with each "
             f"other. Use --set train.parallel=ddp."
         )
-    model, adapted = _with_adapter(job, _on_meta(job))
+    shapes = model_of_shapes(job.source, attn_implementation="sdpa", dtype=torch.float32)
+    model, adapted = _with_adapter(job, shapes)
     scorer = Scorer(
         model,
         job.compute,
@@ -118,16 +119,6 @@ def _with_adapter(job: Job, model: Any) -> tuple[Any, Any | None]:
     if job.adapter.name == "none":
         return model, None
     return model, attach_adapter(model, job.adapter, job.settings.seed, job.source)
-
-
-def _on_meta(job: Job) -> Any:
-    """The model on torch's meta device: shapes without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(job.source.folder), attn_implementation="sdpa", dtype=torch.float32
-        )
 
 
 def _shard(scorer: "Scorer", compute: Compute) -> None:

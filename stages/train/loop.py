@@ -139,7 +139,7 @@ class Run:
 
     def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:
         """Evaluate at step 0, or restore the checkpoint."""
-        tracker.begin(self.checkpoint and self.checkpoint.folder)
+        tracker.begin(None if self.checkpoint is None else self.checkpoint.folder)
         if self.checkpoint is None:
             self.audit_difference = audit_difference
             first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import torch
 
 from cache.errors import StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
-from stages.models.loading import ModelSource, load_model, load_tokenizer
+from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.loading import ModelSource, load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.fsdp import full_state, load_sharded, load_shards, save_shards
@@ -32,9 +33,13 @@ OPTIMIZER = "optimizer.pt"
 
 @dataclass(frozen=True)
 class Trainable:
-    """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained."""
+    """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained.
+
+    `chat` is the format of the rows, which is published with the policy.
+    """
 
     source: ModelSource
+    chat: ChatFormat
     model: Any
     adapted: Any | None
     scorer: "Scorer"
@@ -69,8 +74,8 @@ class Trainable:
         elif state is None:
             self.model.save_pretrained(folder)
         else:
-            _unsharded(self.model.config, state).save_pretrained(folder)
-        load_tokenizer(self.source).save_pretrained(folder)
+            _unsharded(self.source, self.model.config, state).save_pretrained(folder)
+        write_chat_files(self.source, self.chat, folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Write weights and optimizer into the folder of a checkpoint, for `load_state`. Every rank calls this.
@@ -106,7 +111,7 @@ class Trainable:
             load_adapter_weights(self.adapted, folder)
         else:
             on_cpu = Compute(torch.device("cpu"), torch.float32, self.scorer.compute.tokens_per_batch)
-            self.model.load_state_dict(load_model(ModelSource(str(folder), folder), on_cpu).state_dict())
+            self.model.load_state_dict(load_model(replace(self.source, folder=folder), on_cpu).state_dict())
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 
@@ -140,16 +145,13 @@ def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Traina
         if adapted is not None and job.compute.dtype == torch.bfloat16:
             halve_frozen_weights(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Trainable(job.source, model, adapted, scorer, parameters, world)
+    return Trainable(job.source, ChatFormat.of(job.rows), model, adapted, scorer, parameters, world)
 
 
-def _unsharded(config: Any, state: dict[str, torch.Tensor]) -> Any:
+def _unsharded(source: ModelSource, config: Any, state: dict[str, torch.Tensor]) -> Any:
     """A model on the CPU with the gathered tensors, which is saved as one that was never sharded."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
-        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa")
+    # A copy, because `attn_implementation` is written into the configuration, which the policy shares.
+    model = model_of_shapes(source, deepcopy(config), attn_implementation="sdpa")
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model

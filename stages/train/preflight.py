@@ -4,7 +4,6 @@ In: a job and its rows.  Out: nothing, or an `AlignError` that says what to chan
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from cache.artifacts import Artifact
 from cache.errors import DataError, MachineError, StaleError, UsageError
@@ -12,7 +11,8 @@ from stages.data.rows import RowSet
 from stages.losses import LOSSES
 from stages.losses.contract import Loss
 from stages.models.adapters import check_adapter
-from stages.models.loading import check_length
+from stages.models.fit import check_can_be_saved, check_rows_fit
+from stages.models.loading import ModelSource
 from stages.runtime.compute import require_bitsandbytes
 from stages.runtime.context import Context
 from stages.settings.train import PairStrategy
@@ -51,16 +51,16 @@ def preflight(job: Job, rows: RowSet, eval_rows: Mapping[str, RowSet], context: 
     if job.origin is not None:
         _check_origin(job, context)
     make_schedule(settings, job.resolved.learning_rate, job.resolved.steps)
-    check_rows(job, [rows, *eval_rows.values()], job.source.folder, context)
+    check_rows(job, [rows, *eval_rows.values()], job.source, context)
 
 
-def check_rows(job: Job, row_sets: Iterable[RowSet], model_folder: Path, context: Context) -> None:
-    """Raise `StaleError` if reference log-probs of a row are missing, `UsageError` if a row is too long for the model."""
+def check_rows(job: Job, row_sets: Iterable[RowSet], model: ModelSource, context: Context) -> None:
+    """Raise `StaleError` if reference log-probs of a row are missing, `UsageError` if a row does not fit the model."""
     row_sets = list(row_sets)
     if job.reference is not None:
         keys = [key for row_set in row_sets for key in row_set.scored_keys("kl" in job.loss.needs)]
         job.reference.require(keys, context.command("cache-ref"))
-    check_length(model_folder, max(row_set.max_length() for row_set in row_sets))
+    check_rows_fit(model, row_sets)
 
 
 def check_settings(job: Job) -> None:
@@ -93,6 +93,8 @@ def check_settings(job: Job) -> None:
             f"Leave it out."
         )
     check_adapter(job.adapter, job.source)
+    if job.adapter.name == "none":
+        check_can_be_saved(job.source)
 
 
 def check_data(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Context) -> None:

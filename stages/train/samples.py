@@ -88,7 +88,8 @@ def sample_policy(
     places = choose(pool.strategy, len(pool.prompts), pool.number, round_index, sampling.seed)
     prompts = [pool.prompts[place] for place in places]
     longest = max(len(prompt.ids) for prompt in pool.prompts) + sampling.max_tokens
-    model = open_model(source.folder, sampling, EngineOptions("float32", longest))
+    options = EngineOptions("float32", longest, trust_remote_code=source.runs_code)
+    model = open_model(source.folder, sampling, options)
     check_prompts(pool.prompts, model)
     requests = [
         Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)

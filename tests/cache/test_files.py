@@ -11,7 +11,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from cache.errors import CorruptError, MachineError
-from cache.files import atomic_path, publish_folder, read_json, sha256_file, write_bytes, write_json
+from cache.files import (
+    atomic_path,
+    publish_folder,
+    read_json,
+    read_with_digest,
+    sha256_file,
+    with_digest,
+    write_bytes,
+    write_json,
+)
 from tests.full_disk import full_disk
 
 OLD, NEW = b"old", b"new content"
@@ -124,6 +133,31 @@ def test_what_is_not_json_is_corrupt(tmp_path, content):
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(CorruptError, match=r"file\.json is not readable JSON"):
         read_json(tmp_path / "file.json")
+
+
+def test_a_bit_flipped_in_any_byte_of_an_object_with_a_digest_is_noticed(tmp_path):
+    """It is one line, or it changes nothing: white space between values."""
+    value = {"name": "ref", "files": {"a": [1, -2.5]}, "none": None, "text": "é \u2028 \\ \n"}
+    path = tmp_path / "note.json"
+    write_json(path, with_digest(value, "sha256"))
+    content = path.read_bytes()
+    for position in range(len(content)):
+        flipped = bytes([content[position] ^ (1 << position % 8)])
+        path.write_bytes(content[:position] + flipped + content[position + 1 :])
+        try:
+            assert read_with_digest(path, "sha256", "Do this.") == with_digest(value, "sha256")
+        except CorruptError as error:
+            assert str(error).startswith(f"{path} ")  # noqa: PT017
+            assert str(error).endswith(" Do this.")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"1", b"null", b'{"a": NaN}', b'{"a": "\\ud800"}', b"{}", b"[" * 99_999]
+)
+def test_what_has_no_digest_is_corrupt(tmp_path, content):
+    (tmp_path / "note.json").write_bytes(content)
+    with pytest.raises(CorruptError, match=r"note\.json .* Do this\."):
+        read_with_digest(tmp_path / "note.json", "sha256", "Do this.")
 
 
 def test_sha256_of_a_file(tmp_path):

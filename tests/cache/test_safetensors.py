@@ -1,6 +1,7 @@
 """The content of weights as a fingerprint, checked against sums made another way."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ TENSORS = {
 
 @pytest.fixture
 def model(tmp_path):
-    """Writes tensors as safetensors files of a folder, given as {file name: tensor names}."""
+    """Writes tensors as safetensors files of a folder, given as {file name: tensor names}; several with an index."""
 
     def write(folder, layout, tensors=TENSORS):
         (tmp_path / folder).mkdir()
@@ -29,6 +30,10 @@ def model(tmp_path):
                 tmp_path / folder / f"{name}.safetensors",
                 {"format": "pt", "file": name},
             )
+        if len(layout) > 1:
+            files = {member: f"{name}.safetensors" for name, members in layout.items() for member in members}
+            index = {"metadata": {}, "weight_map": files}
+            (tmp_path / folder / "model.safetensors.index.json").write_text(json.dumps(index))
         return weights_fingerprint(tmp_path / folder)
 
     return write
@@ -44,7 +49,7 @@ def test_weights_fingerprint_known_answer(model):
 
 def test_weights_fingerprint_ignores_how_tensors_are_spread_over_files(model):
     whole = model("whole", {"model": TENSORS})
-    assert model("renamed", {"weights-of-mine": TENSORS}) == whole
+    assert model("other_names", {"mine": ["a.weight"], "weights": ["b.weight", "c.bias"]}) == whole
     assert model("sharded", {"model-2": ["a.weight"], "model-1": ["c.bias", "b.weight"]}) == whole
 
 

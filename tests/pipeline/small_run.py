@@ -88,13 +88,18 @@ def _kill_rank_1(step: int) -> None:
     Run._step = killed  # type: ignore[method-assign]
 
 
-def torchrun(tree: dict, store: Path, stage: str) -> subprocess.Popen[str]:
-    """A command on two ranks under the real launcher."""
+def command_line(tree: dict, store: Path, stage: str) -> list[str]:
+    """The arguments of `align` for a stage."""
     config = store.parent / f"{store.name}.yaml"
     config.write_text(yaml.safe_dump(tree))
+    return [stage, "-c", str(config), "--store", str(store), "--json"]
+
+
+def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
+    """A command line of `align` on two ranks under the real launcher."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launch, "-m", "pipeline", stage, "-c", str(config), "--store", str(store), "--json"],
+        [*launch, "-m", "pipeline", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

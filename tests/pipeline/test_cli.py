@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cache.artifacts import open_artifact
 from cache.errors import DataError
 from pipeline.commands import COMMANDS
 from pipeline.config import load_config
@@ -270,6 +271,17 @@ def test_a_dry_run_writes_nothing(align, config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_of_a_share_counts_its_own_rows(align, config):
+    assert align("prepare", "-c", config)[0] == 0
+
+    def needed(*share: str) -> int:
+        _, out, _ = align("cache-ref", "--dry-run", "--json", "-c", config, *share)
+        return json.loads(out)["cache-ref"]["rows_needed"]
+
+    assert sum(needed("--shard", f"{i}/2") for i in (1, 2)) == needed()
+    refused(align("cache-ref", "--dry-run", "-c", config, "--shard", "3/2"), 2, "--shard 3/2")
+
+
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_help_shows_examples(align, stage):
     code, out, _ = align(stage, "--help")
@@ -322,3 +334,21 @@ def test_the_module_ends_the_process_with_the_same_code_and_no_traceback(tmp_pat
     assert done.stderr.startswith("align: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_cut_is_the_last_line_of_every_report(align, config, preferences):
+    """The numbers are those of the column `prompt_cut`, one of each example."""
+    given = ["-c", config, "--set", "prepare.max_length=40", "--set", f"eval.sets.more={preferences}"]
+    code, out, err = align("prepare", *given, "--json")
+    assert code == 0, err
+    artifact = open_artifact(Path(json.loads(out)["artifact"]))
+    shards = [*artifact.shards("train"), *artifact.shards("heldout")]
+    rows = [row for shard in shards for row in shard.select(["role", "prompt_cut"]).to_pylist()]
+    cut = sorted(row["prompt_cut"] for row in rows if row["role"] == "chosen" and row["prompt_cut"])
+    said = f"{len(cut)} prompts lost {sum(cut)} tokens (median {cut[(len(cut) - 1) // 2]}, at most {cut[-1]})"
+    for stage, last in (("prepare", -2), ("cache-ref", -2), ("plan", -1)):
+        code, out, err = align(stage, *given)
+        assert code == 0, err
+        assert out.splitlines()[last] == f"CUT: in preferences.jsonl, {said}, by prepare.max_length=40"
+        assert out.splitlines()[-1].startswith("CUT: in ")
+    assert "CUT" not in align("prepare", "-c", config)[1]

@@ -1,6 +1,7 @@
 """Configurations: the files in configs/, who overrides whom, what YAML means, and what is refused."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from cache.errors import UsageError
+from pipeline.commands import COMMANDS
 from pipeline.config import CONFIGS, MAX_YAML_BYTES, RunConfig, build_config, load_config
 from stages.formats import FORMATS
 from stages.losses import LOSSES, parse_loss
@@ -187,6 +189,35 @@ def test_later_files_win_key_by_key(tmp_path):
 
 def test_without_a_file_the_quickstart_is_meant():
     assert load_config([], [], None) == load_config([CONFIGS / "quickstart.yaml"], [], None)
+    changed = load_config([], ["train.seed=3", "data.path=quickstart"], None)
+    assert (changed.prepare.max_length, changed.train.seed) == (128, 3)
+
+
+OTHERS = (
+    ["data.path=pairs.jsonl"],
+    ["policy.model=./mine"],
+    ["data.path=pairs.jsonl", "policy.model=./mine"],
+    ["data.sources=[{path: a.jsonl}]", "policy.model=./mine"],
+)
+
+
+@pytest.mark.parametrize("assignments", OTHERS, ids=" ".join)
+def test_other_data_or_another_model_has_the_defaults(assignments):
+    config = load_config([], assignments, "ipo")
+    assert config == load_config([REFERENCE], assignments, "ipo")
+    assert (config.prepare.max_length, config.train.learning_rate) == (1024, None)
+
+
+def test_every_example_of_a_help_text_means_what_it_says():
+    """Values of the quickstart for the quickstart alone."""
+    for command in COMMANDS.values():
+        for line in command.examples:
+            words = shlex.split(line)
+            given = [word for place, word in enumerate(words) if words[place - 1] == "--set"]
+            is_own = any(word.startswith(("data.", "policy.model=")) for word in given)
+            if "-c" not in words:
+                length = load_config([], given, None).prepare.max_length
+                assert length == (1024 if is_own else 128), line
 
 
 IPO = "loss: {name: ipo, beta: 0.3, normalize: sum}\n"

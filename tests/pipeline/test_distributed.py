@@ -9,9 +9,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cache.files import sha256_file
+from pipeline.cli import main
 from stages.train.checkpoints import FILES
 from stages.train.loop import Run
+from tests.forked import on_two_ranks
 from tests.pipeline.small_run import (
+    command_line,
     errors_of,
     metrics_of,
     run,
@@ -161,9 +165,13 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     """Ranks have unequal numbers of packs in most steps: a step is five examples.
 
     They sample the same completions in step, before and while they train, and what they leave
-    behind opens as a model.
+    behind opens as a model, which generates as the model before it.
     """
-    tree = tree_of(tiny_model, preferences, sample_steps=4, sample_prompts=3, keep_last=1, learning_rate=1e-3)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 9]}
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    tree = tree_of(model, preferences, sample_steps=4, sample_prompts=3, keep_last=1, learning_rate=1e-3)
     tree["sample"] = {"max_tokens": 6}
     store = prepared(tree, tmp_path / "store")
     expected = run(tree, copy_of(store, "one"), "train")
@@ -175,6 +183,7 @@ def test_two_sharded_ranks_train_like_one_process(tiny_model, preferences, tmp_p
     assert_same_run(found, expected, spread)
     ours, theirs = (Path(result["artifact"]) for result in (found, expected))
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    assert json.loads((ours / "generation_config.json").read_text()) == generation
     (checkpoint,) = ours.glob("checkpoint-*")
     assert [path.name for path in sorted((checkpoint / "shards").iterdir())] == [
         "00000.safetensors",
@@ -240,13 +249,14 @@ def forget_moments(checkpoint: Path) -> None:
 def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
     tiny_model, preferences, tmp_path
 ):
-    """The real launcher, and a signal at whatever point of the run.
+    """The real launcher, and a signal at whatever point of the run; forked ranks continue.
 
     Not by `--max-restarts`: the new ranks of torch 2.13 sometimes wait for each other while they make their gloo group.
     """
     tree = tree_of(tiny_model, preferences, num_epochs=3)
     store = prepared(tree, tmp_path / "store")
-    process = torchrun(tree, store, "train")
+    command = command_line(tree, store, "train")
+    process = torchrun(command)
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
@@ -257,11 +267,22 @@ def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
     assert process.returncode != 0
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert not list((store / "policy").glob("[!.]*")), err
-    again = torchrun(tree, store, "train")
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "Continuing from step" in err
-    assert json.loads(out)["steps"] == 12  # the first rank alone speaks
+
+    def again() -> None:
+        path = tmp_path / f"rank-{os.environ['RANK']}"
+        sys.argv = ["align", *command]
+        with (
+            open(f"{path}.out", "w") as out,
+            open(f"{path}.err", "w") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            main()
+
+    assert on_two_ranks(again, errors_of(store)) == [0, 0], errors_of(store).read_text()
+    assert "Continuing from step" in (tmp_path / "rank-0.err").read_text()
+    assert json.loads((tmp_path / "rank-0.out").read_text())["steps"] == 12
+    assert (tmp_path / "rank-1.out").read_text() == ""  # the first rank alone speaks
 
 
 def ranks_of(launcher: int) -> list[int]:

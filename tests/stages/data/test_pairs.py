@@ -158,7 +158,7 @@ def test_the_split_changes_nothing_with_all_pairs(name, lists_and_pairs) -> None
     assert whole[3] < half[3] < single[3]
     assert_same(half, whole)
     assert_same(single, whole)
-    assert BUDGETS["1x16"] == 4096
+    assert BUDGETS["1x8"] == 4096
 
 
 def test_a_step_of_all_pairs_is_the_mean_over_pairs(lists_and_pairs) -> None:

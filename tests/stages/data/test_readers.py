@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from cache.errors import DataError
-from stages.data.readers import read_source, source_identity
+from stages.data.arrow_files import arrow_rows
+from stages.data.readers import dataset_batches, read_source, source_identity
 from stages.settings.data import DataSettings
 
 
@@ -118,7 +119,89 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_parquet_and_arrow(read, tmp_path, name):
     WRITERS[name](tmp_path / name, TABLE)
-    assert read(name) == [(f"{name}#{number}", row) for number, row in enumerate(TABLE.to_pylist(), 1)]
+    expected = TABLE.to_pylist()
+    expected[0]["nested"] = [{"role": "user"}]
+    assert read(name) == [(f"{name}#{number}", row) for number, row in enumerate(expected, 1)]
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def schema(name, **properties):
+    """A tool whose parameters have these types."""
+    own = {key: {"type": kind, "enum": ["a", None]} for key, kind in properties.items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": own}}}
+
+
+# One struct column holds the fields of every tool, and so a null for each field of the others.
+TOOL_ROWS = [
+    {
+        "tools": [schema("weather", town="string"), schema("now")],
+        "messages": [{"role": "assistant", "content": "", "tool_calls": [call("weather", town="Oslo")]}],
+    },
+    {
+        "tools": [schema("convert", amount="number", to="string")],
+        "messages": [
+            {"role": "assistant", "tool_calls": [call("convert", amount=1.5, to="eur"), call("now")]},
+            {"role": "tool", "content": "2"},
+        ],
+    },
+    {"tools": None, "messages": [{"role": "user", "content": "q"}]},
+]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_struct_column_says_what_the_same_row_says_as_json(read, tmp_path, name):
+    WRITERS[name](tmp_path / name, pa.Table.from_pylist(TOOL_ROWS))
+    expected = [
+        value
+        for _, value in read("rows.jsonl", "".join(json.dumps(row) + "\n" for row in TOOL_ROWS).encode())
+    ]
+    assert [value for _, value in read(name)] == expected == TOOL_ROWS
+
+
+def test_a_dataset_of_the_hub_says_what_the_same_row_says_as_json():
+    import datasets
+
+    rows = arrow_rows(dataset_batches(datasets.Dataset.from_list(TOOL_ROWS)), "x[train]")
+    assert [(row.location, row.value) for row in rows] == [
+        (f"x[train]#{number}", row) for number, row in enumerate(TOOL_ROWS, 1)
+    ]
+
+
+WRITTEN_NULL = {"function": {"name": "f", "arguments": {"to": None, "deep": [{"x": None}]}}}
+
+
+def test_a_null_that_is_written_stays(read, tmp_path):
+    """In JSON, and in a column of JSON values, which `datasets` makes of objects of many shapes."""
+    import datasets
+
+    assert read("rows.jsonl", json.dumps(WRITTEN_NULL).encode()) == [("rows.jsonl:1", WRITTEN_NULL)]
+    features = datasets.Features({"call": datasets.Json(), "calls": datasets.List(datasets.Json())})
+    rows = [{"call": WRITTEN_NULL, "calls": [WRITTEN_NULL]}, {"call": None, "calls": None}]
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    assert [row.value for row in arrow_rows(dataset_batches(dataset), "x")] == rows == list(dataset)
+    assert [value for _, value in read("rows.parquet")] == rows
+
+
+def test_a_map_column_is_an_object_and_broken_json_a_problem_of_its_row(read, tmp_path):
+    table = pa.table(
+        {
+            "map": pa.array(
+                [[("a", {"x": 1, "y": None})], None],
+                pa.map_(pa.string(), pa.struct({"x": pa.int8(), "y": pa.int8()})),
+            ),
+            "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{", '{"a": 1}'])),
+        }
+    )
+    write_arrow(tmp_path / "rows.arrow", table, pa.ipc.new_file)
+    (_, problem), row = read("rows.arrow")
+    assert "Expecting property name" in problem
+    assert row == ("rows.arrow#2", {"map": None, "json": {"a": 1}})
+    write_arrow(tmp_path / "map.arrow", table.select(["map"]), pa.ipc.new_file)
+    assert read("map.arrow")[0] == ("map.arrow#1", {"map": {"a": {"x": 1}}})
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -77,6 +77,7 @@ def scored(scorer: Scorer, groups: list[np.ndarray]) -> torch.Tensor:
     return scorer(build_pack(ROWS, groups)).completion_logps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKED)
 def test_log_probs_are_those_of_each_row_alone(name: str) -> None:
     said: list[str] = []
@@ -98,6 +99,7 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
         Scorer(model_of(name, "sdpa"), FLOAT32, print)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama/longrope", "llama/dynamic", "qwen2_moe/windows"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 def test_gradients_of_a_pack_on_both_sides_of_a_threshold_are_those_of_the_rows_alone(

@@ -156,6 +156,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
         assert (parameter.grad - gradients[key]).abs().max() <= 2e-5 * scale + 1e-7, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "smollm3"])
 def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
     """The block mask, soft-capped scores and sliding windows of the GPU's way, forward on a CPU."""

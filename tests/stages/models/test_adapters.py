@@ -20,12 +20,13 @@ from stages.models.adapters import (
     halve_frozen_weights,
     is_adapter,
     load_adapter,
-    model_identity,
     save_adapter,
 )
+from stages.models.identity import model_identity
 from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
+from tests.tiny_llama import random_llama
 
 peft = pytest.importorskip("peft")
 
@@ -178,16 +179,17 @@ def test_an_adapter_folder_is_recognised_and_names_its_base(tiny_model, tmp_path
     save_adapter(adapted, tmp_path)
     assert is_adapter(tmp_path)
     assert not is_adapter(tiny_model)
-    assert base_of(tmp_path).folder == tiny_model
-    before = model_identity(tmp_path)
+    source = ModelSource("adapter", tmp_path)
+    assert base_of(source).folder == tiny_model
+    before = model_identity(source)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 7}))
-    assert model_identity(tmp_path) != before
+    assert model_identity(source) != before
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({**config, "base_model_name_or_path": "/nowhere/base"})
     )
     with pytest.raises(DataError, match=r"trained on /nowhere/base, which does not exist"):
-        base_of(tmp_path)
+        base_of(source)
 
 
 def test_missing_target_modules_are_named_before_weights_are_loaded(tiny_model):
@@ -235,3 +237,75 @@ def test_an_adapter_over_4_bit_weights_has_the_gradients_over_the_dequantized_we
     assert (logps - expected_logps).abs().max() < 1e-4
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert (gradient - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+def checked_and_attached(folder: Path, **changes) -> list:
+    """Both ways to the same refusal: on shapes before anything is loaded, and on the loaded model."""
+    source, settings = ModelSource(str(folder), folder), AdapterSettings(r=4, **changes)
+    return [
+        lambda: check_adapter(settings, source),
+        lambda: attach_adapter(load_model(source, FLOAT32), settings, 0, source),
+    ]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("q_proj", "lm_head"), ".*lm_head"])
+def test_an_adapter_on_one_end_of_tied_weights_is_refused_before_training(tiny_model, name, targets):
+    for attempt in checked_and_attached(tiny_model, name=name, target_modules=targets):
+        with pytest.raises(UsageError, match=r"lm_head and model\.embed_tokens are one matrix"):
+            attempt()
+
+
+def test_merging_an_adapter_on_tied_weights_changes_both_ends_in_peft(tiny_model):
+    """Why it is refused: the merged model is not base and adapter, and not by rounding."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])
+    with pytest.warns(UserWarning, match="tie"):
+        adapted = peft.get_peft_model(model, config)
+    stir(adapted)
+    with torch.no_grad(), pytest.warns(UserWarning, match="tie"):
+        expected, merged = by_the_model(adapted), adapted.merge_and_unload()
+    assert (by_the_model(merged) - expected).abs().max() > 0.1
+
+
+def test_an_adapter_on_untied_ends_is_base_and_adapter_after_merging(tmp_path):
+    random_llama(4, tie_word_embeddings=False).save_pretrained(tmp_path)
+    check, _ = checked_and_attached(tmp_path, name="lora", target_modules=("lm_head", "embed_tokens"))
+    check()
+    _, adapted = adapted_model(tmp_path, "lora", target_modules=("lm_head", "embed_tokens"))
+    with torch.no_grad():
+        expected = by_the_model(adapted)
+        assert (by_the_model(adapted.merge_and_unload()) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("v_proj",)])
+def test_dora_on_a_row_of_zeros_is_refused_naming_the_layer(tmp_path, targets):
+    """peft divides 0 by 0 there, and every log-prob is NaN (findings/dora_on_a_row_of_zeros.sh)."""
+    model = random_llama(4)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[8:16] = 0.0  # a padded head
+    model.save_pretrained(tmp_path)
+    message = r"model\.layers\.1\.self_attn\.v_proj has 8 rows of zeros.*adapter\.name=lora"
+    with pytest.raises(UsageError, match=message):
+        adapted_model(tmp_path, "dora", target_modules=targets)
+    for name, others in (("lora", targets), ("dora", ("q_proj", "down_proj"))):
+        model, _ = adapted_model(tmp_path, name, target_modules=others)
+        with torch.no_grad():
+            assert score(model).isfinite().all()
+
+
+def test_dora_on_a_model_with_padded_heads_is_refused(shared_data):
+    with pytest.raises(UsageError, match=r"self_attn\.\w_proj has \d+ rows of zeros"):
+        adapted_model(shared_data / "models/stories260K-hf-hd32", "dora")
+
+
+def test_dora_over_4_bit_weights_finds_the_rows_of_zeros_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = random_llama(4)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:3] = 0.0
+    model.save_pretrained(tmp_path)
+    source = ModelSource("m", tmp_path)
+    quantized = load_model(source, Compute(torch.device("cpu"), torch.float32, 4096, load_in_4bit=True))
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.up_proj has 3 rows of zeros"):
+        attach_adapter(quantized, AdapterSettings(name="dora", r=4), 0, source)

@@ -14,6 +14,8 @@ from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings, TrainSettings
 from tests.tiny_llama import random_llama
 
+pytestmark = pytest.mark.slow
+
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
 ALL = AdapterSettings()
@@ -21,14 +23,14 @@ ALL = AdapterSettings()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> ModelSource:
-    """A Llama of six layers whose activations are far larger than rounding."""
+    """A Llama of four layers whose activations are far larger than rounding."""
     folder = tmp_path_factory.mktemp("memory")
     llama = random_llama(
         0,
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -65,7 +67,7 @@ def test_predicted_activations_are_what_torch_allocates(model, compute, checkpoi
     assert predicted.activations == pytest.approx(allocated_at_most(scorer, pack), rel=0.05)
 
 
-def test_memory_of_six_layers_is_extrapolated_from_two(model):
+def test_memory_of_four_layers_is_extrapolated_from_two(model):
     whole = Shapes(model, TrainSettings(), ALL, FLOAT32)
     layerwise = LayerwiseShapes(model, TrainSettings(), ALL, FLOAT32)
     for cell in ((1, 64), (4, 256)):

@@ -336,7 +336,9 @@ OTHER_DATA = {
     "on_bad_row": "skip",
 }
 # Of a single local file, which is taken whole.
-NOT_IN_THE_ROWS = {"config": "x", "split": "test", "revision": "main", "seed": 7}
+NOT_IN_THE_ROWS = {"seed": 7}
+# Refused for a file: tests/stages/data/test_folders.py.
+NOT_OF_A_FILE = {"config", "split", "revision"}
 
 
 def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, chat, chat_tokenizer):
@@ -348,7 +350,10 @@ def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, c
     )
     for name, value in OTHER_SETTINGS.items():
         assert rows_identity(data, settings.model_copy(update={name: value}), chat) != identity, name
-    assert set(DataSettings.model_fields) - {"path", "sources"} == {*OTHER_DATA, *NOT_IN_THE_ROWS}
+    assert (
+        set(DataSettings.model_fields) - {"path", "sources"}
+        == {*OTHER_DATA, *NOT_IN_THE_ROWS} | NOT_OF_A_FILE
+    )
     for name, value in OTHER_DATA.items():
         assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
     for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
@@ -426,6 +431,7 @@ def test_the_counts_of_what_was_cut(tmp_path, base, context):
     assert counts["tokens"] == 2 + 3 + 2 + (2 + 2 + 2)
 
 
+@pytest.mark.slow
 def test_hh_rlhf_itself(shared_data, base, context):
     data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"))
     counts = prepare(data, PrepareSettings(max_length=1 << 20), base, context).counts
@@ -527,6 +533,7 @@ def test_with_any_number_of_processes_the_first_bad_row_is_the_one_named(tmp_pat
         prepare(DataSettings(path=str(path)), settings, chat, context)
 
 
+@pytest.mark.slow
 def test_fastokens_gives_the_same_rows(shared_data, tmp_path):
     pytest.importorskip("fastokens")
     from transformers import AutoTokenizer

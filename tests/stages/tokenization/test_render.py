@@ -187,7 +187,7 @@ def test_reasoning_is_kept_where_the_template_uses_it_and_counted_where_not(made
     )
     shown, left_out = (made[name].renderer.render(preference) for name in ("tools", "tulu"))
     assert shown.completions[0][0].text == f"(hm)a{EOS}"
-    assert (shown.unused_keys, left_out.unused_keys) == ((), ("reasoning_content",))
+    assert (shown.hidden, left_out.hidden) == (set(), {"reasoning_content"})
 
 
 def test_generation_blocks_that_miss_a_turn_are_refused(chat_tokenizer):

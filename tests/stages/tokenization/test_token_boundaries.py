@@ -58,23 +58,18 @@ KNOWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizers():
-    return {name: trained(*parts) for name, parts in KNOWN.items()}
-
-
 def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_is_called_separate_has_the_ids_of_the_whole(tokenizers, name):
-    tokenizer = tokenizers[name]
+def test_what_is_called_separate_has_the_ids_of_the_whole(name):
+    tokenizer = trained(*KNOWN[name])
     boundaries = TokenBoundaries(tokenizer)
     assert boundaries.is_known
     yes, no = 0, 0
 
-    @settings(max_examples=400)
+    @settings(max_examples=200)
     @example("x'", "re")
     @example("a \n", "  \n b")
     @example("q\n", "<|end|>")
@@ -92,7 +87,7 @@ def test_what_is_called_separate_has_the_ids_of_the_whole(tokenizers, name):
 
     check()
     # Both answers were given, and "no" was needed: a guard that always says yes fails above.
-    assert yes > 40
+    assert yes > 20
     assert no > 5
 
 

@@ -18,9 +18,9 @@ from stages.train.step.step import accumulate_step, evaluate
 from tests.forked import on_two_ranks
 from tests.tiny_llama import random_llama
 
-NUM_EXAMPLES = 16
+NUM_EXAMPLES = 8
 # One pack of everything, about two packs, and a pack for each example.
-BUDGETS = {"1x16": 4096, "2x8": 200, "16x1": 1}
+BUDGETS = {"1x8": 4096, "2x4": 120, "8x1": 1}
 EXTRA = {
     "mixture": {
         "parts": [{"weight": 0.7, "loss": {"name": "dpo"}}, {"weight": 0.5, "loss": {"name": "sft"}}]
@@ -44,7 +44,7 @@ BLOCKS = {
 
 
 def make_rows() -> RowSet:
-    """Sixteen pairs of uneven lengths with partly masked completions, scores, and mismatched rows."""
+    """Eight pairs of uneven lengths with partly masked completions, scores, and mismatched rows."""
     random = np.random.default_rng(5)
 
     def draw(length: int) -> np.ndarray:
@@ -115,10 +115,9 @@ def step_of(
     reference: RefLogps,
     budget: int,
     world: World,
-    passes: int = 1,
     pairs: PairStrategy = "best_worst",
 ):
-    """Gradient, metrics and next state of a step (after `passes` earlier ones, for losses with state)."""
+    """Gradient, metrics and next state of a step: of the second one for losses that keep a state."""
     loss = parse_loss(block)
     model = make_model(0)
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
@@ -128,7 +127,7 @@ def step_of(
     )
     state: dict[str, float] = {}
     metrics: dict[str, float] = {}
-    for _ in range(passes):
+    for _ in range(2 if loss.keeps_state else 1):
         model.zero_grad()
         metrics, state = accumulate_step(row_scorer, loss, range(rows.num_examples), state)
     world.sum_gradients(model.parameters())
@@ -156,11 +155,11 @@ def assert_same(found, wanted) -> None:
 def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
     rows, reference = made
     block = BLOCKS[name]
-    whole = step_of(block, rows, reference, BUDGETS["1x16"], World(), passes=2)
+    whole = step_of(block, rows, reference, BUDGETS["1x8"], World())
     assert whole[0].norm() > 0
     assert all(np.isfinite(list(whole[1].values())))
-    for budget in (BUDGETS["2x8"], BUDGETS["16x1"]):
-        split = step_of(block, rows, reference, budget, World(), passes=2)
+    for budget in (BUDGETS["2x4"], BUDGETS["8x1"]):
+        split = step_of(block, rows, reference, budget, World())
         assert split[3] > whole[3]
         assert_same(split, whole)
 
@@ -173,9 +172,9 @@ def test_the_split_of_ranked_lists_changes_nothing(name: str, tmp_path) -> None:
     rows = make_lists()
     reference = make_reference(rows, tmp_path)
     block = {"name": name, **({"alpha": 2} if name == "infonca" else {})}
-    whole = step_of(block, rows, reference, BUDGETS["1x16"], World(), pairs="all")
+    whole = step_of(block, rows, reference, BUDGETS["1x8"], World(), pairs="all")
     assert whole[0].norm() > 0
-    for budget in (60, BUDGETS["16x1"]):
+    for budget in (60, BUDGETS["8x1"]):
         split = step_of(block, rows, reference, budget, World(), pairs="all")
         assert split[3] > whole[3]
         assert_same(split, whole)
@@ -214,7 +213,7 @@ def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     lengths = [
         int(rows.prompt_lengths[a] + (rows.completion_lengths[a : a + 2] - 1).sum()) for a in rows.starts
     ]
-    assert [len(pack_lengths(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 16]
+    assert [len(pack_lengths(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 8]
 
 
 def test_evaluation_is_a_step_without_a_gradient(made) -> None:
@@ -237,7 +236,7 @@ def test_evaluating_more_examples_changes_no_loss_of_those_before(made) -> None:
     scorer = Scorer(make_model(0), Compute(torch.device("cpu"), torch.float32, 200), print)
     row_scorer = RowScorer(scorer, rows, reference, loss, World())
     state = {"reward_sum": 3.0, "reward_count": 20.0}
-    parts = [range(4), range(4, 16), range(16)]
+    parts = [range(2), range(2, 8), range(8)]
     first, second, whole = (evaluate(row_scorer, loss, part, state) for part in parts)
     assert [part["delta"] for part in (first, second, whole)] == pytest.approx([0.15] * 3)
     assert whole["loss"] == pytest.approx((first["loss"] + 3 * second["loss"]) / 4, rel=1e-6)
@@ -250,7 +249,7 @@ def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
     model = make_model(0)
     scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, 4096), print)
     row_scorer = RowScorer(scorer, rows, reference, loss, World())
-    for half in (range(8), range(8, 16)):
+    for half in (range(4), range(4, 8)):
         accumulate_step(row_scorer, loss, half, {})
     naive = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double() / 2
     exact = step_of({"name": "aot"}, rows, reference, 4096, World())[0]
@@ -264,9 +263,7 @@ def test_two_ranks_change_nothing(made, tmp_path) -> None:
 
     def work() -> None:
         world = join_world(torch.device("cpu"))
-        found = {
-            name: step_of(block, rows, reference, 120, world, passes=2) for name, block in BLOCKS.items()
-        }
+        found = {name: step_of(block, rows, reference, 120, world) for name, block in BLOCKS.items()}
         if world.is_main:
             torch.save(found, tmp_path / "found.pt")
 
@@ -274,4 +271,4 @@ def test_two_ranks_change_nothing(made, tmp_path) -> None:
     assert on_two_ranks(work, errors) == [0, 0], errors.read_text()
     found = torch.load(tmp_path / "found.pt")
     for name, block in BLOCKS.items():
-        assert_same(found[name], step_of(block, rows, reference, BUDGETS["1x16"], World(), passes=2))
+        assert_same(found[name], step_of(block, rows, reference, BUDGETS["1x8"], World()))
