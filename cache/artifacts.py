@@ -186,12 +186,11 @@ class Store:
                 **provenance,
             },
         }
-        write_json(draft.path / MANIFEST, with_digest(manifest, DIGEST))
+        manifest = with_digest(manifest, DIGEST)
+        write_json(draft.path / MANIFEST, manifest)
         publish_folder(draft.path, draft.final)
         published = open_artifact(draft.final)
-        if (
-            published.manifest["manifest_sha256"] == manifest["manifest_sha256"]
-        ):  # not that of another writer of this identity
+        if published.manifest[DIGEST] == manifest[DIGEST]:  # not that of another writer of this identity
             published.note_checked()
         return published
 
