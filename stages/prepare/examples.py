@@ -86,7 +86,7 @@ class ExampleMaker:
     def convert(self, rows: Sequence[SourceRow]) -> ConvertedBatch:
         """First step: source rows to rendered text."""
         outcome, usable, rendered = Outcome(), [], []
-        with self.template.renderer.chat.one_timer():
+        with self.template.renderer.chat.guarded():
             for place, row in enumerate(rows):
                 self._count(row, outcome.counts)
                 try:

@@ -1,6 +1,6 @@
 """A chat template: messages and tools in, text and the spans of `{% generation %}` blocks out.
 
-It runs in a sandbox (`jinja_sandbox.py`), and a rendering that takes too long or grows too large is stopped.
+It runs in a sandbox (`jinja_sandbox.py`), and a rendering that takes too much time or memory is stopped.
 """
 
 import math
@@ -12,19 +12,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateSyntaxError
 
 from cache.errors import DataError
 from stages.data.messages import Message
 from stages.data.source_row import BadRow
-from stages.tokenization.jinja_sandbox import Excess, Sandbox, check_size
+from stages.tokenization import memory_limit
+from stages.tokenization.jinja_sandbox import Sandbox
+from stages.tokenization.memory_limit import MemoryLimit
 
 TIME_LIMIT_SECONDS = 10.0
+# Characters of a rendering.
+SIZE_LIMIT = 1 << 27
+Result = TypeVar("Result")
+# Between two looks at time and memory.
+WATCH_SECONDS = 0.1
 # Pieces of a rendering (each a few characters or a message) between two checks of the clock.
 PIECES_BETWEEN_CHECKS = 64
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Excess(BaseException):
+    """A template beyond its bounds. No `Exception`, because Jinja handles those of the constants that it computes."""
 
 
 class ChatTemplate:
@@ -40,13 +51,16 @@ class ChatTemplate:
         """Compile `source`; `name` stands for it in messages. Raises `DataError` when it is not a template."""
         self.source, self.name, self.variables = source, name, dict(variables)
         self.time_limit_seconds = time_limit_seconds
-        self._has_timer, self._deadline = False, math.inf
+        self._is_guarded, self._memory = False, MemoryLimit()
+        self._deadline, self._quiet_until = math.inf, 0.0
         # Stands around `{% generation %}` blocks; random, so that no text of a row can contain it.
         mark = secrets.token_hex(16)
         self._split = re.compile(f"\0{mark}([()])")
         self.marks_generation = bool(GENERATION.search(source))
+        sandbox = Sandbox((f"\0{mark}(", f"\0{mark})"))
         try:
-            self._template = Sandbox((f"\0{mark}(", f"\0{mark})")).from_string(source)
+            with self.guarded():  # because constant expressions are computed here
+                self._template = self._limited(lambda: sandbox.from_string(source))
         except TemplateSyntaxError as error:
             raise DataError(f"{name} is not a template: {error}, line {error.lineno}.") from error
         # Merged once; Jinja would chain its globals again for every rendering.
@@ -67,8 +81,8 @@ class ChatTemplate:
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
-        if not self._has_timer:
-            with self.one_timer():
+        if not self._is_guarded:
+            with self.guarded():
                 return self.render(messages, add_generation_prompt, tools)
         context = self._template.new_context(
             {
@@ -80,12 +94,9 @@ class ChatTemplate:
             shared=True,
         )
         try:
-            text = self._write(context)
-        except (Excess, MemoryError) as error:
-            problem = str(error) or "needed more memory than there is"
-            raise DataError(
-                f"{self.name} {problem} on one conversation and was stopped. Fix the template, or choose another with --set prepare.template=NAME."
-            ) from error
+            text = self._limited(lambda: self._write(context))
+        except DataError:
+            raise
         except Exception as error:
             raise BadRow(f"the chat template fails: {type(error).__name__}: {error}") from error
         return self._spans(text) if self.marks_generation else (text, [])
@@ -93,40 +104,62 @@ class ChatTemplate:
     def _write(self, context: Any) -> str:
         """The rendering, with its marks; raises `Excess` when it exceeds its bounds."""
         pieces, size = [], 0
-        try:
-            self._deadline = time.monotonic() + self.time_limit_seconds
-            for piece in self._template.root_render_func(context):
-                size += len(piece)
-                check_size(size)
-                pieces.append(piece)
-                if not len(pieces) % PIECES_BETWEEN_CHECKS:
-                    self._check_time()
-        finally:
-            self._deadline = math.inf
+        for piece in self._template.root_render_func(context):
+            size += len(piece)
+            if size > SIZE_LIMIT:
+                raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
+            pieces.append(piece)
+            if not len(pieces) % PIECES_BETWEEN_CHECKS:
+                self._check_time()
         return "".join(pieces)
 
-    @contextmanager
-    def one_timer(self) -> Iterator[None]:
-        """One timer for all renderings inside the block; it stops any that takes too long.
+    def _limited(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`; raises `DataError` where it takes too much time or memory."""
+        self._memory.begin()
+        self._deadline = time.monotonic() + self.time_limit_seconds
+        try:
+            return work()
+        except (Excess, MemoryError) as error:
+            problem = str(error) or f"needed more than {memory_limit.MEMORY_LIMIT >> 20:,} MiB of memory"
+            raise DataError(
+                f"{self.name} {problem} on one conversation and was stopped. Fix the template, or choose another with --set prepare.template=NAME."
+            ) from error
+        finally:
+            self._deadline = math.inf
 
-        To set an alarm for each would take longer than most renderings. Only the main thread of a POSIX process
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """One timer and one limit of memory for all renderings inside the block, which stop any that takes too much.
+
+        To set both for each would take longer than most renderings. Only the main thread of a POSIX process
         has a timer; elsewhere the clock is checked between the pieces that a rendering writes.
         """
-        if self._has_timer:
+        if self._is_guarded:
             yield
             return
-        self._has_timer = True
+        self._is_guarded = True
         try:
-            with _timer(min(1.0, self.time_limit_seconds / 4), self._check_time):
+            with self._memory, _timer(min(WATCH_SECONDS, self.time_limit_seconds / 4), self._watch):
                 yield
         finally:
-            self._has_timer = False
+            self._is_guarded = False
 
-    def _check_time(self, *_: Any) -> None:
-        now = time.monotonic()
-        if now > self._deadline:
-            self._deadline = now + self.time_limit_seconds  # no second alarm while this exception propagates
-            raise Excess(f"ran for more than {self.time_limit_seconds:g} seconds")
+    def _watch(self, *_: Any) -> None:
+        """Raise `Excess` where the work has taken too much time or memory."""
+        if time.monotonic() < self._quiet_until:
+            return
+        self._check_time()
+        if self._deadline < math.inf and self._memory.is_half_used():
+            self._stop("")
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            self._stop(f"ran for more than {self.time_limit_seconds:g} seconds")
+
+    def _stop(self, problem: str) -> None:
+        # Not again while the exception propagates, but after a while, because a destructor may swallow it.
+        self._deadline = self._quiet_until = time.monotonic() + self.time_limit_seconds
+        raise Excess(problem)
 
     def _spans(self, marked: str) -> tuple[str, list[tuple[int, int]]]:
         pieces = self._split.split(marked)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import resource
+import sys
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from cache.errors import DataError
 from stages.data.source_row import BadRow
 from stages.formats import Candidate, Preference, Tokens
-from stages.tokenization import jinja_sandbox
+from stages.tokenization import chat_template, memory_limit
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.named_templates import NAMED
 from stages.tokenization.template import Template
@@ -266,25 +268,70 @@ def test_token_ids_are_used_as_they_are(made):
 HOSTILE = {
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "endless text": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
-    "a giant product": "{{ 'x' * 999999999 }}",
-    "a giant list": "{{ [1] * 999999999 }}",
     "a giant power": "{{ 9 ** 999999999 }}",
-    "a wide format": "{{ '%999999999d' % 1 }}",
-    "a wide filter": "{{ 'x' | center(999999999) }}",
-    "a wide method": "{{ 'x'.ljust(999999999) }}",
-    "a format method": "{{ '{:999999999}'.format('x') }}",
-    "a long join": "{{ range(99999) | join('x' * 99999) }}",
+    "a giant power of a variable": "{{ (messages | length + 8) ** 999999999 }}",
+}
+# Each takes more than the 64 MiB that the test allows, a few of them at once, others little by little. N is the number
+# of messages, 1, which keeps Jinja from computing the expression when it compiles the template.
+GREEDY = {
+    "a product": "{{ 'x' * 999999999 }}",
+    "a product of a variable": "{{ 'x' * 999999999 * N }}",
+    "a product that is not written": "{% set x = 'x' * 999999999 * N %}",
+    "a list": "{{ [1] * 999999999 * N }}",
+    "a wide format": "{{ '%999999999d' % N }}",
+    "a wide filter": "{{ 'x' | center(999999999 * N) }}",
+    "a wide method": "{{ 'x'.ljust(999999999 * N) }}",
+    "a format method": "{{ '{:{}}'.format('x', 999999999 * N) }}",
+    "a wide indent": "{{ messages | tojson(indent=999999999 * N) }}",
+    "many lines": "{{ ('x' * 9999999 * N) | list | join('\n') | indent(9) }}",
+    "a split": "{{ ('x ' * 9999999 * N).split(' ') | length }}",
+    "a batch": "{{ ('x' * 9999999 * N) | batch(2) | list | length }}",
+    "a long join": "{{ range(99999) | join('x' * 99999 * N) }}",
+    "replacing": "{{ ('x' * 99999 * N).replace('x', 'x' * 99999) }}",
+    "encoding": "{{ ('é' * 9999999 * N) | urlencode }}",
     "doubling": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "doubling by plus": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "doubling lists": "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "dictionaries": "{% set n = namespace(s=()) %}{% for i in range(99999) %}{% set n.s = (n.s, {'a': i ~ 'x' * 99999}) %}{% endfor %}",
 }
 
 
+def stopped(source, time_limit_seconds=10.0):
+    """What is said of a template that is stopped, when it is compiled or when it renders."""
+    try:
+        made = ChatTemplate(source, "the template evil.jinja", {}, time_limit_seconds)
+        made.render([turn("user", "q")], True)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_template_that_never_ends_or_writes_a_giant_is_stopped_and_named(name, monkeypatch):
-    monkeypatch.setattr(jinja_sandbox, "SIZE_LIMIT", 1 << 22)
-    hostile = ChatTemplate(HOSTILE[name], "the template evil.jinja", {}, time_limit_seconds=0.2)
-    with pytest.raises(DataError, match=r"^the template evil\.jinja .*was stopped.*prepare\.template=NAME"):
-        hostile.render([turn("user", "q")], True)
+def test_a_template_that_never_ends_is_stopped_and_named(name):
+    said = stopped(HOSTILE[name], time_limit_seconds=0.3)
+    assert said.startswith("the template evil.jinja ran for more than 0.3 seconds")
+    assert said.endswith("was stopped. Fix the template, or choose another with --set prepare.template=NAME.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_template_that_takes_too_much_memory_is_stopped_before_it_has_it(name, monkeypatch):
+    monkeypatch.setattr(memory_limit, "MEMORY_LIMIT", 64 << 20)
+    before, limits = peak_bytes(), resource.getrlimit(resource.RLIMIT_DATA)
+    said = stopped(GREEDY[name].replace("N", "(messages | length)"))
+    assert said.startswith("the template evil.jinja needed more than 64 MiB of memory on one conversation")
+    assert peak_bytes() - before < 96 << 20
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_template_that_writes_too_much_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat_template, "SIZE_LIMIT", 1 << 20)
+    source = "{% for a in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}"
+    assert "evil.jinja wrote more than 1,048,576 characters" in stopped(source)
 
 
 @pytest.mark.parametrize(
