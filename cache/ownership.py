@@ -52,8 +52,11 @@ class Claim:
                 os.utime(self._path)
 
 
-def claim(folder: Path, say: Callable[[str], None] = print) -> Claim:
-    """Make this process the only one that writes into `folder`, which is created; raises `BusyError` for another one."""
+def claim(folder: Path, say: Callable[[str], None] = lambda line: None) -> Claim:
+    """Make this process the only one that writes into `folder`, which is created; raises `BusyError` for another one.
+
+    `say` is told before the wait for an owner on another machine.
+    """
     path = folder / OWNER
     while True:
         folder.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def _evaluation(settings: TrainSettings, largest_eval_set: int) -> dict[str, Any
 
 def _optimization(settings: TrainSettings) -> dict[str, Any]:
     default = TrainSettings()
-    unused = [] if settings.optimizer in ADAM else list(ADAM_SETTINGS)
+    unused: list[str] = [] if settings.optimizer in ADAM else [*ADAM_SETTINGS]
     if settings.lr_scheduler_type == "constant":
         unused.append("warmup_ratio")
     found = {name: getattr(default, name) for name in unused}
