@@ -186,6 +186,42 @@ def test_a_null_that_is_written_stays(read, tmp_path):
     assert [value for _, value in read("rows.parquet")] == rows
 
 
+UNEVEN = [
+    {"prompt": "a", "chosen": 'x "y"\nz', "rejected": "", "tools": [{"name": "f", "args": {"n": 1}}]},
+    {"prompt": "b", "chosen": True, "rejected": {"text": [1, None]}, "tools": [{"name": "g", "args": ["m"]}]},
+    {"prompt": "c", "chosen": None, "rejected": "5 or 6", "tools": None},
+]
+
+
+@pytest.mark.parametrize("write", ["to_parquet", "save_to_disk"])
+def test_columns_of_uneven_type_that_datasets_writes_are_what_they_were(tmp_path, write):
+    import datasets
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNEVEN))
+    dataset = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    if not any(isinstance(feature, datasets.Json) for feature in dataset.features.values()):
+        pytest.skip("this `datasets` writes no JSON columns")
+    getattr(dataset, write)(str(tmp_path / "written"))
+    if write == "to_parquet":
+        (tmp_path / "written").rename(tmp_path / "written.parquet")
+    path = next(path for path in tmp_path.glob("written*"))
+    assert [row.value for row in read_source(DataSettings(path=str(path)))] == UNEVEN
+
+
+def test_json_is_decoded_in_every_kind_of_list():
+    values = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": [1]}']))
+    lists = [
+        pa.ListArray.from_arrays([0, 1], values),
+        pa.LargeListArray.from_arrays([0, 1], values),
+        pa.FixedSizeListArray.from_arrays(values, 1),
+        pa.ListViewArray.from_arrays([0], [1], values),
+    ]
+    for column in lists:
+        assert [row.value for row in arrow_rows([pa.table({"x": column})], "x")] == [{"x": [{"a": [1]}]}]
+
+
 def test_a_map_column_is_an_object_and_broken_json_a_problem_of_its_row(read, tmp_path):
     table = pa.table(
         {
