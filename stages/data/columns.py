@@ -21,13 +21,16 @@ def finite_number(value: Any, column: str) -> float:
 
 
 def one_of(row: Mapping[str, Any], column: str, choices: Sequence[Any]) -> Any:
-    """A column with one of `choices`, of the same type: true is not 1, and "1" is not 1."""
+    """The one of `choices` that a column has: true is not 1, and "1" is not 1, but 1.0, as pandas writes it, is."""
     value = row.get(column)
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise BadRow(
-            f"{column}: expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {shown(value)}"
-        )
-    return value
+    for choice in choices:
+        if value == choice and (
+            type(value) is type(choice) or (type(value) is float and type(choice) is int)
+        ):
+            return choice
+    raise BadRow(
+        f"{column}: expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {shown(value)}"
+    )
 
 
 def truth(row: Mapping[str, Any], column: str) -> bool:

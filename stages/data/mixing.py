@@ -76,7 +76,7 @@ def mixture(sources: list[Source], streams: Mapping[str, Stream], data: DataSett
 
 
 def _source(entry: SourceSettings, data: DataSettings) -> Source:
-    own = entry.model_dump(include={"path", "format", "columns", "config", "split", "revision"})
+    own = entry.model_dump(include={"path", "format", "columns", "ignore", "config", "split", "revision"})
     settings = data.model_copy(update={**own, "sources": [], "max_samples": None})
     name = entry.name or Path(entry.path).name.split(".")[0] or entry.path
     return Source(name, settings, entry.weight, entry.count)

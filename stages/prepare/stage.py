@@ -23,6 +23,7 @@ from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.formats.unread_columns import columns_not_read
 from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
@@ -35,7 +36,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 BATCH_ROWS = 512
 NOTHING_FILTERED = FilterSettings()
 
@@ -80,7 +81,7 @@ def _without_detected_formats(data: DataSettings) -> DataSettings:
 def _named_format(data: DataSettings) -> str:
     if data.format != "auto":
         try:
-            if _choose_format(data.model_copy(update={"format": "auto"})).name == data.format:
+            if _choose_format(data.model_copy(update={"format": "auto"}), _head(data)).name == data.format:
                 return "auto"
         except DataError:  # ambiguous, so the name decides
             pass
@@ -117,12 +118,13 @@ def prepare(
     draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
     try:
         sources = sources_of(data)
-        formats = {source.name: _choose_format(source.data) for source in sources}
+        heads = {source.name: _head(source.data) for source in sources}
+        formats = {source.name: _choose_format(source.data, heads[source.name]) for source in sources}
         converts = {
             source.name: conversion(formats[source.name], source.data, settings) for source in sources
         }
-        _announce(formats, sources, template, context)
-        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by is not None)
+        _announce(formats, sources, heads, filter_, template, context)
+        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
         maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
@@ -211,32 +213,52 @@ def _refuse_no_training_row(counts: RowCounts, formats: dict[str, type[Format]])
         )
 
 
-def _choose_format(data: DataSettings) -> type[Format]:
-    head = list(islice(renamed(read_source(data), data.columns), DETECTION_ROWS))
+def _head(data: DataSettings) -> list[SourceRow]:
+    """The first rows of a source, by which its format is chosen."""
+    head = list(islice(read_source(data), DETECTION_ROWS))
     if not head:
         raise DataError(
             f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
         )
-    if all(row.value is None for row in head):
+    return head
+
+
+def _choose_format(data: DataSettings, head: list[SourceRow]) -> type[Format]:
+    rows = list(renamed(head, data.columns))
+    if all(row.value is None for row in rows):
         raise DataError(
-            f"{head[0].location}: {head[0].problem}. None of the first {len(head)} rows could be read."
+            f"{rows[0].location}: {rows[0].problem}. None of the first {len(rows)} rows could be read."
         )
-    return detect_format(data.format, head)
+    return detect_format(data.format, rows)
 
 
 def _announce(
-    formats: dict[str, type[Format]], sources: list[Source], template: Template, context: Context
+    formats: dict[str, type[Format]],
+    sources: list[Source],
+    heads: dict[str, list[SourceRow]],
+    filter_: FilterSettings,
+    template: Template,
+    context: Context,
 ) -> None:
     for source in sources:
         format_ = formats[source.name]
         note = files_note(source.data)
         if note is not None:
             context.say(note)
+        where = f"{source.name}: " if len(sources) > 1 else ""
+        unread = columns_not_read(heads[source.name], format_, source.data)
+        unread = [
+            column for column in unread if filter_.language is None or column != filter_.language_column
+        ]
+        parts = [f"not read: {', '.join(unread)}"] if unread else []
         if source.data.format == "auto":
-            where = f"{source.name}: " if len(sources) > 1 else ""
-            context.say(
-                f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
-            )
+            parts = [
+                f"detected: {where}{format_.name} ({format_.columns})",
+                *parts,
+                "override with --set data.format=NAME",
+            ]
+        if parts:
+            context.say("; ".join(parts))
     if len({format_.holds_ids for format_ in formats.values()}) > 1:
         context.say(
             "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
@@ -245,7 +267,7 @@ def _announce(
         context.say(note)
 
 
-def _stream(data: DataSettings, gathered_by: str | None) -> Iterator[SourceRow]:
+def _stream(data: DataSettings, gathered_by: tuple[str, ...]) -> Iterator[SourceRow]:
     """The rows of a source with the column names of its format; gathered into lists where the format needs it."""
     rows = renamed(read_source(data), data.columns)
-    return rows if gathered_by is None else gather(rows, gathered_by)
+    return gather(rows, gathered_by) if gathered_by else rows

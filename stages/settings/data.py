@@ -25,6 +25,7 @@ class SourceSettings(Settings):
     name: str | None = None
     format: str = "auto"
     columns: dict[str, str] | None = None
+    ignore: list[str] = Field(default=[])
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -47,6 +48,10 @@ class DataSettings(Settings):
         default=None,
         description="for any other layout: maps the column names of a known format to those of the source",
     )
+    ignore: list[str] = Field(
+        default=[],
+        description="columns left out on purpose, such as context or images; one that changes what the rows mean stops the stage until it is used or named here",
+    )
     ties: Literal["drop", "half"] = Field(
         default="drop",
         description="two responses judged equal: drop the row, or keep both orders as pairs, each with half the weight",
@@ -62,7 +67,7 @@ class DataSettings(Settings):
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
     sources: list[SourceSettings] = Field(
         default=[],
-        description="several sources instead of path: each with path, and optionally name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+        description="several sources instead of path: each with path, and optionally name, format, columns, ignore, config, split, revision, and a weight (share of the mixture) or a count (rows)",
     )
     seed: NonNegativeInt = Field(
         default=0, description="seed of the subsample where a source has a weight or a count"

@@ -335,8 +335,8 @@ OTHER_DATA = {
     "max_samples": 5,
     "on_bad_row": "skip",
 }
-# Of a single local file, which is taken whole.
-NOT_IN_THE_ROWS = {"seed": 7}
+# Of a single local file, which is taken whole; and what is left out anyhow.
+NOT_IN_THE_ROWS = {"seed": 7, "ignore": ["prompt"]}
 # Refused for a file: tests/stages/data/test_folders.py.
 NOT_OF_A_FILE = {"config", "split", "revision"}
 
