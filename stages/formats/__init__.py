@@ -56,6 +56,19 @@ from stages.formats.trl import (
     UltraFeedback,
     Unpaired,
 )
+from stages.formats.two_answers import (
+    AlpacaEval,
+    ArenaLists,
+    Bedrock,
+    HelpSteer2,
+    HelpSteer3,
+    JudgeBench,
+    LLMBar,
+    MultiPref,
+    TwoAnswers,
+    Vertex,
+    WebGPT,
+)
 from stages.formats.unknown_layout import names_of, unknown_layout
 
 FAMILIES: dict[str, tuple[type[Format], ...]] = {
@@ -77,12 +90,23 @@ FAMILIES: dict[str, tuple[type[Format], ...]] = {
         Swift,
     ),
     "Two responses and a verdict": (
+        TwoAnswers,
         HalosPairwise,
         Arena,
         SHP,
         SafeRLHFBetter,
         SafeRLHFSafer,
         PandaLM,
+        HelpSteer2,
+        HelpSteer3,
+        LLMBar,
+        JudgeBench,
+        MultiPref,
+        AlpacaEval,
+        WebGPT,
+        ArenaLists,
+        Vertex,
+        Bedrock,
     ),
     "Single responses, good or bad": (
         Unpaired,

@@ -46,7 +46,7 @@ def steps_of(path: str) -> list[str]:
 def _value(row: Mapping[str, Any], path: str) -> Any:
     if path not in row and _FIELD.search(path):
         return _FIELD.sub(lambda match: _text(row, match[1]), path)
-    value = row[path] if path in row else _at(row, steps_of(path))
+    value = row[path] if path in row else value_at(row, steps_of(path))
     if value is ABSENT:
         raise BadRow(f"{path}: no such column, but data.columns maps it")
     return value
@@ -59,13 +59,14 @@ def _text(row: Mapping[str, Any], path: str) -> str:
     raise BadRow(f"{path}: expected text, found {shown(value)}")
 
 
-def _at(value: Any, steps: list[str]) -> Any:
+def value_at(value: Any, steps: list[str]) -> Any:
+    """The value at a path, or `ABSENT`."""
     for place, step in enumerate(steps):
         value = json_of(value, ".".join(steps[:place]))
         if isinstance(value, Mapping) and step in value:
             value = value[step]
         elif isinstance(value, list) and step == EVERY:
-            found = [_at(entry, steps[place + 1 :]) for entry in value]
+            found = [value_at(entry, steps[place + 1 :]) for entry in value]
             return ABSENT if any(entry is ABSENT for entry in found) else found
         elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
             value = value[int(step)]

@@ -14,6 +14,7 @@ from stages.data.columns import finite_number, optional_text, shown
 from stages.data.messages import Message, as_messages, tools_of, without_weight
 from stages.data.source_row import BadRow
 from stages.data.transcript import transcript_prompt
+from stages.settings.data import Meaning
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -77,6 +78,10 @@ class Format:
     ranked: ClassVar[bool] = False
     # Rows are single responses; those with the same values in these columns are gathered first.
     gathered_by: ClassVar[tuple[str, ...]] = ()
+    # Columns whose values mean good or bad, or which of two answers; `data.labels` maps them.
+    label_columns: ClassVar[tuple[str, ...]] = ()
+    # What they may mean.
+    meanings: ClassVar[tuple[Meaning, ...]] = (True, False)
     # Rows are token ids, so their prompts cannot be compared with those of text.
     holds_ids: ClassVar[bool] = False
     # Rows are single scored responses, desirable from the score data.threshold on.

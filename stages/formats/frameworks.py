@@ -116,6 +116,7 @@ class AxolotlKTO(Format):
     """axolotl's KTO rows: `instruction`, `question` or the conversation `chosen`; `completion`, `label`."""
 
     name: ClassVar[str] = "axolotl_kto"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
     origin: ClassVar[str] = "axolotl"
     example: ClassVar[str] = r'{"instruction": "2+2?", "completion": "4", "label": true}'
     columns: ClassVar[str] = "instruction, question or chosen, completion, label (true or false)"
@@ -185,6 +186,7 @@ class HalosBinary(Format):
     """HALOs feedback: `type` binary_feedback, `prompt` messages, `output`, `label` 1 or 0, `reward`."""
 
     name: ClassVar[str] = "halos_binary"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
     origin: ClassVar[str] = "HALOs"
     example: ClassVar[str] = (
         r'{"type": "binary_feedback", "prompt": [{"role": "user", "content": "2+2?"}], "output": [{"role": "assistant", "content": "4"}], "label": 1, "reward": 0.9}'

@@ -97,6 +97,7 @@ class TaggedMessages(Format):
     """
 
     name: ClassVar[str] = "kto_messages"
+    label_columns: ClassVar[tuple[str, ...]] = ("kto_tag", "label")
     origin: ClassVar[str] = "LLaMA-Factory, ms-swift"
     example: ClassVar[str] = (
         r'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "label": true}'
@@ -122,6 +123,7 @@ class TaggedAlpaca(Format):
     """`instruction`, `input`, `output`, and `kto_tag` true where the output is good."""
 
     name: ClassVar[str] = "llama_factory_kto"
+    label_columns: ClassVar[tuple[str, ...]] = ("kto_tag",)
     origin: ClassVar[str] = "LLaMA-Factory"
     example: ClassVar[str] = r'{"instruction": "Add.", "input": "2+2", "output": "4", "kto_tag": true}'
     columns: ClassVar[str] = "instruction, input, output, kto_tag (true or false)"

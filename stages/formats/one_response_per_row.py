@@ -123,6 +123,7 @@ class TokenizedUnpaired(Format):
     """Tokenized rows of single completions: `prompt_ids`, `completion_ids`, `label`."""
 
     name: ClassVar[str] = "tokenized_unpaired"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
     origin: ClassVar[str] = "tokenized"
     example: ClassVar[str] = (
         r'{"prompt_ids": [5, 6, 7], "completion_ids": [8, 2], "completion_mask": [1, 1], "label": false}'

@@ -186,6 +186,7 @@ class Unpaired(Format):
     """`prompt`, `completion`, `label`: single completions, desirable (true) or undesirable (false)."""
 
     name: ClassVar[str] = "unpaired"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
     origin: ClassVar[str] = "TRL"
     example: ClassVar[str] = r'{"prompt": "2+2?", "completion": "4", "label": true}'
     columns: ClassVar[str] = "prompt, completion, label (true or false)"

@@ -23,6 +23,8 @@ from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.formats.labels import labels_of
+from stages.formats.positions import refuse_sides_by_position
 from stages.formats.unread_columns import columns_not_read
 from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
@@ -57,7 +59,7 @@ def rows_identity(
         "stage_version": STAGE_VERSION,
         "source": sources_identity(data),
         "data": data.model_dump(
-            include={"format", "columns", "ties", "threshold", "max_samples", "on_bad_row"}
+            include={"format", "columns", "labels", "ties", "threshold", "max_samples", "on_bad_row"}
             | ({"seed"} if data.sources else set())
         ),
         "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
@@ -121,7 +123,13 @@ def prepare(
         heads = {source.name: _head(source.data) for source in sources}
         formats = {source.name: _choose_format(source.data, heads[source.name]) for source in sources}
         converts = {
-            source.name: conversion(formats[source.name], source.data, settings) for source in sources
+            source.name: conversion(
+                formats[source.name],
+                source.data,
+                settings,
+                renamed(heads[source.name], source.data.columns),
+            )
+            for source in sources
         }
         _announce(formats, sources, heads, filter_, template, context)
         gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
@@ -246,6 +254,8 @@ def _announce(
         if note is not None:
             context.say(note)
         where = f"{source.name}: " if len(sources) > 1 else ""
+        _, guessed = labels_of(format_, renamed(heads[source.name], source.data.columns), source.data)
+        refuse_sides_by_position(heads[source.name], source.data)
         unread = columns_not_read(heads[source.name], format_, source.data)
         unread = [
             column for column in unread if filter_.language is None or column != filter_.language_column
@@ -257,6 +267,8 @@ def _announce(
                 *parts,
                 "override with --set data.format=NAME",
             ]
+        if guessed:
+            parts.append(f"{guessed}; other meanings with --set data.labels")
         if parts:
             context.say("; ".join(parts))
     if len({format_.holds_ids for format_ in formats.values()}) > 1:

@@ -330,6 +330,7 @@ OTHER_SETTINGS = {
 OTHER_DATA = {
     "format": "ultrafeedback",
     "columns": {"prompt": "prompt"},
+    "labels": {"up": True},
     "ties": "half",
     "threshold": 3.0,
     "max_samples": 5,
