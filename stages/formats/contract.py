@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stages.data.columns import finite_number, optional_text, shown
+from stages.data.columns import finite_number, is_absent, optional_text, shown
 from stages.data.messages import Message, as_messages, tools_of, without_weight
 from stages.data.source_row import BadRow
 from stages.data.transcript import transcript_prompt
@@ -180,19 +180,19 @@ def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
         return None, None
     for columns in SCORE_COLUMNS:
         values = [row.get(column) for column in columns]
-        if all(value is not None for value in values):
+        if not any(map(is_absent, values)):
             chosen, rejected = (
                 finite_number(value, column) for column, value in zip(columns, values, strict=True)
             )
             return chosen, rejected
-    if row.get("margin") is not None:
+    if not is_absent(row.get("margin")):
         return finite_number(row["margin"], "margin"), 0.0
     return None, None
 
 
 def weight_of(row: Mapping[str, Any]) -> float:
     """The `weight` column of a row, 1 where there is none."""
-    if row.get("weight") is None:
+    if is_absent(row.get("weight")):
         return 1.0
     weight = finite_number(row["weight"], "weight")
     if weight < 0:

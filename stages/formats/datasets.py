@@ -7,7 +7,7 @@ documented schema" were not tried on a file of that data set.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, finite_number, one_of, shown, text
+from stages.data.columns import entries, finite_number, is_absent, one_of, shown, text
 from stages.data.messages import Message, as_messages, check_prompt, messages, prompt_of
 from stages.data.source_row import BadRow
 from stages.data.transcript import transcript
@@ -40,9 +40,9 @@ class Arena(Format):
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         winner = one_of(row, "winner", ["model_a", "model_b", *TIES])
-        turn = row.get("turn")
         first, second = (messages(row, f"conversation_{side}") for side in "ab")
-        if turn is not None and not str(row.get("judge")).startswith("arena_user"):
+        if not is_absent(row.get("turn")) and not str(row.get("judge")).startswith("arena_user"):
+            turn = finite_number(row["turn"], "turn")
             first, second = _judged(first, turn), _judged(second, turn)
         prompt, first, second = split_shared(first, second)
         sides = (second, first) if winner == "model_b" else (first, second)
@@ -228,7 +228,7 @@ class OnPolicyScores(Format):
         return listed(row, as_messages(prompt, "user"), "all_generated_responses", "all_rm_scores")
 
 
-def _judged(turns: list[Message], judged: Any) -> list[Message]:
+def _judged(turns: list[Message], judged: float) -> list[Message]:
     """A conversation up to the answer of a turn, counted from 1, with the answers before it masked."""
     users = [place for place, message in enumerate(turns) if message["role"] == "user"]
     if judged not in range(1, len(users) + 1):

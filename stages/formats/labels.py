@@ -108,7 +108,7 @@ def labels_of(
         if name in row.value
     ]
     keys = {key_of(value) for _, _, value in found} - {"null", ""}
-    if all(type(value) is not str for _, _, value in found) and (
+    if not any(isinstance(value, str) for _, _, value in found) and (
         keys <= {"true", "false"} or keys <= {"1", "0"}
     ):
         return {}, ""

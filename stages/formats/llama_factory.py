@@ -7,7 +7,7 @@ and `history` holds earlier [question, answer] turns, as there.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, optional_text, shown, text
+from stages.data.columns import entries, is_absent, optional_text, shown, text
 from stages.data.messages import Message, check_prompt, completion_of, is_conversation, messages
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, pair, ranked
@@ -17,7 +17,7 @@ from stages.formats.trl import is_text, labelled, last_answer, shared_prompt
 def instruction_of(row: Mapping[str, Any]) -> list[Message]:
     """`history`, then `instruction` and `input` as one user turn."""
     turns: list[Message] = []
-    for number, exchange in enumerate(entries(row, "history") if row.get("history") is not None else []):
+    for number, exchange in enumerate([] if is_absent(row.get("history")) else entries(row, "history")):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise BadRow(f"history[{number}]: expected [question, answer], found {shown(exchange)}")
         for role, content in zip(("user", "assistant"), exchange, strict=True):

@@ -7,7 +7,7 @@ OpenRLHF's); hh-rlhf's transcripts; and rows of graded responses.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import finite_number, text, truth
+from stages.data.columns import entries, finite_number, text, truth
 from stages.data.messages import (
     Message,
     check_completion,
@@ -242,8 +242,8 @@ def listed(
     is_rank: bool = False,
 ) -> Preference:
     """A ranked list from a column of texts and one of numbers, of which the highest is best, or with `is_rank` the lowest."""
-    texts, numbers = row.get(responses), row.get(rewards)
-    if not isinstance(texts, list) or not isinstance(numbers, list) or len(texts) != len(numbers):
+    texts, numbers = entries(row, responses), entries(row, rewards)
+    if len(texts) != len(numbers):
         raise BadRow(f"{responses} and {rewards}: expected lists of equal length")
     scores = [finite_number(number, rewards) * (-1 if is_rank else 1) for number in numbers]
     completions = [completion_of({responses: value}, responses) for value in texts]

@@ -7,7 +7,7 @@ schema.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, finite_number, json_of, mapping, one_of, text
+from stages.data.columns import entries, finite_number, is_absent, json_of, mapping, one_of, text
 from stages.data.messages import Message, as_messages, completion_of, prompt_of
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, Unusable, pair, ranked
@@ -246,7 +246,7 @@ class Bedrock(Format):
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         *turns, last = entries(row, "messages")
-        system = [] if row.get("system") is None else entries(row, "system")
+        system = [] if is_absent(row.get("system")) else entries(row, "system")
         shown = [_turn({"role": "system", "content": system}, "content")] if system else []
         prompt = prompt_of({"messages": [*shown, *(_turn(turn, "content") for turn in turns)]}, "messages")
         sides = {}

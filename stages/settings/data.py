@@ -51,7 +51,7 @@ class DataSettings(Settings):
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz), a folder of such files (a clone of a hub dataset, or what save_to_disk wrote), a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .xlsx; JSON and CSV also as .gz), a folder of such files (a clone of a hub dataset, or what save_to_disk wrote), a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",

@@ -300,7 +300,7 @@ def test_a_missing_file_is_not_looked_for_on_a_hub(path):
         list(read_source(DataSettings(path=path)))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.gz", "rows.json.zip"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.json.zip"])
 def test_a_file_of_another_type_is_refused_with_those_that_are_read(read, name):
     with pytest.raises(DataError, match=r"unknown file type.*\.jsonl, \.json, \.parquet, \.arrow"):
         read(name, b"{}")
