@@ -136,7 +136,7 @@ def prepare(
         maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
-        _refuse_no_training_row(counts, formats)
+        _refuse_no_training_row(counts, settings)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
@@ -213,12 +213,17 @@ def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: 
             )
 
 
-def _refuse_no_training_row(counts: RowCounts, formats: dict[str, type[Format]]) -> None:
-    if not counts.examples["train"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> None:
+    if counts.examples["train"]:
+        return
+    if counts.examples["heldout"]:
         raise DataError(
-            f"{' + '.join(formats)}: no usable training row among {counts.rows_in.total()} ({reasons or 'the source is empty'})."
+            f"All {counts.examples['heldout']:,} examples of {' + '.join(counts.rows_in)} are held out: prepare.heldout_fraction={settings.heldout_fraction:g} is a share of the prompts, and there are few of them. Use --set prepare.heldout_fraction=0."
         )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+    raise DataError(
+        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons})."
+    )
 
 
 def _head(data: DataSettings) -> list[SourceRow]:
