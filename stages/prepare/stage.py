@@ -133,7 +133,10 @@ def prepare(
         }
         _announce(formats, sources, heads, filter_, template, context)
         gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
-        maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
+        filters = Filters(filter_)
+        for note in filters.notes():
+            context.say(note)
+        maker = ExampleMaker(converts, settings, template, filters, gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
         _refuse_no_training_row(counts, settings)
