@@ -8,7 +8,6 @@ dropped, counted by reason. Memory does not grow with the data: it holds a few b
 `align prepare`.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -29,8 +28,9 @@ from stages.formats.unread_columns import columns_not_read
 from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
-from stages.prepare.examples import BAD_ROW, ExampleMaker, RejectedRow
+from stages.prepare.examples import ExampleMaker
 from stages.prepare.filters import Filters
+from stages.prepare.rejected import kept_problems, list_rejected, listed
 from stages.prepare.shard_writer import SplitWriter
 from stages.prepare.workers import outcomes
 from stages.runtime.context import Context
@@ -139,7 +139,7 @@ def prepare(
         maker = ExampleMaker(converts, settings, template, filters, gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
-        _refuse_no_training_row(counts, settings)
+        _refuse_no_training_row(counts, settings, draft)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
@@ -171,7 +171,7 @@ def _write_rows(
     batches = _batches(mixture(sources, streams, data))
     for outcome in outcomes(batches, maker, maker.settings.num_workers):
         counts.add(outcome.counts)
-        _list_rejected(outcome.rejected, data, draft)
+        list_rejected(outcome.rejected, data, draft)
         for made in outcome.examples:
             reason = duplicates.reason(made.example.example_id, made.text)
             if reason is not None:
@@ -189,34 +189,18 @@ def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
         yield batch
 
 
-def _list_rejected(rejected: list[RejectedRow], data: DataSettings, draft: Draft) -> None:
-    """Raise `DataError` for the first malformed row, or list the batch's rejected rows in rejected.jsonl."""
-    if not rejected:
-        return
-    malformed = [row for row in rejected if row.reason == BAD_ROW]
-    if malformed and data.on_bad_row == "error":
-        raise DataError(
-            f"{malformed[0].location}: {malformed[0].problem}. Fix the row, or skip such rows with --set data.on_bad_row=skip."
-        )
-    with open(draft.path / "rejected.jsonl", "a", encoding="ascii") as handle:
-        for row in rejected:
-            handle.write(json.dumps({"location": row.location, "problem": row.problem, "reason": row.reason}))
-            handle.write("\n")
-
-
 def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: Draft) -> None:
     """Raise `DataError` where rows without text outnumber the rows kept: then the column is not one of text."""
     for source in sources:
         dropped = counts.dropped[source.name, NOT_TEXT]
         if dropped > counts.rows_kept[source.name]:
-            lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
-            first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
+            first = next(row for row in listed(draft) if row["reason"] == NOT_TEXT)
             raise DataError(
                 f"{first['location']}: {first['problem']}; the same in {dropped:,} of {counts.rows_in[source.name]:,} rows of {source.name}. Map the columns that have text in YAML (data.columns), or convert the values to text."
             )
 
 
-def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> None:
+def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings, draft: Draft) -> None:
     if counts.examples["train"]:
         return
     if counts.examples["heldout"]:
@@ -225,7 +209,7 @@ def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> Non
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
     raise DataError(
-        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons})."
+        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons}).{kept_problems(draft)}"
     )
 
 

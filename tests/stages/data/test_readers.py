@@ -101,6 +101,17 @@ def test_a_json_file_that_is_no_array_is_refused(read, content, problem):
         read("rows.json", content)
 
 
+@pytest.mark.parametrize("orient", ["columns", "split", "table"])
+def test_a_json_file_of_pandas_is_told_the_orientation_that_works(tmp_path, read, orient):
+    frame = pytest.importorskip("pandas").DataFrame([{"prompt": f"q{n}", "chosen": "a"} for n in range(2000)])
+    frame.to_json(tmp_path / "rows.json", orient=orient)
+    with pytest.raises(DataError, match="orient='records', lines=True") as caught:
+        read("rows.json")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    assert len(read("rows.jsonl")) == 2000
+
+
 TABLE = pa.table({"prompt": ["2020-01-01", "b", None], "nested": [[{"role": "user", "x": None}], [], None]})
 
 
