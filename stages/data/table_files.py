@@ -95,7 +95,7 @@ def read_excel(path: Path) -> Iterator[SourceRow]:
         from openpyxl.utils.exceptions import InvalidFileException
     except ModuleNotFoundError as error:
         raise MachineError(
-            f"{path}: Excel files need openpyxl. Install it with pip install 'align[excel]', or save the sheet as CSV in UTF-8."
+            f"{path}: Excel files need openpyxl. Install it with pip install -e '.[excel]', or save the sheet as CSV in UTF-8."
         ) from error
     from zipfile import BadZipFile
 
