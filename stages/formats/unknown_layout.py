@@ -31,7 +31,7 @@ def unknown_layout(row: Mapping[str, Any], formats: Sequence[type[Format]]) -> s
     ):
         return (
             "has a prompt and no answers. Sample from prompts with align sample --set sample.prompts=FILE. "
-            "If there are answers, map the columns in YAML (data.columns); docs/formats.md shows a row of each format."
+            "If there are answers, map the columns in YAML (data.columns), or choose a format with --set data.format=NAME; docs/formats.md shows a row of each."
         )
     return (
         "fits no known format. Map the columns in YAML, for example data.columns: {prompt: question, chosen: good, rejected: bad}, "
