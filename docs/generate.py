@@ -23,7 +23,7 @@ import cache.errors  # noqa: E402
 from cache.errors import AlignError  # noqa: E402
 from pipeline.cli import app  # noqa: E402
 from pipeline.config import load_config  # noqa: E402
-from stages.formats import FORMATS  # noqa: E402
+from stages.formats import FAMILIES, FORMATS  # noqa: E402
 from stages.losses import LOSSES  # noqa: E402
 from stages.losses.contract import Loss  # noqa: E402
 from stages.losses.mixture import Mixture  # noqa: E402
@@ -243,11 +243,34 @@ def memory() -> str:
     )
 
 
+def formats() -> str:
+    """Every format by family: its name, whose layout it is, and its columns."""
+    parts = []
+    for family, entries in FAMILIES.items():
+        rows = [[f"`{entry.name}`", entry.origin, entry.columns.replace("|", "\\|")] for entry in entries]
+        parts += [f"## {family}", table(["`data.format`", "from", "columns"], rows)]
+        if any(entry.ranked for entry in entries):
+            parts.append(RANKED)
+    return "\n\n".join(parts)
+
+
+RANKED = """\
+Of these, `prepare` keeps the best response and the worst one as a pair. With `prepare.graded=ranked` it keeps all of them as a
+ranked list, of which `train.pairs` forms `best_worst`, `adjacent` or `all` pairs."""
+
+
+def example_rows() -> str:
+    """An example row of each format."""
+    return "\n".join(["```jsonl", *(entry.example for entry in FORMATS), "```"])
+
+
 def _results(name: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "formats": formats,
+    "example-rows": example_rows,
     "losses": losses,
     "runs": runs,
     "commands": commands,

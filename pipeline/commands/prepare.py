@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared(StageResult):
-    """The rows artifact, and those of the named evaluation sets."""
+    """The rows artifact, those of the named evaluation sets, and the tokenizer that made them."""
 
     eval_sets: Mapping[str, StageResult]
+    tokenizer: Any
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -27,7 +28,7 @@ class Prepared(StageResult):
         return {**super().as_json(), **({"eval_sets": sets} if sets else {})}
 
     def show(self, console: Console) -> None:
-        """Print how many source rows became which examples, what was dropped and what was truncated."""
+        """Print how many source rows became which examples, what was dropped and truncated, and on a terminal the first rows."""
         counts = self.artifact.counts
         rows_in, rows_kept = counts["rows_in"], counts["rows_kept"]
         what = f"{rows_in:,} rows in = {rows_kept:,} kept + {rows_in - rows_kept:,} dropped"
@@ -36,6 +37,10 @@ class Prepared(StageResult):
         for label, value in _lines(counts):
             table.add_row(label, value)
         console.print(table)
+        if console.is_terminal:
+            from pipeline.inspect.first_rows import first_rows
+
+            console.print(first_rows(self.artifact, self.tokenizer))
 
 
 def _lines(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -79,7 +84,7 @@ def prepare(inputs: "Inputs") -> Prepared:
     sets = {name: StageResult(*rows(source)) for name, source in inputs.eval_sources.items()}
     inputs.found_rows[inputs.data_name] = artifact
     inputs.found_rows |= {f"eval.sets.{name}": made.artifact for name, made in sets.items()}
-    return Prepared(artifact, reused, sets)
+    return Prepared(artifact, reused, sets, inputs.template.tokenizer)
 
 
 def would_prepare(inputs: "Inputs") -> Intent:

@@ -13,6 +13,7 @@ from stages.data.json_files import parse_json
 from stages.data.source_row import SourceRow, first_line
 
 Conversion = Callable[[Any], Any]
+JSON_EXTENSION = "arrow.json"
 ARROW_FILE_MAGIC = b"ARROW1"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -86,14 +87,17 @@ def _conversion(kind: Any) -> Conversion | None:
     """The function from a value of this Arrow type to the value that JSON would have; None where they are equal."""
     import pyarrow as pa
 
-    if isinstance(kind, pa.JsonType):
+    # By name: `datasets` 5 writes columns of uneven type so, and a pyarrow before 19 has no class for it.
+    if getattr(kind, "extension_name", None) == JSON_EXTENSION:
         return lambda value: value if value is None else parse_json(value.encode())
+    if pa.types.is_dictionary(kind):
+        return _conversion(kind.value_type)
     if pa.types.is_struct(kind):
         return _struct_conversion({field.name: _conversion(field.type) for field in kind})
     if pa.types.is_map(kind):
         convert = _conversion(kind.item_type) or _unchanged
         return lambda pairs: pairs if pairs is None else {key: convert(value) for key, value in pairs}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if hasattr(kind, "value_type"):  # every kind of list
         element = _conversion(kind.value_type)
         return element and (lambda values: values if values is None else [*map(element, values)])
     return None

@@ -10,8 +10,28 @@ from stages.data.source_row import BadRow, Flagged
 NOT_TEXT = "not_text"
 
 
+class Cell(str):
+    """A value of a file without types, such as CSV: a text, or the number or list that it spells."""
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a column has no value: null, or an empty cell."""
+    return value is None or (value == "" and isinstance(value, Cell))
+
+
+def _typed(value: Any) -> Any:
+    """What a cell spells as JSON, or its text; any other value unchanged."""
+    if not isinstance(value, Cell):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return str(value)
+
+
 def finite_number(value: Any, column: str) -> float:
     """The value as a float; raises `BadRow` unless it is a finite number."""
+    value = _typed(value)
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -21,18 +41,21 @@ def finite_number(value: Any, column: str) -> float:
 
 
 def one_of(row: Mapping[str, Any], column: str, choices: Sequence[Any]) -> Any:
-    """A column with one of `choices`, of the same type: true is not 1, and "1" is not 1."""
-    value = row.get(column)
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise BadRow(
-            f"{column}: expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {shown(value)}"
-        )
-    return value
+    """The one of `choices` that a column has: true is not 1, and "1" is not 1, but 1.0, as pandas writes it, is."""
+    value = _typed(row.get(column))
+    for choice in choices:
+        if value == choice and (
+            type(value) is type(choice) or (type(value) is float and type(choice) is int)
+        ):
+            return choice
+    raise BadRow(
+        f"{column}: expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {shown(value)}"
+    )
 
 
 def truth(row: Mapping[str, Any], column: str) -> bool:
     """A column with true or false, or 1 or 0."""
-    value = row.get(column)
+    value = _typed(row.get(column))
     if not isinstance(value, bool) and value not in (0, 1):
         raise BadRow(f"{column}: expected true or false, found {shown(value)}")
     return bool(value)
@@ -52,7 +75,7 @@ def text(row: Mapping[str, Any], column: str) -> str:
         raise BadRow(
             f"{column}: character {error.start} is half a surrogate pair, which UTF-8 cannot encode"
         ) from error
-    return value
+    return str(value)
 
 
 def is_utf8(value: str) -> bool:
@@ -71,7 +94,7 @@ def optional_text(row: Mapping[str, Any], column: str) -> str:
 
 def entries(row: Mapping[str, Any], column: str) -> list[Any]:
     """A column with a list."""
-    value = row.get(column)
+    value = _typed(row.get(column))
     if not isinstance(value, list):
         raise BadRow(f"{column}: expected a list, found {shown(value)}")
     return value

@@ -15,7 +15,8 @@ from cache.errors import DataError, UsageError
 from stages.data.source_row import first_line
 from stages.settings.data import DataSettings
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+EXCEL_SUFFIX = ".xlsx"
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 DEFAULT_SPLIT = DataSettings().split
 

@@ -65,6 +65,7 @@ def read_json(path: Path) -> Iterator[SourceRow]:
         raise DataError(
             f"{path}: {error}. Expected a JSON array of objects; one object a line goes in a .jsonl file."
         ) from error
+    _refuse_pandas(value, path)
     if isinstance(value, dict) and value and all(isinstance(entry, dict) for entry in value.values()):
         # An object of objects, as ODPO's file: the key becomes a column of the row.
         value = [{"key": key, **entry} for key, entry in value.items()]
@@ -76,6 +77,19 @@ def read_json(path: Path) -> Iterator[SourceRow]:
             yield SourceRow(location, row)
         else:
             yield SourceRow(location, None, f"expected an object, found {type(row).__name__}")
+
+
+def _refuse_pandas(value: Any, path: Path) -> None:
+    """Raise `DataError` for a table as pandas writes it by default, by columns, and in two other orientations."""
+    if not isinstance(value, dict) or not value:
+        return
+    parts = list(value.values())
+    numbered = isinstance(parts[0], dict) and bool(parts[0]) and all(key.isdigit() for key in parts[0])
+    by_columns = numbered and all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts)
+    if by_columns or {"columns", "data"} <= value.keys() or {"schema", "data"} <= value.keys():
+        raise DataError(
+            f"{path} is a table in an orientation of pandas that has no rows. Write it with df.to_json('{path.stem}.jsonl', orient='records', lines=True)."
+        )
 
 
 def parse_json(content: bytes) -> Any:

@@ -27,7 +27,7 @@ MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reason
 OTHER_KEYS = {"from": "role", "value": "content", "reasoning": "reasoning_content"}
 WEIGHT_KEYS = ("weight", "loss_weight")
 # Columns of a file of prompts, for sampling and for decontamination; of several the first that is not empty.
-PROMPT_COLUMNS = ("prompt", "instruction", "messages", "question", "turns")
+PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "question", "turns", "query", "input")
 
 
 def prompt_of(row: Mapping[str, Any], column: str = "prompt") -> str | list[Message]:

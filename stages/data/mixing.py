@@ -59,6 +59,7 @@ def sources_identity(data: DataSettings) -> Any:
             "name": source.name,
             "format": source.data.format,
             "columns": source.data.columns,
+            "labels": source.data.labels,
             "weight": source.weight,
             "count": source.count,
             "content": source_identity(source.data),
@@ -76,7 +77,9 @@ def mixture(sources: list[Source], streams: Mapping[str, Stream], data: DataSett
 
 
 def _source(entry: SourceSettings, data: DataSettings) -> Source:
-    own = entry.model_dump(include={"path", "format", "columns", "config", "split", "revision"})
+    own = entry.model_dump(
+        include={"path", "format", "columns", "ignore", "labels", "config", "split", "revision"}
+    )
     settings = data.model_copy(update={**own, "sources": [], "max_samples": None})
     name = entry.name or Path(entry.path).name.split(".")[0] or entry.path
     return Source(name, settings, entry.weight, entry.count)

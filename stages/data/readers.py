@@ -11,10 +11,13 @@ from typing import Any
 from cache.errors import DataError, MachineError, UsageError
 from cache.files import sha256_file
 from stages.data.arrow_files import arrow_rows, read_arrow
-from stages.data.folders import FILE_SUFFIXES, folder_files, suffix_of
+from stages.data.folders import EXCEL_SUFFIX, FILE_SUFFIXES, folder_files, suffix_of
 from stages.data.json_files import read_json, read_jsonl
 from stages.data.source_row import SourceRow, first_line
+from stages.data.table_files import DELIMITERS, read_csv, read_excel
 from stages.settings.data import DataSettings
+
+ONE_FILE_SUFFIXES = (*FILE_SUFFIXES, EXCEL_SUFFIX)
 
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def _local_files(data: DataSettings) -> list[Path] | None:
     if path.exists() and data.revision is not None:
         raise UsageError(f"data.revision={data.revision}: {path} is local. Leave data.revision out.")
     if path.is_file():
-        if suffix_of(path) not in FILE_SUFFIXES:
+        if suffix_of(path) not in ONE_FILE_SUFFIXES:
             raise DataError(
-                f"{path}: unknown file type. Expected one of {', '.join(FILE_SUFFIXES)} (JSON also as .gz)."
+                f"{path}: unknown file type. Expected one of {', '.join(ONE_FILE_SUFFIXES)} (JSON and CSV also as .gz)."
             )
         for key in ("config", "split"):
             if getattr(data, key) != getattr(DataSettings(), key):
@@ -68,7 +71,11 @@ def _local_files(data: DataSettings) -> list[Path] | None:
         return [path]
     if path.is_dir():
         return folder_files(path, data).files
-    if data.path.startswith((".", "/", "~")) or data.path.count("/") > 1 or suffix_of(path) in FILE_SUFFIXES:
+    if (
+        data.path.startswith((".", "/", "~"))
+        or data.path.count("/") > 1
+        or suffix_of(path) in ONE_FILE_SUFFIXES
+    ):
         raise DataError(f"No such file: {data.path}. Give a file or a hub dataset with --set data.path=PATH.")
     return None
 
@@ -77,6 +84,10 @@ def _read_file(path: Path) -> Iterator[SourceRow]:
     suffix = suffix_of(path)
     if suffix == ".jsonl":
         return read_jsonl(path)
+    if suffix in DELIMITERS:
+        return read_csv(path, suffix)
+    if suffix == EXCEL_SUFFIX:
+        return read_excel(path)
     return read_json(path) if suffix == ".json" else read_arrow(path, suffix)
 
 

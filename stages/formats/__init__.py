@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache.errors import DataError
-from stages.data.messages import PROMPT_COLUMNS
 from stages.data.source_row import SourceRow
 from stages.formats.column_map import renamed
 from stages.formats.contract import Candidate, Format, Preference, Tokens, Unusable
@@ -46,55 +45,99 @@ from stages.formats.llama_factory import (
 )
 from stages.formats.one_response_per_row import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired
 from stages.formats.ties_and_rankings import conversion
-from stages.formats.trl import Explicit, Graded, Implicit, Posts, Transcript, UltraFeedback, Unpaired
-
-FORMATS: tuple[type[Format], ...] = (
-    # pairs
+from stages.formats.trl import (
     Explicit,
-    UltraFeedback,
-    Implicit,
-    Transcript,
-    Orca,
-    NamedResponses,
-    StackExchange,
-    AlpacaRanking,
-    ShareGPTRanking,
-    V1Messages,
-    AxolotlChat,
-    OpenAI,
-    Swift,
-    # two responses and a verdict
-    HalosPairwise,
-    Arena,
-    SHP,
-    SafeRLHFBetter,
-    SafeRLHFSafer,
-    PandaLM,
-    # single responses, good or bad
-    Unpaired,
-    TaggedMessages,
-    TaggedAlpaca,
-    AxolotlKTO,
-    HalosBinary,
-    HelpSteer,
-    # many responses, graded or ranked
     Graded,
+    Implicit,
+    ImplicitText,
     Posts,
-    ScoredRows,
-    Prometheus,
-    RankedAnswers,
-    NeMo,
-    Nectar,
-    OnPolicyScores,
-    # token ids
-    TokenizedPair,
-    TokenizedUnpaired,
+    StepDPO,
+    Transcript,
+    UltraFeedback,
+    Unpaired,
 )
+from stages.formats.two_answers import (
+    AlpacaEval,
+    ArenaLists,
+    Bedrock,
+    HelpSteer2,
+    HelpSteer3,
+    JudgeBench,
+    LLMBar,
+    MultiPref,
+    TwoAnswers,
+    Vertex,
+    WebGPT,
+)
+from stages.formats.unknown_layout import names_of, unknown_layout
+
+FAMILIES: dict[str, tuple[type[Format], ...]] = {
+    "Pairs": (
+        Explicit,
+        UltraFeedback,
+        Implicit,
+        ImplicitText,
+        Transcript,
+        StepDPO,
+        Orca,
+        NamedResponses,
+        StackExchange,
+        AlpacaRanking,
+        ShareGPTRanking,
+        V1Messages,
+        AxolotlChat,
+        OpenAI,
+        Swift,
+    ),
+    "Two responses and a verdict": (
+        TwoAnswers,
+        HalosPairwise,
+        Arena,
+        SHP,
+        SafeRLHFBetter,
+        SafeRLHFSafer,
+        PandaLM,
+        HelpSteer2,
+        HelpSteer3,
+        LLMBar,
+        JudgeBench,
+        MultiPref,
+        AlpacaEval,
+        WebGPT,
+        ArenaLists,
+        Vertex,
+        Bedrock,
+    ),
+    "Single responses, good or bad": (
+        Unpaired,
+        TaggedMessages,
+        TaggedAlpaca,
+        AxolotlKTO,
+        HalosBinary,
+        HelpSteer,
+    ),
+    "Many responses, graded or ranked": (
+        Graded,
+        Posts,
+        ScoredRows,
+        Prometheus,
+        RankedAnswers,
+        NeMo,
+        Nectar,
+        OnPolicyScores,
+    ),
+    "Token ids": (
+        TokenizedPair,
+        TokenizedUnpaired,
+    ),
+}
+FORMATS = tuple(format_ for family in FAMILIES.values() for format_ in family)
 # Rows looked at before a format is chosen.
 DETECTION_ROWS = 1000
 
 __all__ = [
     "DETECTION_ROWS",
+    "FAMILIES",
     "FORMATS",
     "Candidate",
     "Format",
@@ -142,9 +185,9 @@ def choose_format(
         found = Counter(entry for entry in FORMATS if entry.matches(first))
         if len(found) == 1:
             return next(iter(found))
-    columns = ", ".join(sorted(map(str, first)))
+    columns = names_of(first)
     if not found:
-        raise DataError(f"{where}: a row with columns {columns} {_unknown(first)}")
+        raise DataError(f"{where}: a row with columns {columns} {unknown_layout(first, FORMATS)}")
     counts = "" if num_rows == 1 else f" of the first {num_rows:,} rows"
     layouts = "; ".join(
         f"{entry.name}{f', {count:,}{counts}' if counts else ''}: {entry.columns}"
@@ -153,22 +196,3 @@ def choose_format(
     raise DataError(
         f"{where}: a row with columns {columns} fits several formats. Choose with --set data.format=NAME from {layouts}."
     )
-
-
-def _unknown(first: Mapping[str, Any]) -> str:
-    """The end of the error message for rows that no format matches."""
-    if any(column in first for column in PROMPT_COLUMNS) and not _has_answer(first):
-        return (
-            "has a prompt and no answers. Sample from prompts with align sample --set sample.prompts=FILE. "
-            "If there are answers, map the columns in YAML (data.columns), or choose a format with --set data.format=NAME; docs/formats.md shows a row of each."
-        )
-    names = ", ".join(entry.name for entry in FORMATS)
-    return (
-        "fits no known format. Map the columns in YAML, for example data.columns: "
-        f"{{prompt: question, chosen: good, rejected: bad}}, or choose a format with --set data.format=NAME from {names}; docs/formats.md shows a row of each."
-    )
-
-
-def _has_answer(first: Mapping[str, Any]) -> bool:
-    words = ("chosen", "rejected", "response", "completion", "output", "answer", "text", "label")
-    return any(word in str(column) for column in first for word in words)

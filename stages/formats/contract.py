@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stages.data.columns import finite_number, optional_text, shown
+from stages.data.columns import finite_number, is_absent, optional_text, shown
 from stages.data.messages import Message, as_messages, tools_of, without_weight
 from stages.data.source_row import BadRow
+from stages.data.transcript import transcript_prompt
+from stages.settings.data import Meaning
 
 SCORE_COLUMNS = (
     ("score_chosen", "score_rejected"),
@@ -66,12 +68,20 @@ class Format:
     """A layout of source rows. Subclasses are listed in `stages.formats.FORMATS`, the only list."""
 
     name: ClassVar[str]
+    # Whose layout it is, with † where it was built from the published schema and tried on no file of theirs.
+    origin: ClassVar[str]
+    # A row as JSON, for documents and tests: in each, 4 is the right answer to 2+2.
+    example: ClassVar[str]
     # The columns it reads, for messages and documents.
     columns: ClassVar[str]
     # Rows are ranked lists: prepare.graded keeps the best and the worst, or all.
     ranked: ClassVar[bool] = False
-    # Rows are single responses; those with the same value in this column are gathered first.
-    gathered_by: ClassVar[str | None] = None
+    # Rows are single responses; those with the same values in these columns are gathered first.
+    gathered_by: ClassVar[tuple[str, ...]] = ()
+    # Columns whose values mean good or bad, or which of two answers; `data.labels` maps them.
+    label_columns: ClassVar[tuple[str, ...]] = ()
+    # What they may mean.
+    meanings: ClassVar[tuple[Meaning, ...]] = (True, False)
     # Rows are token ids, so their prompts cannot be compared with those of text.
     holds_ids: ClassVar[bool] = False
     # Rows are single scored responses, desirable from the score data.threshold on.
@@ -96,15 +106,17 @@ def pair(
     *,
     scores: tuple[float | None, float | None] | None = None,
     tied: bool = False,
+    tools: list[Any] | None = None,
 ) -> Preference:
     """A chosen and a rejected completion of one prompt, with the row's scores, weight, system text and tools.
 
-    Raises `Unusable` when there is nothing to prefer.
+    Tied also where the column `status` says so. Raises `Unusable` when there is nothing to prefer.
     """
     if chosen == rejected:
         raise Unusable("identical_completions")
     best, worst = scores_of(row) if scores is None else scores
-    return assembled(row, prompt, [(chosen, "chosen", best), (rejected, "rejected", worst)], tied)
+    sides = [(chosen, "chosen", best), (rejected, "rejected", worst)]
+    return assembled(row, prompt, sides, tied or row.get("status") == "tie", tools=tools)
 
 
 def ranked(
@@ -112,12 +124,16 @@ def ranked(
     prompt: str | list[Message],
     completions: Sequence[str | list[Message]],
     scores: Sequence[float],
+    weights: Sequence[float] | None = None,
 ) -> Preference:
-    """A ranked list of completions with their scores; tied where all scores are equal."""
+    """A ranked list of completions with their scores; tied where all scores are equal.
+
+    `weights` are those of the completions; without them, each has the row's.
+    """
     if len(completions) < 2:
         raise Unusable("fewer_than_two_responses")
     sides = [(completion, "ranked", score) for completion, score in zip(completions, scores, strict=True)]
-    return assembled(row, prompt, sides, min(scores) == max(scores))
+    return assembled(row, prompt, sides, min(scores) == max(scores), weights)
 
 
 def assembled(
@@ -125,20 +141,32 @@ def assembled(
     prompt: str | list[Message],
     sides: Sequence[tuple[str | list[Message], str, float | None]],
     tied: bool = False,
+    weights: Sequence[float] | None = None,
+    tools: list[Any] | None = None,
 ) -> Preference:
-    """A preference of (completion, role, score), all text or all messages, with the row's weight, system text and tools."""
-    system, tools = optional_text(row, "system") or optional_text(row, "system_prompt"), tools_of(row)
+    """A preference of (completion, role, score), all text or all messages, with the row's weight, system text and tools.
+
+    A text prompt that is a transcript becomes its turns.
+    """
+    system = optional_text(row, "system") or optional_text(row, "system_prompt")
+    tools = tools_of(row) if tools is None else tools
+    turns = transcript_prompt(prompt) if isinstance(prompt, str) else None
+    if turns:
+        prompt = turns
+        sides = [
+            (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
+        ]
     if tools or system or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides))):
         prompt = as_messages(prompt, "user")
         sides = [(as_messages(completion, "assistant"), role, score) for completion, role, score in sides]
     if system and isinstance(prompt, list) and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
-    weight = weight_of(row)
+    weights = [weight_of(row)] * len(sides) if weights is None else weights
     if isinstance(prompt, list):
         prompt = [without_weight(message) for message in prompt]
     candidates = [
         Candidate(completion, role, score, weight * turn_weight(completion))
-        for completion, role, score in sides
+        for (completion, role, score), weight in zip(sides, weights, strict=True)
     ]
     return Preference(prompt, candidates, tools, tied)
 
@@ -152,19 +180,19 @@ def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
         return None, None
     for columns in SCORE_COLUMNS:
         values = [row.get(column) for column in columns]
-        if all(value is not None for value in values):
+        if not any(map(is_absent, values)):
             chosen, rejected = (
                 finite_number(value, column) for column, value in zip(columns, values, strict=True)
             )
             return chosen, rejected
-    if row.get("margin") is not None:
+    if not is_absent(row.get("margin")):
         return finite_number(row["margin"], "margin"), 0.0
     return None, None
 
 
 def weight_of(row: Mapping[str, Any]) -> float:
     """The `weight` column of a row, 1 where there is none."""
-    if row.get("weight") is None:
+    if is_absent(row.get("weight")):
         return 1.0
     weight = finite_number(row["weight"], "weight")
     if weight < 0:

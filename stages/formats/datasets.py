@@ -7,21 +7,30 @@ documented schema" were not tried on a file of that data set.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, finite_number, one_of, text
-from stages.data.messages import as_messages, check_prompt, messages, prompt_of
+from stages.data.columns import entries, finite_number, is_absent, one_of, shown, text
+from stages.data.messages import Message, as_messages, check_prompt, messages, prompt_of
 from stages.data.source_row import BadRow
+from stages.data.transcript import transcript
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import instruction_of
-from stages.formats.trl import listed, split_shared, transcript
+from stages.formats.trl import listed, split_shared
+
+TIES = ("tie", "tie (bothbad)", "tie (inconsistent)", "both_bad")
 
 
 class Arena(Format):
-    """Chatbot Arena and MT-bench human votes: two conversations and `winner`. From the documented schema.
+    """Chatbot Arena and MT-bench votes: two conversations and `winner`. From the documented schema.
 
-    `winner` is model_a, model_b, tie or 'tie (bothbad)'; lmsys/chatbot_arena_conversations.
+    `winner` is model_a, model_b or a word for a tie; lmsys/chatbot_arena_conversations, lmsys/mt_bench_human_judgments,
+    lmarena-ai/arena-human-preference-140k. In MT-bench `turn` is the turn that was judged: later turns are left out, and
+    earlier ones are not trained. In the arena's votes, of users, it is the number of turns, judged as a whole.
     """
 
     name: ClassVar[str] = "arena"
+    origin: ClassVar[str] = "Chatbot Arena, MT-bench votes †"
+    example: ClassVar[str] = (
+        r'{"conversation_a": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "conversation_b": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}], "winner": "model_a"}'
+    )
     columns: ClassVar[str] = "conversation_a, conversation_b, winner (model_a, model_b, tie)"
 
     @classmethod
@@ -30,11 +39,14 @@ class Arena(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        winner = one_of(row, "winner", ["model_a", "model_b", "tie", "tie (bothbad)"])
+        winner = one_of(row, "winner", ["model_a", "model_b", *TIES])
         first, second = (messages(row, f"conversation_{side}") for side in "ab")
+        if not is_absent(row.get("turn")) and not str(row.get("judge")).startswith("arena_user"):
+            turn = finite_number(row["turn"], "turn")
+            first, second = _judged(first, turn), _judged(second, turn)
         prompt, first, second = split_shared(first, second)
         sides = (second, first) if winner == "model_b" else (first, second)
-        return pair(row, prompt, *sides, tied=winner.startswith("tie"))
+        return pair(row, prompt, *sides, tied=winner in TIES)
 
 
 class SHP(Format):
@@ -44,6 +56,10 @@ class SHP(Format):
     """
 
     name: ClassVar[str] = "shp"
+    origin: ClassVar[str] = "Stanford †"
+    example: ClassVar[str] = (
+        r'{"history": "2+2?", "human_ref_A": "5", "human_ref_B": "4", "labels": 0, "score_A": 3, "score_B": 12}'
+    )
     columns: ClassVar[str] = "history, human_ref_A, human_ref_B, labels (1 = A)"
 
     @classmethod
@@ -64,6 +80,10 @@ class SafeRLHFBetter(Format):
     """PKU-SafeRLHF by helpfulness: `better_response_id` is 0 or 1. From the documented schema."""
 
     name: ClassVar[str] = "safe_rlhf_better"
+    origin: ClassVar[str] = "PKU †, more helpful"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "response_0": "5", "response_1": "4", "better_response_id": 1}'
+    )
     columns: ClassVar[str] = "prompt, response_0, response_1, better_response_id (the more helpful)"
     column: ClassVar[str] = "better_response_id"
 
@@ -82,6 +102,10 @@ class SafeRLHFSafer(SafeRLHFBetter):
     """PKU-SafeRLHF by harmlessness: `safer_response_id` is 0 or 1. From the documented schema."""
 
     name: ClassVar[str] = "safe_rlhf_safer"
+    origin: ClassVar[str] = "PKU †, safer"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "response_0": "5", "response_1": "4", "safer_response_id": 1}'
+    )
     columns: ClassVar[str] = "prompt, response_0, response_1, safer_response_id (the safer)"
     column: ClassVar[str] = "safer_response_id"
 
@@ -90,6 +114,8 @@ class HelpSteer(Format):
     """HelpSteer: single responses with `helpfulness` 0-4; desirable from data.threshold on. From the documented schema."""
 
     name: ClassVar[str] = "helpsteer"
+    origin: ClassVar[str] = "NVIDIA †"
+    example: ClassVar[str] = r'{"prompt": "2+2?", "response": "4", "helpfulness": 4, "correctness": 4}'
     columns: ClassVar[str] = "prompt, response, helpfulness; desirable from the score data.threshold on"
     needs_threshold: ClassVar[bool] = True
 
@@ -110,6 +136,10 @@ class PandaLM(Format):
     """
 
     name: ClassVar[str] = "pandalm"
+    origin: ClassVar[str] = "PandaLM"
+    example: ClassVar[str] = (
+        r'{"instruction": "Add.", "input": "2+2", "response1": "4", "response2": "5", "annotator1": 1, "annotator2": 1, "annotator3": 0}'
+    )
     columns: ClassVar[str] = "instruction, input, response1, response2, annotator1-3 (votes 0, 1, 2)"
     voters: ClassVar[tuple[str, ...]] = ("annotator1", "annotator2", "annotator3")
 
@@ -133,6 +163,8 @@ class StackExchange(Format):
     """stack-exchange-paired: a `question`, and `response_j` with more votes than `response_k`."""
 
     name: ClassVar[str] = "stack_exchange"
+    origin: ClassVar[str] = "stack-exchange-paired"
+    example: ClassVar[str] = r'{"question": "2+2?", "response_j": "4", "response_k": "5"}'
     columns: ClassVar[str] = "question, response_j (the better), response_k"
 
     @classmethod
@@ -148,6 +180,10 @@ class Nectar(Format):
     """Nectar: an hh-style `prompt` and `answers`, each with a `rank` (1 is best). From the documented schema."""
 
     name: ClassVar[str] = "nectar"
+    origin: ClassVar[str] = "Berkeley †"
+    example: ClassVar[str] = (
+        r'{"prompt": "\n\nHuman: 2+2?\n\nAssistant: ", "answers": [{"answer": "5", "rank": 2.0}, {"answer": "4", "rank": 1.0}]}'
+    )
     columns: ClassVar[str] = "prompt (\\n\\nHuman: transcript), answers (answer, rank; 1 is best)"
     ranked: ClassVar[bool] = True
 
@@ -175,6 +211,10 @@ class OnPolicyScores(Format):
     """
 
     name: ClassVar[str] = "on_policy_scores"
+    origin: ClassVar[str] = "princeton-nlp, Snorkel †"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "all_generated_responses": ["5", "4"], "all_rm_scores": [0.1, 0.9]}'
+    )
     columns: ClassVar[str] = "prompt, all_generated_responses, all_rm_scores (lists of equal length)"
     ranked: ClassVar[bool] = True
 
@@ -186,6 +226,19 @@ class OnPolicyScores(Format):
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         prompt = prompt_of(row)
         return listed(row, as_messages(prompt, "user"), "all_generated_responses", "all_rm_scores")
+
+
+def _judged(turns: list[Message], judged: float) -> list[Message]:
+    """A conversation up to the answer of a turn, counted from 1, with the answers before it masked."""
+    users = [place for place, message in enumerate(turns) if message["role"] == "user"]
+    if judged not in range(1, len(users) + 1):
+        raise BadRow(f"turn: expected a number from 1 to {len(users)}, found {shown(judged)}")
+    last = users[int(judged) - 1]
+    end = users[int(judged)] if judged < len(users) else len(turns)
+    return [
+        {**message, "weight": 0.0} if place < last and message["role"] == "assistant" else message
+        for place, message in enumerate(turns[:end])
+    ]
 
 
 def _user(content: str) -> list[dict[str, Any]]:

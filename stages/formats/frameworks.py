@@ -11,6 +11,7 @@ from stages.data.messages import (
     is_conversation,
     messages,
     prompt_of,
+    tools_of,
 )
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
@@ -25,6 +26,10 @@ class OpenAI(Format):
     """
 
     name: ClassVar[str] = "openai"
+    origin: ClassVar[str] = "OpenAI, Together, Fireworks"
+    example: ClassVar[str] = (
+        r'{"input": {"messages": [{"role": "user", "content": "2+2?"}], "tools": [], "parallel_tool_calls": true}, "preferred_output": [{"role": "assistant", "content": "4"}], "non_preferred_output": [{"role": "assistant", "content": "5"}]}'
+    )
     columns: ClassVar[str] = "input (messages, tools), preferred_output, non_preferred_output"
 
     @classmethod
@@ -35,13 +40,18 @@ class OpenAI(Format):
     def convert(cls, row: Mapping[str, Any]) -> Preference:
         source = mapping(row, "input")
         sides = [completion_of(row, column) for column in ("preferred_output", "non_preferred_output")]
-        return pair({**row, "tools": source.get("tools")}, prompt_messages(source, "messages"), *sides)
+        return pair(row, prompt_messages(source, "messages"), *sides, tools=tools_of(source))
 
 
 class Orca(Format):
-    """Orca DPO pairs: `system`, `question` (Intel) or `input` (argilla), `chosen`, `rejected` texts."""
+    """Orca DPO pairs: `system`, `question` (Intel) or `input` (argilla), `chosen`, `rejected` texts.
+
+    argilla's have two `generations` with a `rating` each, and the `status` tie where these are equal.
+    """
 
     name: ClassVar[str] = "orca"
+    origin: ClassVar[str] = "Intel, argilla"
+    example: ClassVar[str] = r'{"system": "Be brief.", "question": "2+2?", "chosen": "4", "rejected": "5"}'
     columns: ClassVar[str] = "system, question or input, chosen, rejected (texts)"
 
     @classmethod
@@ -54,13 +64,16 @@ class Orca(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        return pair(row, _prompt(row, "question", "input"), text(row, "chosen"), text(row, "rejected"))
+        sides = text(row, "chosen"), text(row, "rejected")
+        return pair(row, _prompt(row, "question", "input"), *sides, scores=_ratings(row, *sides))
 
 
 class NamedResponses(Format):
     """`instruction` (argilla) or `prompt` (NeMo-RL's older rows), `chosen_response`, `rejected_response`."""
 
     name: ClassVar[str] = "chosen_response"
+    origin: ClassVar[str] = "argilla, axolotl, older NeMo-RL"
+    example: ClassVar[str] = r'{"instruction": "2+2?", "chosen_response": "4", "rejected_response": "5"}'
     columns: ClassVar[str] = "instruction or prompt, chosen_response, rejected_response (optional system)"
 
     @classmethod
@@ -79,6 +92,10 @@ class AxolotlChat(Format):
     """axolotl's chat_template.default: `messages`, then one message `chosen` and one `rejected`."""
 
     name: ClassVar[str] = "axolotl_chat"
+    origin: ClassVar[str] = "axolotl"
+    example: ClassVar[str] = (
+        r'{"messages": [{"role": "user", "content": "2+2?"}], "chosen": {"role": "assistant", "content": "4"}, "rejected": {"role": "assistant", "content": "5"}}'
+    )
     columns: ClassVar[str] = "messages, chosen, rejected (a message, a list or a text each; optional tools)"
 
     @classmethod
@@ -99,6 +116,9 @@ class AxolotlKTO(Format):
     """axolotl's KTO rows: `instruction`, `question` or the conversation `chosen`; `completion`, `label`."""
 
     name: ClassVar[str] = "axolotl_kto"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
+    origin: ClassVar[str] = "axolotl"
+    example: ClassVar[str] = r'{"instruction": "2+2?", "completion": "4", "label": true}'
     columns: ClassVar[str] = "instruction, question or chosen, completion, label (true or false)"
 
     @classmethod
@@ -116,6 +136,10 @@ class Swift(Format):
     """ms-swift: `messages` with the chosen answer inside; `rejected_response` text or `rejected_messages`."""
 
     name: ClassVar[str] = "ms_swift"
+    origin: ClassVar[str] = "ms-swift"
+    example: ClassVar[str] = (
+        r'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "rejected_response": "5"}'
+    )
     columns: ClassVar[str] = (
         "messages (ending with the chosen answer), rejected_response or rejected_messages"
     )
@@ -139,6 +163,10 @@ class NeMo(Format):
     """NeMo-RL: `context` messages and `completions`, each with a `rank` (0 is best) and its messages."""
 
     name: ClassVar[str] = "nemo_rl"
+    origin: ClassVar[str] = "NeMo-RL"
+    example: ClassVar[str] = (
+        r'{"context": [{"role": "user", "content": "2+2?"}], "completions": [{"rank": 0, "completion": [{"role": "assistant", "content": "4"}]}, {"rank": 1, "completion": [{"role": "assistant", "content": "5"}]}]}'
+    )
     columns: ClassVar[str] = "context, completions (rank, 0 is best; completion)"
     ranked: ClassVar[bool] = True
 
@@ -158,6 +186,11 @@ class HalosBinary(Format):
     """HALOs feedback: `type` binary_feedback, `prompt` messages, `output`, `label` 1 or 0, `reward`."""
 
     name: ClassVar[str] = "halos_binary"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
+    origin: ClassVar[str] = "HALOs"
+    example: ClassVar[str] = (
+        r'{"type": "binary_feedback", "prompt": [{"role": "user", "content": "2+2?"}], "output": [{"role": "assistant", "content": "4"}], "label": 1, "reward": 0.9}'
+    )
     columns: ClassVar[str] = "type (binary_feedback), prompt or instruction, output, label"
 
     @classmethod
@@ -178,6 +211,10 @@ class HalosPairwise(Format):
     """HALOs feedback: `type` pairwise_feedback, `output_A`, `output_B`, `label` 1 where A is better."""
 
     name: ClassVar[str] = "halos_pairwise"
+    origin: ClassVar[str] = "HALOs"
+    example: ClassVar[str] = (
+        r'{"type": "pairwise_feedback", "prompt": [{"role": "user", "content": "2+2?"}], "output_A": [{"role": "assistant", "content": "5"}], "output_B": [{"role": "assistant", "content": "4"}], "label": 0, "reward_A": 0.1, "reward_B": 0.9}'
+    )
     columns: ClassVar[str] = (
         "type (pairwise_feedback), prompt or instruction, output_A, output_B, label (1 = A)"
     )
@@ -196,6 +233,17 @@ class HalosPairwise(Format):
             scores = finite_number(rewards[0], "reward"), finite_number(rewards[1], "reward")
         sides = [completion_of(row, f"output_{side}") for side in (better, worse)]
         return pair(row, _prompt(row, "prompt", "instruction"), *sides, scores=scores)
+
+
+def _ratings(row: Mapping[str, Any], *sides: str) -> tuple[float, float] | None:
+    """argilla's `rating` of the two `generations`, by side; None where the row has none, or not of these texts."""
+    ratings, generations = row.get("rating"), row.get("generations")
+    if not isinstance(ratings, list) or not isinstance(generations, list) or len(ratings) != len(generations):
+        return None
+    if not set(sides) <= {value for value in generations if isinstance(value, str)}:
+        return None
+    chosen, rejected = (finite_number(ratings[generations.index(side)], "rating") for side in sides)
+    return chosen, rejected
 
 
 def _prompt(row: Mapping[str, Any], *columns: str) -> list[Message]:

@@ -2,7 +2,7 @@
 
 import pickle
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from hashlib import blake2b
@@ -13,11 +13,11 @@ from cache.fingerprint import canonical_json
 from stages.data.source_row import SourceRow
 
 
-def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
-    """The rows of each value of `column` as one row `{"rows": [...]}`, in the order of first appearance.
+def gather(rows: Iterable[SourceRow], columns: Sequence[str]) -> Iterator[SourceRow]:
+    """The rows with the same values in `columns` as one row `{"rows": [...]}`, in the order of first appearance.
 
-    A row that could not be read stays a row of its own, and so does one without the column. The location is that
-    of the first row with the number of the others.
+    A column that is absent is as one that is empty. A row that could not be read stays a row of its own, and so does
+    one without the first of the columns. The location is that of the first row with the number of the others.
     """
     # Without a name: SQLite makes a file in the temporary folder and removes it with the connection.
     with closing(sqlite3.connect("", isolation_level=None)) as store:
@@ -25,7 +25,7 @@ def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
         store.execute("CREATE TABLE firsts (key BLOB PRIMARY KEY, first INTEGER) WITHOUT ROWID")
         store.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, first INTEGER, row BLOB)")
         for number, row in enumerate(rows):
-            key = _key(row, column)
+            key = _key(row, columns)
             first = number
             if key is not None:
                 store.execute("INSERT OR IGNORE INTO firsts VALUES (?, ?)", (key, number))
@@ -37,11 +37,12 @@ def gather(rows: Iterable[SourceRow], column: str) -> Iterator[SourceRow]:
             yield _together([pickle.loads(row) for _, row in members])
 
 
-def _key(row: SourceRow, column: str) -> bytes | None:
-    if not row.value or column not in row.value:
+def _key(row: SourceRow, columns: Sequence[str]) -> bytes | None:
+    if not row.value or columns[0] not in row.value:
         return None
+    values = [row.value[columns[0]], *(row.value.get(column) or None for column in columns[1:])]
     try:
-        return blake2b(canonical_json(row.value[column]), digest_size=20).digest()
+        return blake2b(canonical_json(values), digest_size=20).digest()
     except (TypeError, ValueError):
         return None
 

@@ -7,7 +7,7 @@ and `history` holds earlier [question, answer] turns, as there.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import entries, optional_text, shown, text
+from stages.data.columns import entries, is_absent, optional_text, shown, text
 from stages.data.messages import Message, check_prompt, completion_of, is_conversation, messages
 from stages.data.source_row import BadRow
 from stages.formats.contract import Format, Preference, pair, ranked
@@ -17,7 +17,7 @@ from stages.formats.trl import is_text, labelled, last_answer, shared_prompt
 def instruction_of(row: Mapping[str, Any]) -> list[Message]:
     """`history`, then `instruction` and `input` as one user turn."""
     turns: list[Message] = []
-    for number, exchange in enumerate(entries(row, "history") if row.get("history") is not None else []):
+    for number, exchange in enumerate([] if is_absent(row.get("history")) else entries(row, "history")):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise BadRow(f"history[{number}]: expected [question, answer], found {shown(exchange)}")
         for role, content in zip(("user", "assistant"), exchange, strict=True):
@@ -30,6 +30,10 @@ class AlpacaRanking(Format):
     """`instruction`, `input`, `chosen`, `rejected` texts; optional `system` and `history`."""
 
     name: ClassVar[str] = "llama_factory_alpaca"
+    origin: ClassVar[str] = "LLaMA-Factory"
+    example: ClassVar[str] = (
+        r'{"instruction": "Add.", "input": "2+2", "chosen": "4", "rejected": "5", "history": [["1+1", "2"]]}'
+    )
     columns: ClassVar[str] = "instruction, input, chosen, rejected (texts; optional system, history)"
 
     @classmethod
@@ -45,6 +49,10 @@ class ShareGPTRanking(Format):
     """`conversations` of {from, value}, and one message `chosen` and one `rejected`; `system`, `tools`."""
 
     name: ClassVar[str] = "llama_factory_sharegpt"
+    origin: ClassVar[str] = "LLaMA-Factory"
+    example: ClassVar[str] = (
+        r'{"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}'
+    )
     columns: ClassVar[str] = (
         "conversations, chosen, rejected ({from, value} messages; optional system, tools)"
     )
@@ -67,6 +75,8 @@ class RankedAnswers(Format):
     """`instruction`, `input`, `output` a list of answers, best first; rank 1 has the highest score."""
 
     name: ClassVar[str] = "llama_factory_ranked"
+    origin: ClassVar[str] = "LLaMA-Factory"
+    example: ClassVar[str] = r'{"instruction": "2+2?", "input": "", "output": ["4", "maybe 4", "5"]}'
     columns: ClassVar[str] = "instruction, input, output (texts, best first; optional history)"
     ranked: ClassVar[bool] = True
 
@@ -87,6 +97,11 @@ class TaggedMessages(Format):
     """
 
     name: ClassVar[str] = "kto_messages"
+    label_columns: ClassVar[tuple[str, ...]] = ("kto_tag", "label")
+    origin: ClassVar[str] = "LLaMA-Factory, ms-swift"
+    example: ClassVar[str] = (
+        r'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "label": true}'
+    )
     columns: ClassVar[str] = "messages or conversations, label or kto_tag (true or false)"
 
     @classmethod
@@ -108,6 +123,9 @@ class TaggedAlpaca(Format):
     """`instruction`, `input`, `output`, and `kto_tag` true where the output is good."""
 
     name: ClassVar[str] = "llama_factory_kto"
+    label_columns: ClassVar[tuple[str, ...]] = ("kto_tag",)
+    origin: ClassVar[str] = "LLaMA-Factory"
+    example: ClassVar[str] = r'{"instruction": "Add.", "input": "2+2", "output": "4", "kto_tag": true}'
     columns: ClassVar[str] = "instruction, input, output, kto_tag (true or false)"
 
     @classmethod
@@ -123,6 +141,10 @@ class V1Messages(Format):
     """v1: `chosen_messages`, `rejected_messages` with typed parts and a `loss_weight` for each turn."""
 
     name: ClassVar[str] = "llama_factory_v1"
+    origin: ClassVar[str] = "LLaMA-Factory"
+    example: ClassVar[str] = (
+        r'{"chosen_messages": [{"role": "user", "content": [{"type": "text", "value": "2+2?"}], "loss_weight": 0.0}, {"role": "assistant", "content": [{"type": "text", "value": "4"}], "loss_weight": 1.0}], "rejected_messages": [{"role": "user", "content": [{"type": "text", "value": "2+2?"}], "loss_weight": 0.0}, {"role": "assistant", "content": [{"type": "text", "value": "5"}], "loss_weight": 1.0}]}'
+    )
     columns: ClassVar[str] = "chosen_messages, rejected_messages (whole conversations; parts, loss_weight)"
 
     @classmethod

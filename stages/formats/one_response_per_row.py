@@ -15,9 +15,18 @@ class ScoredRows(Format):
     """One response per row: `prompt`, `text` or `response` or `completion`, `reward` or `score`."""
 
     name: ClassVar[str] = "scored_rows"
+    origin: ClassVar[str] = "one response per row"
+    example: ClassVar[str] = r'{"prompt": "2+2?", "response": "4", "reward": 1.5}'
     columns: ClassVar[str] = "prompt, text or response or completion, reward or score; one response per row"
     ranked: ClassVar[bool] = True
-    gathered_by: ClassVar[str | None] = "prompt"
+    # All that makes the prompt.
+    gathered_by: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "system",
+        "system_prompt",
+        "tools",
+        "chat_template_kwargs",
+    )
     responses: ClassVar[tuple[str, ...]] = ("text", "response", "completion")
     scores: ClassVar[tuple[str, ...]] = ("reward", "score")
 
@@ -39,7 +48,8 @@ class ScoredRows(Format):
         ]
         completions = [completion_of(member, columns[0]) for member in members]
         scores = [finite_number(member.get(columns[1]), columns[1]) for member in members]
-        return ranked(members[0], prompt_of(members[0]), completions, scores)
+        weights = [weight_of(member) for member in members]
+        return ranked(members[0], prompt_of(members[0]), completions, scores, weights)
 
 
 class Prometheus(Format):
@@ -49,11 +59,15 @@ class Prometheus(Format):
     """
 
     name: ClassVar[str] = "prometheus"
+    origin: ClassVar[str] = "Prometheus' evaluations"
+    example: ClassVar[str] = (
+        r'{"idx": 1, "instruction": "###The instruction to evaluate:\n2+2?\n\n###Response to evaluate:\n4\n\n###Reference Answer (Score 5):\n4", "gpt4_score": [5, 5, 4]}'
+    )
     columns: ClassVar[str] = (
         "instruction (rubric prompt), gpt4_score (a list of scores); one response per row"
     )
     ranked: ClassVar[bool] = True
-    gathered_by: ClassVar[str | None] = "idx"
+    gathered_by: ClassVar[tuple[str, ...]] = ("idx",)
     parts: ClassVar[re.Pattern[str]] = re.compile(
         r"###The instruction to evaluate:\n(.*)\n\n###Response to evaluate:\n(.*)\n\n###Reference Answer",
         re.DOTALL,
@@ -83,6 +97,8 @@ class TokenizedPair(Format):
     """TRL's tokenized rows: `prompt_ids`, `chosen_ids`, `rejected_ids` (or `*_input_ids`)."""
 
     name: ClassVar[str] = "tokenized"
+    origin: ClassVar[str] = "TRL, tokenized"
+    example: ClassVar[str] = r'{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 2], "rejected_ids": [9, 2]}'
     holds_ids: ClassVar[bool] = True
     columns: ClassVar[str] = "prompt_ids, chosen_ids, rejected_ids (or *_input_ids; optional *_mask)"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
@@ -107,6 +123,11 @@ class TokenizedUnpaired(Format):
     """Tokenized rows of single completions: `prompt_ids`, `completion_ids`, `label`."""
 
     name: ClassVar[str] = "tokenized_unpaired"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
+    origin: ClassVar[str] = "tokenized"
+    example: ClassVar[str] = (
+        r'{"prompt_ids": [5, 6, 7], "completion_ids": [8, 2], "completion_mask": [1, 1], "label": false}'
+    )
     holds_ids: ClassVar[bool] = True
     columns: ClassVar[str] = "prompt_ids, completion_ids (optional completion_mask), label (true or false)"
 

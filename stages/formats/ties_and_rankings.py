@@ -6,20 +6,26 @@
 - A single scored response is desirable from `data.threshold` on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from cache.errors import UsageError
 from stages.data.pairs import best_and_worst
+from stages.data.source_row import SourceRow
 from stages.formats.contract import Candidate, Format, Preference, Unusable
+from stages.formats.labels import labelled_row, labels_of
 from stages.settings.data import DataSettings, PrepareSettings
 
 
 def conversion(
-    format_: type[Format], data: DataSettings, settings: PrepareSettings
+    format_: type[Format], data: DataSettings, settings: PrepareSettings, head: Iterable[SourceRow] = ()
 ) -> Callable[[Mapping[str, Any]], Preference]:
-    """The function from a source row to its preference. Raises `UsageError` where a setting does not fit the format."""
+    """The function from a source row to its preference; `head` has the first rows, which show how labels are written.
+
+    Raises `UsageError` where a setting does not fit the format, and `DataError` for labels that need a setting.
+    """
+    labels, _ = labels_of(format_, head, data)
     if settings.graded == "ranked" and not format_.ranked:
         raise UsageError(
             f"prepare.graded=ranked is for graded or ranked responses, but {data.path} has format {format_.name} ({format_.columns}). Leave it out."
@@ -28,13 +34,13 @@ def conversion(
         raise UsageError(
             f"{data.path} has format {format_.name}: single responses with scores. Set the score from which on a response is desirable with --set data.threshold=SCORE, or compare the responses of one prompt by mapping columns to prompt, response and score (data.columns)."
         )
-    if data.threshold is not None and not format_.needs_threshold:
+    if data.threshold is not None and not format_.needs_threshold and not (labels and not data.labels):
         raise UsageError(
             f"data.threshold is for single scored responses, but {data.path} has format {format_.name}. Leave it out."
         )
 
     def convert(row: Mapping[str, Any]) -> Preference:
-        preference = format_.convert(row)
+        preference = format_.convert(labelled_row(row, format_, labels) if labels else row)
         if format_.needs_threshold and data.threshold is not None:
             return _labelled(preference, data.threshold)
         if preference.tied and (data.ties == "drop" or settings.graded == "ranked"):

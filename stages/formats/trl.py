@@ -4,11 +4,10 @@ Explicit, implicit and unpaired prompts, standard and conversational; UltraFeedb
 OpenRLHF's); hh-rlhf's transcripts; and rows of graded responses.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stages.data.columns import finite_number, shown, text, truth
+from stages.data.columns import entries, finite_number, text, truth
 from stages.data.messages import (
     Message,
     check_completion,
@@ -21,18 +20,28 @@ from stages.data.messages import (
     without_weight,
 )
 from stages.data.source_row import BadRow
+from stages.data.transcript import expected_transcript, transcript
 from stages.formats.contract import Format, Preference, Unusable, assembled, pair, ranked
+
+# Columns that hold a prompt in some layout.
+PROMPTS = frozenset({"prompt", "question", "input", "instruction", "messages", "conversations"})
 
 
 class Explicit(Format):
     """`prompt`, `chosen`, `rejected`: each text or messages, the completions without the prompt."""
 
     name: ClassVar[str] = "preference"
+    origin: ClassVar[str] = "TRL; OpenRLHF"
+    example: ClassVar[str] = r'{"prompt": "2+2?", "chosen": "4", "rejected": "5"}'
     columns: ClassVar[str] = "prompt, chosen, rejected (text or message lists)"
 
     @classmethod
     def matches(cls, row: Mapping[str, Any]) -> bool:
-        return {"prompt", "chosen", "rejected"} <= row.keys() and not _repeats_prompt(row)
+        return (
+            {"prompt", "chosen", "rejected"} <= row.keys()
+            and "initial_reason_steps" not in row
+            and not _repeats_prompt(row)
+        )
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
@@ -46,6 +55,10 @@ class UltraFeedback(Format):
     """`prompt` text, `chosen` and `rejected` whole conversations that repeat it, optional scores."""
 
     name: ClassVar[str] = "ultrafeedback"
+    origin: ClassVar[str] = "HuggingFaceH4 and argilla"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "rejected": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}], "score_chosen": 9.0, "score_rejected": 2.0}'
+    )
     columns: ClassVar[str] = "prompt (text), chosen, rejected (whole conversations)"
 
     @classmethod
@@ -67,6 +80,10 @@ class Implicit(Format):
     """`chosen` and `rejected` whole conversations; the prompt is their common beginning."""
 
     name: ClassVar[str] = "implicit"
+    origin: ClassVar[str] = "TRL"
+    example: ClassVar[str] = (
+        r'{"chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "rejected": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}]}'
+    )
     columns: ClassVar[str] = "chosen, rejected (whole conversations as message lists)"
 
     @classmethod
@@ -86,15 +103,18 @@ class Transcript(Format):
     r"""hh-rlhf: `chosen` and `rejected` transcripts of `\n\nHuman: ...` and `\n\nAssistant: ...` turns."""
 
     name: ClassVar[str] = "hh"
+    origin: ClassVar[str] = "Anthropic"
+    example: ClassVar[str] = (
+        r'{"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}'
+    )
     columns: ClassVar[str] = r"chosen, rejected (\n\nHuman: / \n\nAssistant: transcripts)"
 
     @classmethod
     def matches(cls, row: Mapping[str, Any]) -> bool:
-        others = {"prompt", "question", "input", "instruction", "messages", "conversations"}
         return (
-            {"chosen", "rejected"} <= row.keys()
-            and not others & row.keys()
-            and isinstance(row["chosen"], str)
+            is_text(row, "chosen", "rejected")
+            and not PROMPTS & row.keys()
+            and any(row[side].lstrip().startswith("Human:") for side in ("chosen", "rejected"))
         )
 
     @classmethod
@@ -102,16 +122,73 @@ class Transcript(Format):
         chosen, rejected = (transcript(text(row, column), column) for column in ("chosen", "rejected"))
         for column, turns in (("chosen", chosen), ("rejected", rejected)):
             if turns[-1]["role"] != "assistant":
-                raise BadRow(f"{column}: {_expected(str(row[column]))}")
+                raise BadRow(f"{column}: {expected_transcript(str(row[column]))}")
         if chosen[:-1] != rejected[:-1]:
             raise Unusable("prompts_differ")
         return pair(row, chosen[:-1], chosen[-1:], rejected[-1:])
+
+
+class ImplicitText(Format):
+    """`chosen` and `rejected` texts; the prompt is their common beginning, as TRL's `extract_prompt` finds it.
+
+    It is the layout only where no other column could be the prompt.
+    """
+
+    name: ClassVar[str] = "implicit_text"
+    origin: ClassVar[str] = "TRL"
+    example: ClassVar[str] = r'{"chosen": "2+2=4", "rejected": "2+2=5"}'
+    columns: ClassVar[str] = "chosen, rejected (texts that begin with the prompt)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        sides = ("chosen", "rejected")
+        return (
+            is_text(row, *sides)
+            and not any(row[side].lstrip().startswith("Human:") for side in sides)
+            and not any(_could_be_prompt(column, row[column]) for column in row.keys() - set(sides))
+            and bool(_common_beginning(row["chosen"], row["rejected"]).strip())
+        )
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        prompt = _common_beginning(chosen, rejected)
+        if chosen == rejected:
+            raise Unusable("identical_completions")
+        if not prompt.strip():
+            raise BadRow(
+                "chosen and rejected: the texts have no common beginning, which would be their prompt; where a column has the prompt, map it in YAML (data.columns)"
+            )
+        return pair(row, prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+class StepDPO(Format):
+    """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps; the steps end the prompt."""
+
+    name: ClassVar[str] = "step_dpo"
+    origin: ClassVar[str] = "Step-DPO †"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "initial_reason_steps": "Step 1: I add.\nStep 2:", "chosen": "4", "rejected": "5"}'
+    )
+    columns: ClassVar[str] = "prompt, initial_reason_steps, chosen, rejected (texts)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_text(row, "prompt", "initial_reason_steps", "chosen", "rejected")
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        prompt = f"{text(row, 'prompt')}\n{text(row, 'initial_reason_steps')}"
+        return pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
 
 
 class Unpaired(Format):
     """`prompt`, `completion`, `label`: single completions, desirable (true) or undesirable (false)."""
 
     name: ClassVar[str] = "unpaired"
+    label_columns: ClassVar[tuple[str, ...]] = ("label",)
+    origin: ClassVar[str] = "TRL"
+    example: ClassVar[str] = r'{"prompt": "2+2?", "completion": "4", "label": true}'
     columns: ClassVar[str] = "prompt, completion, label (true or false)"
 
     @classmethod
@@ -124,36 +201,51 @@ class Unpaired(Format):
 
 
 class Graded(Format):
-    """`prompt`, `responses`, `rewards`: scored completions of one prompt."""
+    """`prompt`, `responses`, and `rewards` or `ranks` (0 or 1 is best): scored completions of one prompt."""
 
     name: ClassVar[str] = "graded"
-    columns: ClassVar[str] = "prompt, responses, rewards (lists of equal length)"
+    origin: ClassVar[str] = "ours"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "responses": ["4", "5", "maybe 4"], "rewards": [1.0, 0.0, 0.5]}'
+    )
+    columns: ClassVar[str] = "prompt, responses, rewards or ranks (lists of equal length)"
     ranked: ClassVar[bool] = True
     prompt: ClassVar[str] = "prompt"
 
     @classmethod
     def matches(cls, row: Mapping[str, Any]) -> bool:
-        return {cls.prompt, "responses", "rewards"} <= row.keys()
+        return {cls.prompt, "responses"} <= row.keys() and len({"rewards", "ranks"} & row.keys()) == 1
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        return listed(row, prompt_of(row, cls.prompt), "responses", "rewards")
+        prompt = prompt_of(row, cls.prompt)
+        is_rank = "ranks" in row
+        return listed(row, prompt, "responses", "ranks" if is_rank else "rewards", is_rank=is_rank)
 
 
 class Posts(Graded):
     """ODPO's file: one JSON object, from each post to its `responses` and `rewards`."""
 
     name: ClassVar[str] = "odpo"
+    origin: ClassVar[str] = "the ODPO paper's"
+    example: ClassVar[str] = r'{"key": "2+2?", "responses": ["4", "5"], "rewards": [7, 1]}'
     columns: ClassVar[str] = "one JSON object: {post: {responses, rewards}}"
     prompt: ClassVar[str] = "key"
 
 
-def listed(row: Mapping[str, Any], prompt: str | list[Message], responses: str, rewards: str) -> Preference:
-    """A ranked list from a column of texts and one of numbers."""
-    texts, numbers = row.get(responses), row.get(rewards)
-    if not isinstance(texts, list) or not isinstance(numbers, list) or len(texts) != len(numbers):
+def listed(
+    row: Mapping[str, Any],
+    prompt: str | list[Message],
+    responses: str,
+    rewards: str,
+    *,
+    is_rank: bool = False,
+) -> Preference:
+    """A ranked list from a column of texts and one of numbers, of which the highest is best, or with `is_rank` the lowest."""
+    texts, numbers = entries(row, responses), entries(row, rewards)
+    if len(texts) != len(numbers):
         raise BadRow(f"{responses} and {rewards}: expected lists of equal length")
-    scores = [finite_number(number, rewards) for number in numbers]
+    scores = [finite_number(number, rewards) * (-1 if is_rank else 1) for number in numbers]
     completions = [completion_of({responses: value}, responses) for value in texts]
     return ranked(row, prompt, completions, scores)
 
@@ -201,24 +293,15 @@ def last_answer(turns: list[Message], column: str) -> tuple[list[Message], list[
     return turns[:cut], turns[cut:]
 
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+def _could_be_prompt(column: str, value: Any) -> bool:
+    return column in PROMPTS or isinstance(value, list | dict) or (isinstance(value, str) and " " in value)
 
 
-def transcript(value: str, column: str) -> list[Message]:
-    r"""Messages of a transcript that begins with `\n\nHuman:`; an empty last Assistant turn is kept."""
-    head, *pieces = _TURN.split(value)
-    roles, contents = pieces[::2], pieces[1::2]
-    if head.strip() or not roles or roles[0] != "Human":
-        raise BadRow(f"{column}: {_expected(value)}")
-    names = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": names[role], "content": content.strip()}
-        for role, content in zip(roles, contents, strict=True)
-    ]
-
-
-def _expected(value: str) -> str:
-    return f"expected a transcript from '\\n\\nHuman:' to '\\n\\nAssistant:', found {shown(value)}"
+def _common_beginning(first: str, second: str) -> str:
+    """The text that both begin with, without a blank at its end, which belongs to what follows it."""
+    pairs = enumerate(zip(first, second, strict=False))
+    length = next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return first[: length - 1] if first[:length].endswith(" ") else first[:length]
 
 
 def _repeats_prompt(row: Mapping[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cache.errors import DataError, UsageError
-from stages.data.messages import as_messages, prompt_column
+from stages.data.messages import as_messages
+from stages.data.prompt_rows import user_texts
 from stages.data.readers import read_source
 from stages.data.source_row import BadRow
 from stages.formats import Preference, Tokens, Unusable
@@ -31,6 +32,13 @@ class Filters:
         except re.error as error:
             raise UsageError(f"filter.drop_pattern is not a regular expression: {error}.") from error
         self._evaluation = EvaluationPrompts(settings.decontaminate, settings.decontaminate_words)
+
+    def notes(self) -> list[str]:
+        """What is said of evaluation prompts that cannot be used, in at most one line."""
+        problems = self._evaluation.problems
+        if not problems:
+            return []
+        return [f"filter.decontaminate: {len(problems):,} prompts cannot be used, the first is {problems[0]}"]
 
     def check_content(self, row: Mapping[str, Any], preference: Preference) -> None:
         """Raise `Unusable` where the columns or texts of a row are filtered."""
@@ -71,8 +79,11 @@ class EvaluationPrompts:
     def __init__(self, paths: list[str], num_words: int) -> None:
         self._sequences: dict[int, set[tuple[str, ...]]] = {}
         self._short: set[tuple[str, ...]] = set()
+        self.problems: list[str] = []
         for path in paths:
-            for text in _evaluation_texts(path):
+            texts, problems = _evaluation_texts(path)
+            self.problems += problems
+            for text in texts:
                 words = words_of(text)
                 size = min(num_words, len(words))
                 if 0 < len(words) < SHORT_WORDS:
@@ -111,23 +122,19 @@ def _texts(value: Any, role: str = "user") -> list[str]:
     return [str(turn["content"]) for turn in as_messages(value, role)]
 
 
-def _evaluation_texts(path: str) -> Iterator[str]:
-    """The prompts in a file; of a conversation, every user turn."""
+def _evaluation_texts(path: str) -> tuple[list[str], list[str]]:
+    """The user turns of the prompts in a file, and what is wrong with those that cannot be read; `DataError` for all."""
+    texts, problems = [], []
     for row in read_source(DataSettings(path=path)):
-        if row.value is None:
-            raise DataError(f"{row.location}: {row.problem}.")
         try:
-            column = prompt_column(row.value)
-            value = row.value[column]
-            turns = value if isinstance(value, list) else [value]
-            for turn in turns:
-                text = turn["content"] if isinstance(turn, Mapping) else turn
-                if not isinstance(turn, Mapping) or turn.get("role") == "user":
-                    if not isinstance(text, str):
-                        raise BadRow(f"{column}: expected text")
-                    yield text
-        except (BadRow, KeyError) as error:
-            raise DataError(f"{row.location}: {error}.") from error
+            if row.value is None:
+                raise BadRow(row.problem)
+            texts += user_texts(row.value)
+        except BadRow as problem:
+            problems.append(f"{row.location}: {problem}")
+    if problems and not texts:
+        raise DataError(f"{problems[0]}. No prompt of {path} can be read.")
+    return texts, problems
 
 
 def _sequences(words: list[str], size: int) -> Iterator[tuple[str, ...]]:

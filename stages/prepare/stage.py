@@ -8,7 +8,6 @@ dropped, counted by reason. Memory does not grow with the data: it holds a few b
 `align prepare`.
 """
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -23,11 +22,15 @@ from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
 from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.formats.labels import labels_of
+from stages.formats.positions import refuse_sides_by_position
+from stages.formats.unread_columns import columns_not_read
 from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
-from stages.prepare.examples import BAD_ROW, ExampleMaker, RejectedRow
+from stages.prepare.examples import ExampleMaker
 from stages.prepare.filters import Filters
+from stages.prepare.rejected import kept_problems, list_rejected, listed
 from stages.prepare.shard_writer import SplitWriter
 from stages.prepare.workers import outcomes
 from stages.runtime.context import Context
@@ -35,7 +38,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 6
+STAGE_VERSION = 7
 BATCH_ROWS = 512
 NOTHING_FILTERED = FilterSettings()
 
@@ -56,7 +59,7 @@ def rows_identity(
         "stage_version": STAGE_VERSION,
         "source": sources_identity(data),
         "data": data.model_dump(
-            include={"format", "columns", "ties", "threshold", "max_samples", "on_bad_row"}
+            include={"format", "columns", "labels", "ties", "threshold", "max_samples", "on_bad_row"}
             | ({"seed"} if data.sources else set())
         ),
         "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
@@ -80,7 +83,7 @@ def _without_detected_formats(data: DataSettings) -> DataSettings:
 def _named_format(data: DataSettings) -> str:
     if data.format != "auto":
         try:
-            if _choose_format(data.model_copy(update={"format": "auto"})).name == data.format:
+            if _choose_format(data.model_copy(update={"format": "auto"}), _head(data)).name == data.format:
                 return "auto"
         except DataError:  # ambiguous, so the name decides
             pass
@@ -117,16 +120,26 @@ def prepare(
     draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
     try:
         sources = sources_of(data)
-        formats = {source.name: _choose_format(source.data) for source in sources}
+        heads = {source.name: _head(source.data) for source in sources}
+        formats = {source.name: _choose_format(source.data, heads[source.name]) for source in sources}
         converts = {
-            source.name: conversion(formats[source.name], source.data, settings) for source in sources
+            source.name: conversion(
+                formats[source.name],
+                source.data,
+                settings,
+                renamed(heads[source.name], source.data.columns),
+            )
+            for source in sources
         }
-        _announce(formats, sources, template, context)
-        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by is not None)
-        maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
+        _announce(formats, sources, heads, filter_, template, context)
+        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
+        filters = Filters(filter_)
+        for note in filters.notes():
+            context.say(note)
+        maker = ExampleMaker(converts, settings, template, filters, gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
-        _refuse_no_training_row(counts, settings)
+        _refuse_no_training_row(counts, settings, draft)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
@@ -158,7 +171,7 @@ def _write_rows(
     batches = _batches(mixture(sources, streams, data))
     for outcome in outcomes(batches, maker, maker.settings.num_workers):
         counts.add(outcome.counts)
-        _list_rejected(outcome.rejected, data, draft)
+        list_rejected(outcome.rejected, data, draft)
         for made in outcome.examples:
             reason = duplicates.reason(made.example.example_id, made.text)
             if reason is not None:
@@ -176,34 +189,18 @@ def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
         yield batch
 
 
-def _list_rejected(rejected: list[RejectedRow], data: DataSettings, draft: Draft) -> None:
-    """Raise `DataError` for the first malformed row, or list the batch's rejected rows in rejected.jsonl."""
-    if not rejected:
-        return
-    malformed = [row for row in rejected if row.reason == BAD_ROW]
-    if malformed and data.on_bad_row == "error":
-        raise DataError(
-            f"{malformed[0].location}: {malformed[0].problem}. Fix the row, or skip such rows with --set data.on_bad_row=skip."
-        )
-    with open(draft.path / "rejected.jsonl", "a", encoding="ascii") as handle:
-        for row in rejected:
-            handle.write(json.dumps({"location": row.location, "problem": row.problem, "reason": row.reason}))
-            handle.write("\n")
-
-
 def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: Draft) -> None:
     """Raise `DataError` where rows without text outnumber the rows kept: then the column is not one of text."""
     for source in sources:
         dropped = counts.dropped[source.name, NOT_TEXT]
         if dropped > counts.rows_kept[source.name]:
-            lines = (draft.path / "rejected.jsonl").read_text(encoding="ascii").splitlines()
-            first = next(row for row in map(json.loads, lines) if row["reason"] == NOT_TEXT)
+            first = next(row for row in listed(draft) if row["reason"] == NOT_TEXT)
             raise DataError(
                 f"{first['location']}: {first['problem']}; the same in {dropped:,} of {counts.rows_in[source.name]:,} rows of {source.name}. Map the columns that have text in YAML (data.columns), or convert the values to text."
             )
 
 
-def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> None:
+def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings, draft: Draft) -> None:
     if counts.examples["train"]:
         return
     if counts.examples["heldout"]:
@@ -212,36 +209,60 @@ def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> Non
         )
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
     raise DataError(
-        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons})."
+        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons}).{kept_problems(draft)}"
     )
 
 
-def _choose_format(data: DataSettings) -> type[Format]:
-    head = list(islice(renamed(read_source(data), data.columns), DETECTION_ROWS))
+def _head(data: DataSettings) -> list[SourceRow]:
+    """The first rows of a source, by which its format is chosen."""
+    head = list(islice(read_source(data), DETECTION_ROWS))
     if not head:
         raise DataError(
             f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
         )
-    if all(row.value is None for row in head):
+    return head
+
+
+def _choose_format(data: DataSettings, head: list[SourceRow]) -> type[Format]:
+    rows = list(renamed(head, data.columns))
+    if all(row.value is None for row in rows):
         raise DataError(
-            f"{head[0].location}: {head[0].problem}. None of the first {len(head)} rows could be read."
+            f"{rows[0].location}: {rows[0].problem}. None of the first {len(rows)} rows could be read."
         )
-    return detect_format(data.format, head)
+    return detect_format(data.format, rows)
 
 
 def _announce(
-    formats: dict[str, type[Format]], sources: list[Source], template: Template, context: Context
+    formats: dict[str, type[Format]],
+    sources: list[Source],
+    heads: dict[str, list[SourceRow]],
+    filter_: FilterSettings,
+    template: Template,
+    context: Context,
 ) -> None:
     for source in sources:
         format_ = formats[source.name]
         note = files_note(source.data)
         if note is not None:
             context.say(note)
+        where = f"{source.name}: " if len(sources) > 1 else ""
+        _, guessed = labels_of(format_, renamed(heads[source.name], source.data.columns), source.data)
+        refuse_sides_by_position(heads[source.name], source.data)
+        unread = columns_not_read(heads[source.name], format_, source.data)
+        unread = [
+            column for column in unread if filter_.language is None or column != filter_.language_column
+        ]
+        parts = [f"not read: {', '.join(unread)}"] if unread else []
         if source.data.format == "auto":
-            where = f"{source.name}: " if len(sources) > 1 else ""
-            context.say(
-                f"detected: {where}{format_.name} ({format_.columns}); override with --set data.format=NAME"
-            )
+            parts = [
+                f"detected: {where}{format_.name} ({format_.columns})",
+                *parts,
+                "override with --set data.format=NAME",
+            ]
+        if guessed:
+            parts.append(f"{guessed}; other meanings with --set data.labels")
+        if parts:
+            context.say("; ".join(parts))
     if len({format_.holds_ids for format_ in formats.values()}) > 1:
         context.say(
             "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
@@ -250,7 +271,7 @@ def _announce(
         context.say(note)
 
 
-def _stream(data: DataSettings, gathered_by: str | None) -> Iterator[SourceRow]:
+def _stream(data: DataSettings, gathered_by: tuple[str, ...]) -> Iterator[SourceRow]:
     """The rows of a source with the column names of its format; gathered into lists where the format needs it."""
     rows = renamed(read_source(data), data.columns)
-    return rows if gathered_by is None else gather(rows, gathered_by)
+    return gather(rows, gathered_by) if gathered_by else rows

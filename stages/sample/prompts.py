@@ -9,7 +9,8 @@ from typing import Any
 
 from cache.artifacts import Artifact
 from cache.errors import DataError
-from stages.data.messages import Message, check_prompt, prompt_column, text_or_messages, tools_of
+from stages.data.messages import Message, check_prompt, tools_of
+from stages.data.prompt_rows import asked
 from stages.data.readers import read_source
 from stages.data.rows import RowSet
 from stages.data.source_row import BadRow
@@ -32,13 +33,13 @@ def heldout_prompts(rows: Artifact, template: Template) -> list[Prompt]:
     return list(prompts.values())
 
 
-def file_prompts(path: str, template: Template) -> list[Prompt]:
-    """The prompts of a file; raises `DataError` naming the first row without one."""
+def file_prompts(path: str, template: Template) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a file, and what is wrong with rows that have none; raises `DataError` where no row has one."""
     if not Path(path).expanduser().is_file():
         raise DataError(
             f"No such file of prompts: {path}. Give a .jsonl or .json file with --set sample.prompts=FILE."
         )
-    found, texts = [], []
+    found, texts, problems = [], [], []
     for row in read_source(DataSettings(path=path)):
         try:
             if row.value is None:
@@ -47,12 +48,17 @@ def file_prompts(path: str, template: Template) -> list[Prompt]:
             texts.append(_text_of(content, tools, template))
             found.append((row.location, content))
         except BadRow as problem:
-            raise DataError(f"{row.location}: {problem}.") from problem
+            problems.append(f"{row.location}: {problem}")
+    if not found:
+        raise DataError(
+            f"{problems[0] if problems else path + ' is empty'}. No row of {path} has a prompt to sample."
+        )
     encoded = template.encoder.encode_texts(texts)
-    return [
+    prompts = [
         Prompt(location, content, ids.tolist())
         for (location, content), ids in zip(found, encoded, strict=True)
     ]
+    return prompts, problems
 
 
 def _text_of(content: str | list[Message], tools: list[Any] | None, template: Template) -> Text:
@@ -68,13 +74,15 @@ def prompt_of_row(row: Mapping[str, Any]) -> tuple[str | list[Message], list[Any
 
     Of MT-bench's `turns` the first question is the prompt. A `messages` column may end with an answer, which is left out.
     """
-    column = prompt_column(row)
-    value = row[column]
-    content = text_or_messages(
-        {column: value[0] if column == "turns" and isinstance(value, list) else value}, column
-    )
+    column, content = asked(row)
+    if column == "turns" and not isinstance(content, str):
+        content = content[:1]
     if not isinstance(content, str):
-        while column == "messages" and len(content) > 1 and content[-1]["role"] == "assistant":
+        while (
+            column in ("messages", "conversations")
+            and len(content) > 1
+            and content[-1]["role"] == "assistant"
+        ):
             content = content[:-1]
         check_prompt(content, column)
     prompt = assembled(row, content, []).prompt

@@ -36,7 +36,8 @@ STAGE_VERSION = 1
 class SampleJob:
     """What is sampled and how: models by side (policy, reference, or model for a named one), prompts, settings.
 
-    `too_long` has the ids of prompts that are left out, because one of the models has too few positions for them.
+    `too_long` has the ids of prompts that are left out, because one of the models has too few positions for them,
+    `unusable` what is wrong with rows of the file that have no prompt.
     """
 
     models: Mapping[str, ModelSource]
@@ -45,6 +46,7 @@ class SampleJob:
     compute: Compute
     stop_token_ids: tuple[int, ...]
     too_long: tuple[str, ...] = ()
+    unusable: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -56,8 +58,8 @@ class SampleJob:
         compute: Compute,
     ) -> "SampleJob":
         """Collect the prompts; raises `DataError` when there are none."""
-        prompts = (
-            heldout_prompts(rows, template)
+        prompts, unusable = (
+            (heldout_prompts(rows, template), [])
             if settings.prompts is None
             else file_prompts(settings.prompts, template)
         )
@@ -73,7 +75,9 @@ class SampleJob:
                 f"All {len(chosen)} prompts have {most} tokens or more, and {' and '.join(m.name for m in models.values())} has {most} positions. Give shorter ones with --set sample.prompts=FILE."
             )
         too_long = tuple(prompt.id for prompt in chosen if prompt not in fitting)
-        return cls(models, fitting, settings, compute, tuple(rows.counts["turn_end_ids"]), too_long)
+        return cls(
+            models, fitting, settings, compute, tuple(rows.counts["turn_end_ids"]), too_long, tuple(unusable)
+        )
 
     @property
     def name(self) -> str:
@@ -170,6 +174,8 @@ def sample(job: SampleJob, context: Context) -> Artifact:
     try:
         if job.too_long:
             context.say(f"Left out, because the model has too few positions: {', '.join(job.too_long)}")
+        if job.unusable:
+            context.say(f"Left out {len(job.unusable):,} rows without a prompt, the first: {job.unusable[0]}")
         context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
         folders = [model.folder for model in job.models.values()]
         with using_memory(f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."):
@@ -187,6 +193,7 @@ def sample(job: SampleJob, context: Context) -> Artifact:
             "engine": engine,
             "num_prompts": len(job.prompts),
             "prompts_too_long": list(job.too_long),
+            "prompts_unusable": list(job.unusable),
             "num_completions": len(records),
             "finished": sum(record.finish_reason == "stop" for record in records),
             "models": names,

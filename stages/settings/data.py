@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from stages.settings.fields import (
     Flag,
@@ -15,6 +15,18 @@ from stages.settings.fields import (
     Share,
 )
 
+# What a value of a label or verdict column means; None drops the row.
+Meaning = bool | Literal["a", "b", "tie"] | None
+
+
+def _text_keys(value: Any) -> Any:
+    """A map with its keys as text: YAML reads 1 as a number and true as a truth value."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key if isinstance(key, str) else str(key).casefold(): meant for key, meant in value.items()}
+
+
+Labels = Annotated[dict[str, Meaning], BeforeValidator(_text_keys)]
 EvalSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -25,6 +37,8 @@ class SourceSettings(Settings):
     name: str | None = None
     format: str = "auto"
     columns: dict[str, str] | None = None
+    ignore: list[str] = Field(default=[])
+    labels: Labels | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -37,7 +51,7 @@ class DataSettings(Settings):
 
     path: str = Field(
         default="quickstart",
-        description="a file (.jsonl, .json, .parquet, .arrow; JSON also as .gz), a folder of such files (a clone of a hub dataset, or what save_to_disk wrote), a dataset on the Hugging Face hub, or 'quickstart'",
+        description="a file (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .xlsx; JSON and CSV also as .gz), a folder of such files (a clone of a hub dataset, or what save_to_disk wrote), a dataset on the Hugging Face hub, or 'quickstart'",
     )
     format: str = Field(
         default="auto",
@@ -47,13 +61,21 @@ class DataSettings(Settings):
         default=None,
         description="for any other layout: maps the column names of a known format to those of the source",
     )
+    ignore: list[str] = Field(
+        default=[],
+        description="columns left out on purpose, such as context or images; one that changes what the rows mean stops the stage until it is used or named here",
+    )
+    labels: Labels | None = Field(
+        default=None,
+        description="what the values of a label or verdict column mean: {up: true, down: false}, or a, b and tie, for example {'<0': a, '>0': b, '0': tie}; null drops the row. Words of one meaning need no map",
+    )
     ties: Literal["drop", "half"] = Field(
         default="drop",
         description="two responses judged equal: drop the row, or keep both orders as pairs, each with half the weight",
     )
     threshold: float | None = Field(
         default=None,
-        description="single scored responses are desirable from this score on",
+        description="single scored responses are desirable from this score on, and labels that are numbers true",
     )
     config: str | None = Field(
         default=None, description="configuration name of a hub dataset or of a local folder"
@@ -62,7 +84,7 @@ class DataSettings(Settings):
     revision: str | None = Field(default=None, description="git revision of a hub dataset")
     sources: list[SourceSettings] = Field(
         default=[],
-        description="several sources instead of path: each with path, and optionally name, format, columns, config, split, revision, and a weight (share of the mixture) or a count (rows)",
+        description="several sources instead of path: each with path, and optionally name, format, columns, ignore, labels, config, split, revision, and a weight (share of the mixture) or a count (rows)",
     )
     seed: NonNegativeInt = Field(
         default=0, description="seed of the subsample where a source has a weight or a count"

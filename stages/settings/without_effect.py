@@ -19,14 +19,19 @@ def effective_data(data: DataSettings) -> DataSettings:
     total = sum(source.weight or 0.0 for source in data.sources)
     sources = [
         source.model_copy(
-            update={"weight": source.weight and source.weight / total, "columns": source.columns or None}
+            update={
+                "weight": source.weight and source.weight / total,
+                "columns": source.columns or None,
+                "labels": source.labels or None,
+            }
         )
         for source in data.sources
     ]
     seed = data.seed if sampled else DataSettings().seed
-    found = data.model_copy(update={"columns": data.columns or None, "seed": seed, "sources": sources})
+    maps = {"columns": data.columns or None, "labels": data.labels or None}
+    found = data.model_copy(update={**maps, "seed": seed, "sources": sources})
     # Each of several sources has a format and columns of its own.
-    return found.model_copy(update={"format": "auto", "columns": None}) if sources else found
+    return found.model_copy(update={"format": "auto", "columns": None, "labels": None}) if sources else found
 
 
 def effective_prepare(settings: PrepareSettings) -> PrepareSettings:

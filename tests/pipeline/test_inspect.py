@@ -3,12 +3,15 @@
 import json
 import re
 from html.parser import HTMLParser
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from cache.errors import StaleError, UsageError
 from pipeline import tables
 from pipeline.commands.inspect import Inspected
+from pipeline.inspect.first_rows import first_rows
 from pipeline.inspect.page import page
 from pipeline.inspect.prepared_rows import PreparedRows, open_rows
 from stages.prepare.stage import prepare
@@ -52,6 +55,16 @@ def test_the_parts_are_the_text_that_was_trained_and_the_rest(rows):
     assert text_of(chosen.spans, "masked") == "\n<|user|>and␛[31m?<|end|>\n<|assistant|>"
     assert [token.text for token in chosen.spans[0].tokens if token.is_special] == ["<|end|>"]
     assert sum(len(token.ids) for span in chosen.spans for token in span.tokens) == chosen.num_tokens
+
+
+def test_the_first_rows_show_the_end_of_the_prompt_and_where_training_ends(rows, chat_tokenizer):
+    console = Console(width=200, file=StringIO(), force_terminal=False)
+    console.print(first_rows(rows.artifact, chat_tokenizer))
+    lines = console.file.getvalue().splitlines()
+    [short] = [line for line in lines if "rows.jsonl:1 chosen" in line]
+    assert re.search(r"<\|user\|>q<\|end\|>↵<\|assistant\|> +a<b><\|end\|> ◀ end", short)
+    assert sum("◀ end" in line for line in lines) == 6
+    assert sum("chosen" in line for line in lines) == sum("rejected" in line for line in lines) == 3
 
 
 def test_the_characters_of_several_tokens_are_shown_whole(rows):

@@ -148,7 +148,7 @@ def test_a_single_file_has_neither_splits_nor_configurations(tmp_path, key):
 @pytest.mark.parametrize(
     ("file", "problem"),
     [
-        ("rows.csv", "the split train has no data file but rows.csv. Expected"),
+        ("rows.txt", "the split train has no data file but rows.txt. Expected"),
         ("notes", "holds no data file"),
     ],
 )

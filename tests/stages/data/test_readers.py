@@ -101,6 +101,17 @@ def test_a_json_file_that_is_no_array_is_refused(read, content, problem):
         read("rows.json", content)
 
 
+@pytest.mark.parametrize("orient", ["columns", "split", "table"])
+def test_a_json_file_of_pandas_is_told_the_orientation_that_works(tmp_path, read, orient):
+    frame = pytest.importorskip("pandas").DataFrame([{"prompt": f"q{n}", "chosen": "a"} for n in range(2000)])
+    frame.to_json(tmp_path / "rows.json", orient=orient)
+    with pytest.raises(DataError, match="orient='records', lines=True") as caught:
+        read("rows.json")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    assert len(read("rows.jsonl")) == 2000
+
+
 TABLE = pa.table({"prompt": ["2020-01-01", "b", None], "nested": [[{"role": "user", "x": None}], [], None]})
 
 
@@ -186,6 +197,42 @@ def test_a_null_that_is_written_stays(read, tmp_path):
     assert [value for _, value in read("rows.parquet")] == rows
 
 
+UNEVEN = [
+    {"prompt": "a", "chosen": 'x "y"\nz', "rejected": "", "tools": [{"name": "f", "args": {"n": 1}}]},
+    {"prompt": "b", "chosen": True, "rejected": {"text": [1, None]}, "tools": [{"name": "g", "args": ["m"]}]},
+    {"prompt": "c", "chosen": None, "rejected": "5 or 6", "tools": None},
+]
+
+
+@pytest.mark.parametrize("write", ["to_parquet", "save_to_disk"])
+def test_columns_of_uneven_type_that_datasets_writes_are_what_they_were(tmp_path, write):
+    import datasets
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UNEVEN))
+    dataset = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path)
+    )
+    if not any(isinstance(feature, datasets.Json) for feature in dataset.features.values()):
+        pytest.skip("this `datasets` writes no JSON columns")
+    getattr(dataset, write)(str(tmp_path / "written"))
+    if write == "to_parquet":
+        (tmp_path / "written").rename(tmp_path / "written.parquet")
+    path = next(path for path in tmp_path.glob("written*"))
+    assert [row.value for row in read_source(DataSettings(path=str(path)))] == UNEVEN
+
+
+def test_json_is_decoded_in_every_kind_of_list():
+    values = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": [1]}']))
+    lists = [
+        pa.ListArray.from_arrays([0, 1], values),
+        pa.LargeListArray.from_arrays([0, 1], values),
+        pa.FixedSizeListArray.from_arrays(values, 1),
+        pa.ListViewArray.from_arrays([0], [1], values),
+    ]
+    for column in lists:
+        assert [row.value for row in arrow_rows([pa.table({"x": column})], "x")] == [{"x": [{"a": [1]}]}]
+
+
 def test_a_map_column_is_an_object_and_broken_json_a_problem_of_its_row(read, tmp_path):
     table = pa.table(
         {
@@ -264,7 +311,7 @@ def test_a_missing_file_is_not_looked_for_on_a_hub(path):
         list(read_source(DataSettings(path=path)))
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.gz", "rows.json.zip"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.json.zip"])
 def test_a_file_of_another_type_is_refused_with_those_that_are_read(read, name):
     with pytest.raises(DataError, match=r"unknown file type.*\.jsonl, \.json, \.parquet, \.arrow"):
         read(name, b"{}")

@@ -250,8 +250,8 @@ BAD = [
     ("unpaired", {"prompt": "q", "completion": "a"}, "label: expected true or false, found None"),
     ("unpaired", {"prompt": "q", "completion": "a", "label": "true"}, "label: expected true or false, found 'true'"),
     ("unpaired", {"prompt": "q", "completion": "a", "label": 2}, "label: expected true or false, found 2"),
-    ("graded", {"prompt": "q", "responses": ["a", "b"]}, "responses and rewards: expected lists of equal length"),
-    ("graded", {"prompt": "q", "rewards": [1, 2]}, "responses and rewards: expected lists of equal length"),
+    ("graded", {"prompt": "q", "responses": ["a", "b"]}, "rewards: expected a list, found None"),
+    ("graded", {"prompt": "q", "rewards": [1, 2]}, "responses: expected a list, found None"),
     ("graded", {"prompt": "q", "responses": ["a", "b"], "rewards": [1]}, "lists of equal length"),
     ("graded", {"prompt": "q", "responses": ["a", "b"], "rewards": [1, "2"]}, "rewards: expected a finite number, found '2'"),
     ("graded", {"prompt": "q", "responses": ["a", "b"], "rewards": [True, 2]}, "rewards: expected a finite number, found True"),
@@ -314,12 +314,36 @@ def test_any_first_row_finds_its_format_or_is_refused(row):
         assert "x:1: a row with columns" in str(error)  # noqa: PT017
 
 
-def test_an_unknown_layout_lists_the_known_ones():
-    with pytest.raises(
-        DataError,
-        match=r"x:1: a row with columns answer, query fits no known format.*data\.columns.*from preference, .*graded",
-    ):
-        choose_format("auto", {"query": 1, "answer": 2}, "x:1")
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"query": 1, "answer": 2},
+            "answer, query fits no known format. Map the columns in YAML, for example",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejcted": "b"},
+            "fits no known format; rejcted is near to rejected of the format preference. Rename it, or map the columns in YAML, data.columns: {rejected: rejcted, prompt: prompt, chosen: chosen}",
+        ),
+        (
+            {"query": "Why is it so?", "chosen": "a b", "rejected": "c d"},
+            "has no prompt column, and chosen and rejected do not begin alike. Map it in YAML, data.columns: {prompt: query,",
+        ),
+        (
+            {"prompt": "q", "outputs": [{"text": "a", "rating": 5}, {"text": "b", "rating": 1}]},
+            'has its answers nested in outputs. Map them in YAML, data.columns: {prompt: prompt, responses: "outputs[*].text", rewards: "outputs[*].rating"}',
+        ),
+        (
+            {f"column {number}": 1 for number in range(100)},
+            "column 18, column 19 and 88 more fits no known format",
+        ),
+    ],
+)
+def test_an_unknown_layout_is_told_what_is_nearest(row, said):
+    with pytest.raises(DataError) as caught:
+        choose_format("auto", row, "x:1")
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_layout_that_fits_two_formats_is_not_guessed():

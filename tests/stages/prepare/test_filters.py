@@ -7,7 +7,7 @@ import pytest
 
 from cache.errors import DataError, MachineError, UsageError
 from stages.data.rows import RowSet
-from stages.prepare.filters import EvaluationPrompts
+from stages.prepare.filters import EvaluationPrompts, Filters
 from stages.prepare.stage import prepare, rows_identity
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.template import Template
@@ -118,6 +118,29 @@ def test_prompts_that_hold_or_repeat_an_evaluation_prompt_are_dropped(tmp_path, 
         row("Now rewrite your previous response."),  # and is too short to count inside another text
     ]
     assert kept(rows, decontaminate=[str(path)]) == ([3, 6, 8, 9], {"filter_evaluation_prompt": 5})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["messages_from_human", "messages_parts", "messages_role_human", "prompt_message", "turns_content_only"],
+)
+def test_every_layout_of_evaluation_prompts_is_found(shared_cases, kept, name):
+    """Ten of the twenty rows are evaluation prompts."""
+    path = shared_cases / "prompts" / f"eval_{name}.jsonl"
+    rows = [json.loads(line) for line in (shared_cases / "rows" / "leak_train.jsonl").open()]
+    found, dropped = kept(rows, decontaminate=[str(path)])
+    assert (len(found), dropped) == (10, {"filter_evaluation_prompt": 10})
+
+
+def test_an_evaluation_prompt_that_cannot_be_used_is_counted(tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"prompt": LONG}) + '\n{"id": 1}\n{"turns": [7]}\n')
+    filters = Filters(FilterSettings(decontaminate=[str(path)]))
+    assert len(filters.notes()) == 1
+    assert "2 prompts cannot be used, the first is eval.jsonl:2: expected a prompt" in filters.notes()[0]
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match=r"eval\.jsonl:1: .*No prompt of .* can be read"):
+        Filters(FilterSettings(decontaminate=[str(path)]))
 
 
 def test_real_evaluation_prompts_are_found_and_ordinary_ones_are_not(shared_data, kept):

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter, defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -330,13 +331,14 @@ OTHER_SETTINGS = {
 OTHER_DATA = {
     "format": "ultrafeedback",
     "columns": {"prompt": "prompt"},
+    "labels": {"up": True},
     "ties": "half",
     "threshold": 3.0,
     "max_samples": 5,
     "on_bad_row": "skip",
 }
-# Of a single local file, which is taken whole.
-NOT_IN_THE_ROWS = {"seed": 7}
+# Of a single local file, which is taken whole; and what is left out anyhow.
+NOT_IN_THE_ROWS = {"seed": 7, "ignore": ["prompt"]}
 # Refused for a file: tests/stages/data/test_folders.py.
 NOT_OF_A_FILE = {"config", "split", "revision"}
 
@@ -399,6 +401,18 @@ def test_a_source_without_usable_rows_says_why(tmp_path, base, context, name, co
         prepare(
             DataSettings(path=str(tmp_path / name), on_bad_row=on_bad_row), EVERYTHING_FITS, base, context
         )
+
+
+def test_where_every_row_is_bad_the_commonest_problems_are_said_and_all_are_kept(tmp_path, base, context):
+    rows = [{"prompt": "q", "chosen": n, "rejected": "b"} for n in range(3)]
+    data = write(tmp_path / "rows.jsonl", [*rows, {"prompt": 1, "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError) as caught:
+        prepare(data, PrepareSettings(), base, context)
+    said = str(caught.value)
+    assert "4 bad_row" in said
+    assert "3 as rows.jsonl:1: chosen: expected text, found 0; 1 as rows.jsonl:4: prompt: expected" in said
+    kept = Path(said.split("All are listed in ")[1].removesuffix("."))
+    assert [json.loads(line)["location"] for line in kept.open()] == [f"rows.jsonl:{n}" for n in range(1, 5)]
 
 
 def test_a_store_that_cannot_be_written_is_one_line(preferences, chat):

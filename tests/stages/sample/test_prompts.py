@@ -23,10 +23,15 @@ def chat(chat_tokenizer):
     return Template(chat_tokenizer, "auto", append_eos=True)
 
 
-def prompts(tmp_path, template, *rows):
+def prompts_file(tmp_path, *rows):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [template.tokenizer.decode(prompt.ids) for prompt in file_prompts(str(path), template)]
+    return path
+
+
+def prompts(tmp_path, template, *rows):
+    path = prompts_file(tmp_path, *rows)
+    return [template.tokenizer.decode(prompt.ids) for prompt in file_prompts(str(path), template)[0]]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,10 @@ def prompts(tmp_path, template, *rows):
         {"question": "2+2?"},
         {"messages": [USER]},
         {"messages": [{"from": "human", "value": "2+2?"}, ASSISTANT]},
+        {"messages": [{"role": "human", "content": "2+2?"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}]},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"turns": [{"content": "2+2?"}, {"content": "And 3+3?"}]},
         {"question_id": 81, "category": "math", "turns": ["2+2?", "And 3+3?"]},
     ],
 )
@@ -66,16 +75,19 @@ def test_a_column_that_is_not_empty_is_taken_before_one_that_is(tmp_path, chat):
 @pytest.mark.parametrize(
     "row", [{"prompt": ""}, {"prompt": [USER, ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
 )
-def test_what_cannot_be_asked_is_named(tmp_path, chat, row):
-    with pytest.raises(DataError, match=r"prompts\.jsonl:2: "):
-        prompts(tmp_path, chat, {"prompt": "fine"}, row)
+def test_what_cannot_be_asked_is_named_and_the_rest_go_on(tmp_path, chat, row):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: .*No row of .* has a prompt"):
+        prompts(tmp_path, chat, row)
+    assert prompts(tmp_path, chat, {"prompt": "fine"}, row) == prompts(tmp_path, chat, {"prompt": "fine"})
+    [problem] = file_prompts(str(prompts_file(tmp_path, {"prompt": "fine"}, row)), chat)[1]
+    assert problem.startswith("prompts.jsonl:2: ")
 
 
 @pytest.mark.parametrize(
     ("name", "number"), [("mt_bench_question", 80), ("vicuna_bench_question", 80), ("ifeval_input_data", 541)]
 )
 def test_real_benchmarks(shared_data, chat, name, number):
-    assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat)) == number
+    assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat)[0]) == number
 
 
 def test_a_prompt_that_the_model_has_no_positions_for_is_left_out_and_named(
@@ -86,7 +98,7 @@ def test_a_prompt_that_the_model_has_no_positions_for_is_left_out_and_named(
     models = {"model": ModelSource("tiny", tiny_model)}
     rows: Any = SimpleNamespace(counts={"turn_end_ids": [0]}, path=tmp_path)
     compute = Compute(torch.device("cpu"), torch.float32, 2048)
-    every = file_prompts(str(path), chat)
+    every, _ = file_prompts(str(path), chat)
     long = [prompt.id for prompt in every if len(prompt.ids) >= 256]
     job = SampleJob.of(models, rows, chat, SampleSettings(prompts=str(path)), compute)
     assert list(job.too_long) == long == ["prompts_one_long.jsonl:2"]
