@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt (plain text, messages or token ids), its candidates, and the tools that the prompt offers.
+    """A prompt (plain text, messages or token ids), its candidates, the tools that the prompt offers, and template arguments.
 
     `tied`: the two candidates were judged equal, so their roles chosen and rejected mean nothing.
     """
@@ -60,6 +60,7 @@ class Preference:
     candidates: list[Candidate]
     tools: list[Any] | None = None
     tied: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 class Format:

@@ -101,7 +101,7 @@ class ExampleMaker:
                     outcome.reject(place, row, problem)
                 else:
                     outcome.counts.chat_rows += not text.is_plain and text.pretokenized is None
-                    outcome.counts.notes.update(f"{name}_not_in_template" for name in text.hidden)
+                    outcome.counts.notes.update(text.notes)
                     rendered.append(text)
                     usable.append((place, row, preference))
         return ConvertedBatch(outcome, usable, self.template.encoder.texts_of(rendered))
