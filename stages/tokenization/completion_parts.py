@@ -21,8 +21,9 @@ from stages.tokenization.thinking import (
 from stages.tokenization.turn_ends import TurnEnds
 from stages.tokenization.turn_places import REWRITES, Apply, Place, TurnPlaces
 
-# The name under which `align prepare` counts rows of which a turn before the last has no end token.
-NO_END = "turn_without_end_token"
+# Names under which `align prepare` counts rows: a turn before the last has no end token; a turn behind the first does not
+# begin with all of the generation prompt, because the template leaves thinking blocks out of a finished conversation.
+NO_END, NOT_OPENED = "turn_without_end_token", "later_turn_without_generation_prompt"
 Spans = Sequence[tuple[int, int]]
 
 
@@ -69,6 +70,8 @@ class CompletionParts:
                 position = end
             parts.append(TextPart(whole[position : place.end], False))
             position = place.end
+            if is_trained and place is not places[0] and place.missing.strip():
+                self.notes.add(NOT_OPENED)
             if is_trained and answer is not answers[-1] and not self.ends.length_of(whole[:position]):
                 self.notes.add(NO_END)
         return [part for part in [*parts, TextPart(whole[position:], False)] if part.text]
@@ -82,7 +85,7 @@ class CompletionParts:
                 return "", start
             if not holds_block(opened):
                 raise BadRow(REWRITES)
-            return "", place.answer  # the generation prompt has closed the block
+            return "", place.answer or start  # the generation prompt has closed the block
         written = whole[start : place.answer or place.end]
         if block[1] in written or not self.head.endswith(opened):
             return "", start

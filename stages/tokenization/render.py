@@ -13,6 +13,7 @@ from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
 from stages.data.source_row import BadRow
 from stages.formats.contract import Preference, Tokens
+from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import PLAIN_MARKS, choose_source, marks_of
@@ -114,6 +115,21 @@ class Renderer:
         preference, escape = self._special.escaped(preference, self._marks)
         preference, notes = self._changed(preference)
         self._check_tools_are_read(preference)
+        arguments = texts_of_arguments(preference)
+        if not arguments:
+            return self._chat(preference, notes, escape)
+        try:
+            rendered = self._chat(preference, set(notes), escape)
+        except BadRow:
+            return self._chat(with_texts(preference), notes, escape)
+        return (
+            self._chat(with_texts(preference), notes, escape)
+            if prints_objects(arguments, rendered.text)
+            else rendered
+        )
+
+    def _chat(self, preference: Preference, notes: set[str], escape: str) -> Rendered:
+        """A conversation as text, as it is."""
         given = {**self.arguments, **(preference.chat_template_kwargs or {})}
         apply = partial(self._apply, tools=preference.tools, given=given)
         prompt = _turns(preference.prompt)

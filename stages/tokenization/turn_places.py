@@ -7,7 +7,7 @@ before it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.data.messages import Message
 from stages.data.source_row import BadRow
@@ -27,7 +27,8 @@ class Place:
     """An assistant's turn in a rendering: where it starts and ends, in characters.
 
     `opened`: the generation prompt before it, of which the rendering has all but `missing`, the end; `answer`: where the
-    text behind the reasoning starts. All three are empty where the rendering has the whole generation prompt.
+    text behind the reasoning starts, 0 where that is not known. All three are empty where the rendering has the whole
+    generation prompt.
     """
 
     start: int
@@ -51,7 +52,16 @@ class TurnPlaces:
         """
         numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         places = self._by_prefix(prompt, head, turns, whole, numbers)
-        return places or self._by_marks(prompt, head, turns, whole, numbers)
+        places = places or self._by_marks(prompt, head, turns, whole, numbers)
+        return [self._with_end(place, whole) for place in places]
+
+    def _with_end(self, place: Place, whole: str) -> Place:
+        """The place with the end token behind it, where the template writes that before the next turn."""
+        if self._ends.length_of(whole[place.start : place.end]):
+            return place
+        behind = whole[place.end :]
+        found = max((len(token) for token in self._ends.tokens if behind.startswith(token)), default=0)
+        return replace(place, end=place.end + found)
 
     def _by_prefix(
         self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
@@ -64,7 +74,9 @@ class TurnPlaces:
             closed = whole if last else self._apply(prompt + turns[: number + 1], False)
             if not whole.startswith(opened) or not closed.startswith(opened) or not whole.startswith(closed):
                 return None
-            places.append(Place(len(opened), len(opened) + self._ends.end_of(closed[len(opened) :])))
+            added = closed[len(opened) :]
+            said = max(added.rfind(_last_text(turns[number])), 0)
+            places.append(Place(len(opened), len(opened) + self._ends.end_of(added, said)))
         return places
 
     def _by_marks(
@@ -72,7 +84,7 @@ class TurnPlaces:
     ) -> list[Place]:
         places = [self._marked(prompt, turns, number, whole) for number in numbers]
         first = places[0]
-        if len(numbers) > 1 and whole[: first.start] + first.missing != head:
+        if len(numbers) > 1 and not _is_same(whole[: first.start] + first.missing, head):
             raise BadRow(REWRITES)  # the first turn has another context than the prompt
         return places
 
@@ -87,15 +99,42 @@ class TurnPlaces:
         if _bare(text) != whole or text.count(BEHIND) != 1 or text.count(START) != 1 or START not in after:
             raise BadRow(REWRITES)
         begin = len(_bare(before))
-        shared = common_start(opened, after)
+        had, shared = _shared(opened, after)
         answer = begin + len(_bare(after[: after.index(START)]))
         inside, _, tail = after.partition(END)
         if place + 1 < len(everything):
             closed = self._apply(marked[: place + 1], False).rpartition(END)[2]
             tail = common_start(closed, tail)
         behind = begin + len(_bare(inside))
-        start = begin + len(shared)
-        return Place(start, behind + self._ends.end_of(tail), opened, opened[len(shared) :], answer)
+        if "tool_calls" in turns[number] and not turns[number]["content"].strip():
+            answer = 0  # the mark stands inside the call
+        return Place(begin + shared, behind + self._ends.end_of(tail), opened, opened[had:], answer)
+
+
+def _last_text(message: Message) -> str:
+    """The text of a turn that stands last in its rendering: of its last call, or else of its content."""
+    calls = message.get("tool_calls")
+    return calls[-1]["function"]["name"] if calls else message["content"].strip()
+
+
+def _shared(opened: str, text: str) -> tuple[int, int]:
+    """How many characters of a generation prompt and of a rendering are the same but for white space."""
+    had = shared = 0
+    while had < len(opened):
+        if shared < len(text) and opened[had] == text[shared]:
+            had, shared = had + 1, shared + 1
+        elif opened[had].isspace():
+            had += 1
+        elif shared < len(text) and text[shared].isspace():
+            shared += 1
+        else:
+            break
+    return had, shared
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two texts are the same but for white space."""
+    return "".join(first.split()) == "".join(second.split())
 
 
 def _mark_before(message: Message) -> None:
