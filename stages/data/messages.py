@@ -232,6 +232,20 @@ def tools_of(row: Mapping[str, Any], column: str = "tools") -> list[Any] | None:
     return tools or None
 
 
+def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The column `chat_template_kwargs`, an object or its JSON text; None where it is empty."""
+    value = row.get("chat_template_kwargs")
+    if value is None or value == "" or value == {}:
+        return None
+    given = json_of(value, "chat_template_kwargs")
+    if not isinstance(given, Mapping) or {"messages", "tools", "add_generation_prompt"} & given.keys():
+        raise BadRow(
+            f"chat_template_kwargs: expected an object of the template's arguments, found {shown(value)}"
+        )
+    # Parquet gives every row every key, most of them null.
+    return {str(key): part for key, part in given.items() if part is not None} or None
+
+
 def without_weight(message: Message) -> Message:
     """The message without its loss weight."""
     return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stages.data.columns import finite_number, optional_text, shown
-from stages.data.messages import Message, as_messages, tools_of, without_weight
+from stages.data.messages import Message, as_messages, template_kwargs_of, tools_of, without_weight
 from stages.data.source_row import BadRow
 
 SCORE_COLUMNS = (
@@ -129,7 +129,13 @@ def assembled(
 ) -> Preference:
     """A preference of (completion, role, score), all text or all messages, with the row's weight, system text and tools."""
     system, tools = optional_text(row, "system") or optional_text(row, "system_prompt"), tools_of(row)
-    if tools or system or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides))):
+    arguments = template_kwargs_of(row)
+    if (
+        tools
+        or system
+        or arguments
+        or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides)))
+    ):
         prompt = as_messages(prompt, "user")
         sides = [(as_messages(completion, "assistant"), role, score) for completion, role, score in sides]
     if system and isinstance(prompt, list) and prompt[0]["role"] != "system":
@@ -141,7 +147,7 @@ def assembled(
         Candidate(completion, role, score, weight * turn_weight(completion))
         for completion, role, score in sides
     ]
-    return Preference(prompt, candidates, tools, tied)
+    return Preference(prompt, candidates, tools, tied, arguments)
 
 
 def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

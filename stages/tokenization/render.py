@@ -4,9 +4,10 @@ With a chat template, the prompt is what the model will see, and only what it ha
 (`completion_parts.py`). Special tokens in a row's text stay text (`special_token_text.py`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from cache.fingerprint import canonical_json
@@ -16,11 +17,14 @@ from stages.formats.contract import Preference, Tokens
 from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
-from stages.tokenization.named_templates import PLAIN_MARKS, choose_source, marks_of
+from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
 from stages.tokenization.thinking import LEFT_OUT, arguments, without_reasoning
 from stages.tokenization.turn_ends import END, START, TurnEnds
+
+# The name under which `align prepare` counts rows.
+FOLDED = "system_text_folded_into_the_user_turn"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Renderer:
         self.options = options or RenderOptions()
         variables = {**tokenizer.special_tokens_map, "leading_bos": _leading_bos(tokenizer)}
         self.chat = ChatTemplate(source, name, variables)
+        self._is_fallback = joins_plain and choice == "auto"
         self.arguments = arguments(self.options.arguments, self.options.thinking, self.chat.mentions)
         self._special = SpecialTokenText(tokenizer)
         self._marks = sorted(marks_of(source) | set(self._special.tokens))
@@ -78,12 +83,10 @@ class Renderer:
         self.ends = TurnEnds(self._declared_ends(), self._special.tokens, lambda turns: self._apply(turns)[0])
 
     def _declared_ends(self) -> list[str]:
-        ids = [self.tokenizer.eos_token_id, *self.options.end_ids]
-        return [
-            token
-            for token in self.tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])
-            if token
-        ]
+        """The end tokens of tokenizer and model that the template can write; others can end no turn of a rendering."""
+        own = [self.tokenizer.eos_token] if self.tokenizer.eos_token is not None else []
+        declared = self.tokenizer.convert_ids_to_tokens(list(self.options.end_ids))
+        return own + sorted(token for token in declared if token and token in self.chat.source)
 
     @property
     def published_source(self) -> str:
@@ -92,7 +95,13 @@ class Renderer:
         if self.chat.mentions("leading_bos"):
             value = "bos_token" if self.chat.variables["leading_bos"] else "''"
             source = f"{{% set leading_bos = {value} %}}{source}"
-        return source
+        return _with_defaults(self.arguments, source)
+
+    def fallback_note(self) -> str | None:
+        """What a person should know where conversations were written without a chat template of the model's own."""
+        if not self._is_fallback:
+            return None
+        return f"{self.tokenizer.name_or_path} has no chat template, so conversations are written as {self._example()!r} (prepare.template=plain); others are {', '.join(list(NAMED)[1:])}, or a Jinja file"
 
     def notes(self) -> list[str]:
         """What a person should know about the template with this tokenizer, one line each."""
@@ -154,6 +163,9 @@ class Renderer:
     def _changed(self, preference: Preference) -> tuple[Preference, set[str]]:
         """The preference as the settings want it, and the names under which the changes are counted."""
         notes: set[str] = set()
+        if self._folds_system and (folded := _folded(preference.prompt)) is not None:
+            notes.add(FOLDED)
+            preference = replace(preference, prompt=folded)
         if self.options.thinking in ("off", "empty"):
             bare = [without_reasoning(_turns(candidate.completion)) for candidate in preference.candidates]
             if any(had for _, had in bare):
@@ -162,6 +174,17 @@ class Renderer:
                 candidates = [replace(candidate, completion=turns) for candidate, (turns, _) in sides]
                 preference = replace(preference, candidates=candidates)
         return preference, notes
+
+    @cached_property
+    def _folds_system(self) -> bool:
+        """Whether system turns are folded: the setting says so, and the template has no place for them."""
+        if self.options.system != "fold":
+            return False
+        try:
+            text, _ = self._apply([{"role": "system", "content": START}, {"role": "user", "content": "a"}])
+        except BadRow:
+            return True
+        return START not in text
 
     def _opened_by(self, given: Mapping[str, Any]) -> str:
         """The generation prompt: what the template writes behind the text of a user for the model to go on from."""
@@ -231,6 +254,14 @@ class Renderer:
                 raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
 
 
+def _folded(prompt: Any) -> list[Message] | None:
+    """The prompt with its system text in front of the first user turn's, as models without system turns have it."""
+    if [turn["role"] for turn in _turns(prompt)[:2]] != ["system", "user"]:
+        return None
+    system, user, *rest = _turns(prompt)
+    return [{**user, "content": f"{system['content'].strip()}\n\n{user['content']}"}, *rest]
+
+
 def _turns(value: Any) -> list[Message]:
     """Messages; a text as one assistant turn."""
     return as_messages(value, "assistant")
@@ -241,6 +272,16 @@ def _as_turns(preference: Preference) -> Preference:
     candidates = [replace(c, completion=_turns(c.completion)) for c in preference.candidates]
     prompt = [{"role": "user", "content": preference.prompt}]
     return replace(preference, prompt=prompt, candidates=candidates)
+
+
+def _with_defaults(given: Mapping[str, Any], source: str) -> str:
+    """A template in which the arguments have these values unless others are given."""
+    values = {name: "none" if value is None else json.dumps(value) for name, value in given.items()}
+    sets = [
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
+        for name, value in values.items()
+    ]
+    return "".join(sets) + source
 
 
 def _leading_bos(tokenizer: Any) -> str:
