@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+from cache.errors import DataError
 from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
 from stages.data.source_row import BadRow
@@ -20,7 +21,7 @@ from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
-from stages.tokenization.thinking import LEFT_OUT, arguments, without_reasoning
+from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
 from stages.tokenization.turn_ends import END, START, TurnEnds
 
 # The name under which `align prepare` counts rows.
@@ -80,6 +81,10 @@ class Renderer:
         self._special = SpecialTokenText(tokenizer)
         self._marks = sorted(marks_of(source) | set(self._special.tokens))
         self._opened: dict[bytes, str] = {}
+        if self.options.thinking == "off" and open_block(self._opened_by(self.arguments)) is not None:
+            raise DataError(
+                f"{name[0].upper()}{name[1:]} opens a thinking block and has no argument that switches thinking off. Use --set prepare.thinking=empty, or the template's own argument in prepare.chat_template_kwargs."
+            )
         self.ends = TurnEnds(self._declared_ends(), self._special.tokens, lambda turns: self._apply(turns)[0])
 
     def _declared_ends(self) -> list[str]:

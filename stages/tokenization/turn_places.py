@@ -6,6 +6,7 @@ the texts on both sides of the turn's beginning, and the beginning is where the 
 before it.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from stages.tokenization.turn_ends import END, START, TurnEnds, common_start
 # Marks around the text before a turn; START and END stand around the turn's own.
 BEFORE, BEHIND = "\ufdee", "\ufdef"
 MARKS = (START, END, BEFORE, BEHIND)
+BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\n]*$")
 REWRITES = "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
 # (messages, add_generation_prompt) to a rendering.
 Apply = Callable[[list[Message], bool], str]
@@ -129,6 +131,9 @@ def _shared(opened: str, text: str) -> tuple[int, int]:
             shared += 1
         else:
             break
+    begun = BEGUN_TAG.search(opened, 0, had) if had < len(opened) else None
+    if begun is not None and text[:shared].endswith(begun.group()):
+        return begun.start(), shared - len(begun.group())  # `<think>` and `</think>` share no tag
     return had, shared
 
 
