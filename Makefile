@@ -10,9 +10,9 @@ EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,peft,bitsandbytes
 LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))
 UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=auto)
 
-# One process a core, four at most (each holds torch), and one thread in each (tests/conftest.py). Tests of one
-# xdist_group stay in one process: they share what is dear to make, or want vLLM for themselves.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# One process a core, four at most (each holds torch), and one thread in each (tests/conftest.py). The tests of a file
+# stay in one process, because they share what is dear to make, such as a vLLM worker.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast check style docs bench clean

@@ -35,6 +35,10 @@ SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|\[/?[A-Z][A-Z_]+\]|</?s>|<(?:start|end)_of_turn>|<\|?turn\|?>|<seed:\w+>|\]~!?b\]|\[e~\[|<SPECIAL_\d+>|<eos>|<bos>|\[\|\w+\|\]"
 )
 CLOSING = r"(</[\w:]+>|\[/THINK\]|<\|END_THINKING\|>|<\|inner_suffix\|>|<channel\|>|\[BEGIN FINAL RESPONSE\]|◁/think▷)"
+# What stands in front of an assistant's turn, which no model has to write.
+HEADER = re.compile(
+    r"\s*(<\|(im_start|start|start_header_id|header_start|assistant|START_OF_TURN_TOKEN)\|>|<start_of_turn>|<\|turn>|assistant\b)"
+)
 ASK, ANSWER = (
     {"role": "user", "content": "Is it raining in Oslo?"},
     {"role": "assistant", "content": "Yes, it is."},
@@ -247,7 +251,7 @@ def each_turn_is_trained(tokenizer: Any, completion: Sequence[dict], ids: Any, m
     bare = "".join(whole.split())
     return (
         len(runs) == len(answers)
-        and not any(re.match(r"\s*(<[^>]*(start|assistant|model)[^>]*>|assistant)", run) for run in runs)
+        and not any(HEADER.match(run) for run in runs)
         and all(
             text in run and not any(other in run for other in others)
             for text, run in zip(said, runs, strict=True)

@@ -91,8 +91,12 @@ def _unknown_key(key: str, schema: type[BaseModel], prefix: str) -> UsageError:
             f"or set HF_TOKEN or WANDB_API_KEY."
         )
     known = list(schema.model_fields) if prefix else _dotted_keys(schema)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"Did you mean {prefix}{near[0]}?" if near else f"Known keys: {', '.join(schema.model_fields)}."
+    same = [] if prefix else [name for name in known if name.split(".")[-1] == key]
+    near = [f"{prefix}{name}" for name in difflib.get_close_matches(key, known, n=1, cutoff=0.6)]
+    meant = same or near
+    hint = (
+        f"Did you mean {' or '.join(meant)}?" if meant else f"Known keys: {', '.join(schema.model_fields)}."
+    )
     return UsageError(f"Unknown configuration key {prefix + key!r}. {hint}")
 
 

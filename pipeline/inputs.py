@@ -29,7 +29,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.render import RenderOptions
 from stages.tokenization.template import Template
 from stages.train.checkpoints import check_model_files
-from stages.train.job import Job, find_policy
+from stages.train.job import Job, find_policy, find_policy_of_other_eval_sets
 from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
@@ -213,11 +213,17 @@ class Inputs:
     def policy_artifact(self) -> Artifact:
         """The artifact of the policy that this configuration trained; raises `StaleError` if it is missing."""
         policy = find_policy(self.job, self.context)
-        if policy is None:
+        if policy is not None:
+            return policy
+        other = find_policy_of_other_eval_sets(self.job, self.context)
+        if other is not None:
             raise StaleError(
-                f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+                f"{other} was trained with these settings but for eval.sets, which are part of a training run. "
+                f"Name it: align eval with --set eval.model={other}, align sample with --set sample.model={other}"
             )
-        return policy
+        raise StaleError(
+            f"The policy of this configuration is not in {self.context.store.root}. Train it with: {self.context.command('train')}"
+        )
 
     @cached_property
     def sample_job(self) -> SampleJob:

@@ -9,10 +9,8 @@ build needs no network, and two builds on one machine give the same bytes.
 
 import contextlib
 import json
-import os
 import random
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from cache.files import (
     write_json,
 )
 from cache.fingerprint import fingerprint, short
+from cache.ownership import OWNER, claim, remove_abandoned, temporary_suffix
 from pipeline.quickstart_world import GRUMPY, LAYOUTS, POLITE, preference_pairs, questions, voiced
 
 if TYPE_CHECKING:
@@ -102,12 +101,18 @@ def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> 
         say(
             "Building the quickstart: preference data, tokenizer and model (once, about 15 seconds on one core)."
         )
-        staging = final.with_name(f"{TEMPORARY_PREFIX}{final.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        prefix = f"{TEMPORARY_PREFIX}{final.name}."
+        with disk_errors_named(final):
+            remove_abandoned(final.parent, prefix)
+            staging = final.with_name(f"{prefix}{temporary_suffix()}")
+            owned = claim(staging)
         try:
             _write(staging, recipe, say)
+            owned.release()
             publish_folder(staging, final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            owned.release()
     return Quickstart(model=final / "model", preferences=final / "preferences.jsonl")
 
 
@@ -127,12 +132,12 @@ def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     tokenizer = make_tokenizer(recipe)
     model = pretrain(tokenizer, recipe, say)
     with disk_errors_named(folder):
-        folder.mkdir(parents=True)
         lines = [json.dumps(pair, ensure_ascii=False) for pair in preference_pairs(recipe.seed)]
         (folder / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / "model")
         model.save_pretrained(folder / "model")
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != OWNER)
+        names = sorted(str(path.relative_to(folder)) for path in files)
         write_json(folder / "checksums.json", {name: sha256_file(folder / name) for name in names})
 
 

@@ -46,6 +46,8 @@ class Sampled(StageResult):
             f"{counts['finished']:,} finished before sample.max_tokens"
         )
         tables.headline(console, "sample", what, self.artifact.path, self.reused)
+        if counts.get("prompts_too_long"):
+            console.print(f"  too long for the model, left out: {', '.join(counts['prompts_too_long'])}")
         lines = read_jsonl(self.output)
         sides = sorted(counts["models"], reverse=True)
         console.print(_side_by_side(lines, sides))

@@ -32,6 +32,7 @@ from stages.models.loading import ModelSource, load_model
 from stages.models.vocabulary import TokensInUse
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context, progress
+from stages.runtime.limits import using_memory
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -73,7 +74,13 @@ def cache_ref(
     if missing:
         check_rows_fit(source, row_sets)
         longest = max(row_sets, key=RowSet.max_length)
-        forwards = _score(units_of(row_sets, worker), longest, reference, source, compute, missing, context)
+        with using_memory(
+            f"What was scored is kept. Lower compute.tokens_per_batch (now {compute.tokens_per_batch}), and type the same "
+            f"command again."
+        ):
+            forwards = _score(
+                units_of(row_sets, worker), longest, reference, source, compute, missing, context
+            )
     remember_store(source, compute, reference, context)
     return CacheRefResult(reference, len(needed), missing, forwards, time.monotonic() - started)
 

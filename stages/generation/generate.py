@@ -135,8 +135,7 @@ def check_prompts(prompts: Sequence[Prompt], model: Model) -> None:
         if len(ids) > model.max_length - 1:
             raise DataError(
                 f"Row {prompt.id}: the prompt has {len(ids)} tokens; at most {model.max_length - 1} leave room for "
-                f"a completion in {model.path}. Lower prepare.max_prompt_length "
-                f"or sample.max_tokens."
+                f"a completion in {model.path}. Shorten it, or leave it out."
             )
         if min(ids) < 0 or max(ids) >= vocab_size:
             outside = next(token for token in ids if not 0 <= token < vocab_size)

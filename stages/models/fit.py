@@ -5,12 +5,15 @@ In: a model's configuration files, and rows.  Out: nothing, or an `AlignError`.
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
-from cache.errors import DataError, UsageError
+from cache.errors import DataError, MachineError, UsageError
 from stages.data.rows import RowSet
 from stages.models.loading import ModelSource, load_tokenizer, open_config
+from stages.runtime.limits import writing
 
 
 def num_positions(source: ModelSource) -> int | None:
@@ -51,7 +54,12 @@ def check_can_be_saved(source: ModelSource) -> None:
     from transformers import GenerationConfig
 
     config = open_config(source)
-    with tempfile.TemporaryDirectory(prefix="align-") as folder:
+    # A full disk says nothing about the model: it is an error where the model is written.
+    with (
+        suppress(MachineError),
+        tempfile.TemporaryDirectory(prefix="align-") as folder,
+        writing(Path(folder)),
+    ):
         what = "config.json"
         try:
             config.save_pretrained(folder)
@@ -63,7 +71,7 @@ def check_can_be_saved(source: ModelSource) -> None:
                 GenerationConfig.from_model_config(config).save_pretrained(folder)
             what = "the tokenizer"
             load_tokenizer(source).save_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise DataError(
                 f"{source.folder}: {what} cannot be saved with a trained model ({' '.join(str(error).split())[:300]}). Mend it there."
             ) from error

@@ -128,7 +128,7 @@ def prepare(
         maker = ExampleMaker(converts, settings, template, Filters(filter_), gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
-        _refuse_no_training_row(counts, formats)
+        _refuse_no_training_row(counts, settings)
         if counts.chat_rows and (note := template.renderer.fallback_note()):
             context.say(note)
         if counts.chat_rows:
@@ -207,12 +207,17 @@ def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: 
             )
 
 
-def _refuse_no_training_row(counts: RowCounts, formats: dict[str, type[Format]]) -> None:
-    if not counts.examples["train"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings) -> None:
+    if counts.examples["train"]:
+        return
+    if counts.examples["heldout"]:
         raise DataError(
-            f"{' + '.join(formats)}: no usable training row among {counts.rows_in.total()} ({reasons or 'the source is empty'})."
+            f"All {counts.examples['heldout']:,} examples of {' + '.join(counts.rows_in)} are held out: prepare.heldout_fraction={settings.heldout_fraction:g} is a share of the prompts, and there are few of them. Use --set prepare.heldout_fraction=0."
         )
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.reasons().items())
+    raise DataError(
+        f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons})."
+    )
 
 
 def _choose_format(data: DataSettings) -> type[Format]:

@@ -17,6 +17,8 @@ from cache.fingerprint import canonical_json
 from stages.generation.completion_files import CompletionRecord, write_alpaca_eval, write_jsonl
 from stages.generation.generate import Completion, Engine, auto_engine, generate, open_model
 from stages.generation.requests import EngineOptions, Prompt, Sampling
+from stages.models.adapters import base_of, is_adapter
+from stages.models.fit import num_positions
 from stages.models.identity import model_identity
 from stages.models.loading import ModelSource
 from stages.models.vocabulary import TokensInUse, tokenizer_sha256
@@ -32,13 +34,17 @@ STAGE_VERSION = 1
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What is sampled and how: models by side (policy, reference, or model for a named one), prompts, settings."""
+    """What is sampled and how: models by side (policy, reference, or model for a named one), prompts, settings.
+
+    `too_long` has the ids of prompts that are left out, because one of the models has too few positions for them.
+    """
 
     models: Mapping[str, ModelSource]
     prompts: list[Prompt]
     settings: SampleSettings
     compute: Compute
     stop_token_ids: tuple[int, ...]
+    too_long: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -60,7 +66,14 @@ class SampleJob:
             raise DataError(
                 f"{rows.path} has no held-out prompts. Give a file with --set sample.prompts=FILE, or raise prepare.heldout_fraction."
             )
-        return cls(models, chosen, settings, compute, tuple(rows.counts["turn_end_ids"]))
+        most = min(filter(None, map(_positions, models.values())), default=None)
+        fitting = [prompt for prompt in chosen if most is None or len(prompt.ids) < most]
+        if not fitting:
+            raise DataError(
+                f"All {len(chosen)} prompts have {most} tokens or more, and {' and '.join(m.name for m in models.values())} has {most} positions. Give shorter ones with --set sample.prompts=FILE."
+            )
+        too_long = tuple(prompt.id for prompt in chosen if prompt not in fitting)
+        return cls(models, fitting, settings, compute, tuple(rows.counts["turn_end_ids"]), too_long)
 
     @property
     def name(self) -> str:
@@ -135,6 +148,10 @@ class SampleJob:
         }
 
 
+def _positions(model: ModelSource) -> int | None:
+    return num_positions(base_of(model) if is_adapter(model.folder) else model)
+
+
 def find_completions(job: SampleJob, context: Context) -> Artifact | None:
     """The finished completions of this job, if there are any; `auto` and the engine it takes make the same ones."""
     asked, auto = job.settings.engine, auto_engine()
@@ -151,6 +168,8 @@ def sample(job: SampleJob, context: Context) -> Artifact:
     """Generate and write all completions."""
     draft = context.store.draft("completions", job.name, "sample", job.identity)
     try:
+        if job.too_long:
+            context.say(f"Left out, because the model has too few positions: {', '.join(job.too_long)}")
         context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
         folders = [model.folder for model in job.models.values()]
         with using_memory(f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."):
@@ -167,6 +186,7 @@ def sample(job: SampleJob, context: Context) -> Artifact:
         counts = {
             "engine": engine,
             "num_prompts": len(job.prompts),
+            "prompts_too_long": list(job.too_long),
             "num_completions": len(records),
             "finished": sum(record.finish_reason == "stop" for record in records),
             "models": names,

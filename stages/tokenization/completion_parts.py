@@ -65,7 +65,8 @@ class CompletionParts:
         parts, position = [TextPart(added, answers[0].get("weight") != 0)], start
         for place, answer in zip(places, answers, strict=True):
             is_trained = answer.get("weight") != 0
-            for begin, end in self._trained(max(position, place.start), place.end, whole, spans):
+            first = place.start + (self._header_length(whole, place) if place is not places[0] else 0)
+            for begin, end in self._trained(max(position, first), place.end, whole, spans):
                 parts += [TextPart(whole[position:begin], False), TextPart(whole[begin:end], is_trained)]
                 position = end
             parts.append(TextPart(whole[position : place.end], False))
@@ -93,6 +94,16 @@ class CompletionParts:
         thought = "" if thought in written else thought
         self.notes.add(OWN_BLOCK if thought else EMPTY_BLOCK)
         return thought + end_of_block(opened, block), place.answer or start
+
+    def _header_length(self, whole: str, place: Place) -> int:
+        """Characters of the generation prompt that a turn behind the first begins with.
+
+        Some templates write it there and not behind the conversation before it, such as behind the result of a tool.
+        """
+        header = self.opened[
+            self.ends.end_of(self.opened) if self.ends.has_end(self.opened) else 0 :
+        ].lstrip()
+        return len(header) if header and whole.startswith(header, place.start) else 0
 
     def _trained(self, start: int, end: int, whole: str, spans: Spans | None) -> Iterator[tuple[int, int]]:
         """The trained stretches of a turn: all of it, or its `{% generation %}` blocks and its end token."""

@@ -38,6 +38,10 @@ class TurnEnds:
         stripped = turn.rstrip()
         return len(stripped) if stripped.endswith(self._special) else len(turn)
 
+    def has_end(self, text: str) -> bool:
+        """Whether the text holds an end token."""
+        return self._first(text, self.tokens) is not None
+
     def closes(self, text: str) -> bool:
         """Whether the text ends with a token that can end a turn."""
         return text.endswith(self._special)

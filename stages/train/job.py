@@ -6,10 +6,14 @@ identity that names the policy.
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cache.artifacts import Artifact
+from cache.artifacts import Artifact, open_artifact
+from cache.errors import AlignError
+from cache.fingerprint import canonical_json
 from cache.ref_logps import RefLogps
 from stages.losses.contract import Loss
 from stages.models.loading import ModelSource
@@ -141,3 +145,13 @@ class Job:
 def find_policy(job: Job, context: Context) -> Artifact | None:
     """The finished policy of this job, if there is one."""
     return context.store.find("policy", job.name, job.identity)
+
+
+def find_policy_of_other_eval_sets(job: Job, context: Context) -> Path | None:
+    """The folder of a finished policy that differs from that of this job in its evaluation sets alone, if there is one."""
+    wanted = canonical_json({**job.identity, "eval_sets": None})
+    for folder in sorted((context.store.root / "policy").glob(f"{job.name}-*")):
+        with suppress(AlignError):
+            if canonical_json({**open_artifact(folder).manifest["identity"], "eval_sets": None}) == wanted:
+                return folder
+    return None

@@ -108,6 +108,12 @@ def check_data(loss: Loss, rows: Artifact, pairs: PairStrategy, context: Context
             f"Losses for unpaired data: {', '.join(others)}."
         )
     if "kl" in loss.needs and not roles.get("mismatched"):
+        if rows.manifest["identity"]["prepare"]["mismatched"]:
+            others = [other for other, cls in LOSSES.items() if cls.unit == "row" and "kl" not in cls().needs]
+            raise UsageError(
+                f"Loss {name} needs mismatched rows, each a prompt with the completion of another prompt, and the neighbours in "
+                f"{rows.path} all have the same prompt. Add data with other prompts, or use {' or '.join(others)}."
+            )
         extra = "--set prepare.mismatched=true"
         raise StaleError(
             f"Loss {name} needs mismatched rows, and {rows.path} has none. "

@@ -352,3 +352,23 @@ def test_what_was_cut_is_the_last_line_of_every_report(align, config, preference
         assert out.splitlines()[last] == f"CUT: in preferences.jsonl, {said}, by prepare.max_length=40"
         assert out.splitlines()[-1].startswith("CUT: in ")
     assert "CUT" not in align("prepare", "-c", config)[1]
+
+
+@pytest.mark.slow
+def test_a_new_evaluation_set_is_no_reason_to_train_again(align, config, preferences, tmp_path):
+    once = ["-c", config, "--set", "train.max_steps=1", "--loss", "simpo"]
+    assert align("prepare", *once[:4])[0] == 0
+    code, out, _ = align("train", *once, "--json")
+    assert code == 0
+    policy = json.loads(out)["artifact"]
+    more = [*once, "--set", f"eval.sets.more={preferences}"]
+    assert align("prepare", *more[:4], *more[6:])[0] == 0
+    refused(
+        align("eval", *more),
+        4,
+        f"{policy} was trained with these settings but for eval.sets",
+        f"align eval with --set eval.model={policy}",
+    )
+    code, out, err = align("eval", *more, "--set", f"eval.model={policy}", "--json")
+    assert (code, list(json.loads(out)["sets"])) == (0, ["heldout", "more"]), err
+    refused(align("eval", *more, "--set", "train.seed=5"), 4, "Train it with: align train")

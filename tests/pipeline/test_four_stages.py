@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache.artifacts import open_artifact
-from cache.errors import AlignError, CorruptError, StaleError
+from cache.errors import AlignError, CorruptError, MachineError, StaleError
 from cache.ref_logps import RefLogps
 from tests.pipeline.small_run import (
     LN2,
@@ -51,6 +51,19 @@ def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path
     assert result["step0"]["rewards/margins"] == 0.0
     assert result["step0"]["logratios/chosen"] == result["step0"]["logratios/rejected"] == 0.0
     assert result["final"]["loss"] < result["step0"]["loss"]
+
+
+def test_a_lack_of_memory_while_scoring_is_one_line_and_keeps_what_was_scored(
+    tiny_model, preferences, tmp_path, monkeypatch
+) -> None:
+    run = session(settings(tiny_model, preferences), tmp_path).run
+    run("prepare")
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.cache_ref.stage.score_unit", lambda *_: torch.empty(1 << 46))
+        with pytest.raises(MachineError, match=r"allocate.*is kept\. Lower compute\.tokens_per_batch"):
+            run("cache-ref")
+    result = run("cache-ref")
+    assert result["rows_scored"] == result["rows_needed"] > 0
 
 
 @pytest.mark.slow

