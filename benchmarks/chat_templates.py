@@ -93,7 +93,10 @@ KINDS: dict[str, tuple[list[dict], list[dict], list[dict] | None]] = {
 NOTES = """right: the prompt's ids are those of `apply_chat_template(add_generation_prompt=True)`, and the trained text is what transformers' rendering has
 behind them (with `{% generation %}` blocks: what its assistant mask marks), to the first end token. counted: kept, and a note of
 the report names what is left out. unshown: refused, because the template drops a text or the tools. neither: transformers renders the row with an error. refused: one line with the reason.
-different: kept, and not as transformers has it."""
+different: kept, and not as transformers has it. Where the rendering does not go on from the prompt (thinking blocks) and for
+completions of several assistant turns, right means: one trained stretch for each assistant turn with its answer or call, found in
+transformers' rendering, without the words of others or the mark in front of a turn. Each template has a synthetic tokenizer with its
+special tokens. share: (right + counted) of the rows that the template shows."""
 
 
 def tokenizer_for(source: str) -> Any:
@@ -233,12 +236,12 @@ def leaves_open(head: str, rest: str) -> bool:
 
 
 def endings(tokenizer: Any, text: str) -> list[str]:
-    """The text to its first or second end token (the model may stop at either), or with one behind it."""
+    """The text to its first end token behind the answer, or with one behind it."""
     said = max(0, *(text.rfind(answer) for answer in ("Bergen", ANSWER["content"], LAST["content"])))
     places = [(text.find(end, said), end) for end in (*ENDS, tokenizer.eos_token) if end in text[said:]]
     if not places:
         return [text + tokenizer.eos_token]
-    return [text[: place + len(end)] for place, end in sorted(places)[:2]]
+    return [text[: place + len(end)] for place, end in sorted(places)[:1]]
 
 
 def each_turn_is_trained(tokenizer: Any, completion: Sequence[dict], ids: Any, mask: Any, whole: str) -> bool:

@@ -144,7 +144,8 @@ class Renderer:
 
     def _chat(self, preference: Preference, notes: set[str], escape: str) -> Rendered:
         """A conversation as text, as it is."""
-        given = {**self.arguments, **(preference.chat_template_kwargs or {})}
+        own = preference.chat_template_kwargs
+        given = {**self.arguments, **own} if own else self.arguments
         apply = partial(self._apply, tools=preference.tools, given=given)
         prompt = _turns(preference.prompt)
         head, _ = apply(prompt, True)
@@ -193,7 +194,7 @@ class Renderer:
 
     def _opened_by(self, given: Mapping[str, Any]) -> str:
         """The generation prompt: what the template writes behind the text of a user for the model to go on from."""
-        key = canonical_json(given)
+        key = canonical_json(given) if given else b""
         if key not in self._opened:
             try:
                 text, _ = self._apply([{"role": "user", "content": f"{START}a{END}"}], True, given=given)
@@ -225,9 +226,10 @@ class Renderer:
         if last is None or not parts[last].text.strip():
             return parts
         text = parts[last].text
-        if self.append_eos and not self.ends.closes(text):
+        closes = self.ends.closes(text)
+        if self.append_eos and not closes:
             text += self.tokenizer.eos_token
-        elif self.ends.closes(text) and not self.ends.length_of(text):
+        elif closes and not self.ends.length_of(text):
             notes.add(f"ends_with_{self.ends.closing(text)}_where_generation_does_not_stop")
         return [*parts[:last], TextPart(text, True)]
 

@@ -5,6 +5,7 @@ to write from there: the reasoning of the row, or nothing, the end of the block,
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from stages.data.messages import Message
@@ -42,6 +43,7 @@ def switches(thinking: str, mentions: Callable[[str], bool]) -> dict[str, bool]:
     return {name: thinking == "on" for name in SWITCHES if mentions(name)}
 
 
+@lru_cache(maxsize=64)
 def open_block(text: str) -> tuple[str, str] | None:
     """Beginning and end of the block that is open at the end of a text; None where none is."""
     found = [(text.rfind(begin), begin, end) for begin, end in BLOCKS]
