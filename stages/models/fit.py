@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,27 +52,40 @@ def check_can_be_saved(source: ModelSource) -> None:
 
     transformers checks more when it saves: without this the first checkpoint would end a training run.
     """
-    from transformers import GenerationConfig
-
     config = open_config(source)
+    parts = [
+        ("config.json", config),
+        _generation_config(source, config),
+        ("the tokenizer", load_tokenizer(source)),
+    ]
     # A full disk says nothing about the model: it is an error where the model is written.
     with (
         suppress(MachineError),
         tempfile.TemporaryDirectory(prefix="align-") as folder,
         writing(Path(folder)),
     ):
-        what = "config.json"
-        try:
-            config.save_pretrained(folder)
-            what = "generation_config.json"
-            if (source.folder / what).is_file():
-                GenerationConfig.from_pretrained(source.folder, local_files_only=True).save_pretrained(folder)
-            else:
-                what = "config.json"
-                GenerationConfig.from_model_config(config).save_pretrained(folder)
-            what = "the tokenizer"
-            load_tokenizer(source).save_pretrained(folder)
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{source.folder}: {what} cannot be saved with a trained model ({' '.join(str(error).split())[:300]}). Mend it there."
-            ) from error
+        for name, part in parts:
+            try:
+                part.save_pretrained(folder)
+            except (ValueError, TypeError) as error:
+                raise _unsavable(source, name, error) from error
+
+
+def _generation_config(source: ModelSource, config: Any) -> tuple[str, Any]:
+    """The generation configuration that transformers would save with the model, and the file that it comes from."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json"
+    if not (source.folder / name).is_file():
+        return "config.json", GenerationConfig.from_model_config(config)
+    try:
+        return name, GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise _unsavable(source, name, error) from error
+
+
+def _unsavable(source: ModelSource, name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300]
+    return DataError(
+        f"{source.folder}: {name} cannot be saved with a trained model ({reason}). Mend it there."
+    )

@@ -123,14 +123,15 @@ class ChatTemplate:
         self._memory.begin()
         self._deadline = time.monotonic() + self.time_limit_seconds
         try:
-            return work()
+            try:
+                return work()
+            finally:
+                self._deadline = math.inf  # or the timer could raise while the error is handled
         except (Excess, MemoryError) as error:
             problem = str(error) or f"needed more than {memory_limit.MEMORY_LIMIT >> 20:,} MiB of memory"
             raise DataError(
                 f"{self.name} {problem} on one conversation and was stopped. Fix the template, or choose another with --set prepare.template=NAME."
             ) from error
-        finally:
-            self._deadline = math.inf
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
