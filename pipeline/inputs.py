@@ -17,6 +17,7 @@ from stages.cache_ref.store_lookup import open_reference, open_start
 from stages.data.mixing import sources_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.models.adapters import base_of, is_adapter
+from stages.models.chat_files import declared_ends
 from stages.models.identity import reference_identity
 from stages.models.loading import ModelSource, load_tokenizer, open_config, resolve_model
 from stages.models.vocabulary import TokensInUse
@@ -25,6 +26,7 @@ from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
 from stages.sample.stage import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
+from stages.tokenization.render import RenderOptions
 from stages.tokenization.template import Template
 from stages.train.checkpoints import check_model_files
 from stages.train.job import Job, find_policy, find_policy_of_other_eval_sets
@@ -109,7 +111,14 @@ class Inputs:
         settings = self.config.prepare
         quick = settings.tokenizer == "fastokens"
         open_config(self.policy_source)  # rows for a model that cannot be opened are of no use
-        return Template(load_tokenizer(self.policy_source), settings.template, settings.append_eos, quick)
+        options = RenderOptions(
+            settings.thinking,
+            settings.chat_template_kwargs,
+            settings.system,
+            declared_ends(self.policy_source),
+        )
+        tokenizer = load_tokenizer(self.policy_source)
+        return Template(tokenizer, settings.template, settings.append_eos, quick, options)
 
     @property
     def rows_source(self) -> RowsSource:

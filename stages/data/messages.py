@@ -1,7 +1,7 @@
 """Messages, prompts and completions of a source row, normalized to one form.
 
 A message is `{"role", "content"}` with the roles system, user, assistant and tool. Its text parts are joined, and its
-tool calls are `{"type": "function", "function": {"name", "arguments"}}`. An assistant turn whose loss weight is not 1
+tool calls are `{"id", "type": "function", "function": {"name", "arguments"}}`, the id where the row has one. An assistant turn whose loss weight is not 1
 has the key `weight`.
 """
 
@@ -150,8 +150,16 @@ def _parts(parts: list[Any]) -> dict[str, Any]:
     return more
 
 
+class ArgumentsText(dict):
+    """The arguments of a tool call that the row has as a JSON text: the object, and the text for templates that need it."""
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        super().__init__(value)
+        self.text = text
+
+
 def _calls(value: Any) -> list[Message]:
-    """Tool calls as templates read them: with arguments as an object, not as a JSON text."""
+    """Tool calls as most templates read them: with arguments as an object, not as a JSON text."""
     calls = json_of(value, "tool_calls")
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
@@ -161,8 +169,14 @@ def _calls(value: Any) -> list[Message]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRow(f"tool_calls: expected calls with name and arguments, found {shown(call)}")
-        arguments = json_of(function.get("arguments", {}), "tool_calls.arguments")
-        result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        given = function.get("arguments", {})
+        arguments = json_of(given, "tool_calls.arguments")
+        if isinstance(given, str) and isinstance(arguments, Mapping):
+            arguments = ArgumentsText(arguments, given)
+        own_id = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+        result.append(
+            {**own_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
     return result
 
 
@@ -216,6 +230,20 @@ def tools_of(row: Mapping[str, Any], column: str = "tools") -> list[Any] | None:
     except (TypeError, ValueError) as error:
         raise BadRow(f"{column}: holds what is not JSON ({error})") from error
     return tools or None
+
+
+def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The column `chat_template_kwargs`, an object or its JSON text; None where it is empty."""
+    value = row.get("chat_template_kwargs")
+    if value is None or value == "" or value == {}:
+        return None
+    given = json_of(value, "chat_template_kwargs")
+    if not isinstance(given, Mapping) or {"messages", "tools", "add_generation_prompt"} & given.keys():
+        raise BadRow(
+            f"chat_template_kwargs: expected an object of the template's arguments, found {shown(value)}"
+        )
+    # Parquet gives every row every key, most of them null.
+    return {str(key): part for key, part in given.items() if part is not None} or None
 
 
 def without_weight(message: Message) -> Message:

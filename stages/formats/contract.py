@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stages.data.columns import finite_number, is_absent, optional_text, shown
-from stages.data.messages import Message, as_messages, tools_of, without_weight
+from stages.data.messages import Message, as_messages, template_kwargs_of, tools_of, without_weight
 from stages.data.source_row import BadRow
 from stages.data.transcript import transcript_prompt
 from stages.settings.data import Meaning
@@ -53,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt (plain text, messages or token ids), its candidates, and the tools that the prompt offers.
+    """A prompt (plain text, messages or token ids), its candidates, the tools that the prompt offers, and template arguments.
 
     `tied`: the two candidates were judged equal, so their roles chosen and rejected mean nothing.
     """
@@ -62,6 +62,7 @@ class Preference:
     candidates: list[Candidate]
     tools: list[Any] | None = None
     tied: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 class Format:
@@ -150,13 +151,15 @@ def assembled(
     """
     system = optional_text(row, "system") or optional_text(row, "system_prompt")
     tools = tools_of(row) if tools is None else tools
+    arguments = template_kwargs_of(row)
     turns = transcript_prompt(prompt) if isinstance(prompt, str) else None
     if turns:
         prompt = turns
         sides = [
             (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
         ]
-    if tools or system or not all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides))):
+    all_text = all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides)))
+    if tools or system or arguments or not all_text:
         prompt = as_messages(prompt, "user")
         sides = [(as_messages(completion, "assistant"), role, score) for completion, role, score in sides]
     if system and isinstance(prompt, list) and prompt[0]["role"] != "system":
@@ -168,7 +171,7 @@ def assembled(
         Candidate(completion, role, score, weight * turn_weight(completion))
         for (completion, role, score), weight in zip(sides, weights, strict=True)
     ]
-    return Preference(prompt, candidates, tools, tied)
+    return Preference(prompt, candidates, tools, tied, arguments)
 
 
 def scores_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -52,6 +52,11 @@ def write_chat_files(source: ModelSource, chat: ChatFormat, folder: Path) -> Non
         write_json(folder / GENERATION_CONFIG, {**generation, "eos_token_id": declared})
 
 
+def declared_ends(source: ModelSource) -> list[int]:
+    """The ids at which the model's generation stops, as its folder declares them."""
+    return _ids(_generation_config(source.folder, source.folder).get("eos_token_id"))
+
+
 def _generation_config(source: Path, folder: Path) -> dict[str, Any]:
     """The generation configuration of the source, else the one that was saved with the model, else the end tokens alone."""
     for path in (source / GENERATION_CONFIG, folder / GENERATION_CONFIG):

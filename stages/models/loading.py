@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 # A folder with none of these gets an empty tokenizer from transformers.
-TOKENIZER_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+TEKKEN = "tekken.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", TEKKEN)
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,21 @@ def has_tokenizer(folder: Path) -> bool:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of the model; raises `DataError` if the folder has none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_tokenizer(source.folder):
         raise DataError(
             f"{source.folder} has no usable tokenizer (no tokenizer.json). Write one there by save_pretrained."
         )
-    return _opened(source, "tokenizer", lambda: AutoTokenizer.from_pretrained(source.folder, **trust(source)))
+    opener: Any = AutoTokenizer
+    if (source.folder / TEKKEN).is_file():
+        if not (source.folder / "tokenizer.json").is_file():
+            raise DataError(
+                f"{source.folder} has Mistral's {TEKKEN} and no tokenizer.json, which align reads. Put the tokenizer.json, tokenizer_config.json and chat template of a copy for transformers there."
+            )
+        # Where mistral-common is installed, AutoTokenizer gives another class, without a chat template.
+        opener = PreTrainedTokenizerFast
+    return _opened(source, "tokenizer", lambda: opener.from_pretrained(source.folder, **trust(source)))
 
 
 def model_of_shapes(source: ModelSource, config: Any = None, **options: Any) -> Any:

@@ -101,7 +101,7 @@ class ExampleMaker:
                     outcome.reject(place, row, problem)
                 else:
                     outcome.counts.chat_rows += not text.is_plain and text.pretokenized is None
-                    outcome.counts.notes.update(f"{name}_not_in_template" for name in text.hidden)
+                    outcome.counts.notes.update(text.notes)
                     rendered.append(text)
                     usable.append((place, row, preference))
         return ConvertedBatch(outcome, usable, self.template.encoder.texts_of(rendered))
@@ -167,11 +167,12 @@ class ExampleMaker:
 
 
 def _id_of(preference: Preference) -> str:
-    """Hex digest of the prompt, the completions with their roles, and the tools: equal content has an equal id."""
+    """Hex digest of the prompt, the completions with their roles, the tools and the template's arguments: equal content has an equal id."""
     content = [
         _content(preference.prompt),
         [[entry.role, _content(entry.completion)] for entry in preference.candidates],
         preference.tools or [],
+        *([preference.chat_template_kwargs] if preference.chat_template_kwargs else []),
     ]
     return hashlib.blake2b(canonical_json(content), digest_size=12).hexdigest()
 

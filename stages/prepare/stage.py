@@ -40,6 +40,8 @@ from stages.tokenization.template import Template
 
 STAGE_VERSION = 7
 BATCH_ROWS = 512
+# Settings of which the identity of the template has the effect.
+PART_OF_THE_TEMPLATE = {"template", "append_eos", "thinking", "chat_template_kwargs", "system"}
 NOTHING_FILTERED = FilterSettings()
 
 
@@ -62,7 +64,7 @@ def rows_identity(
             include={"format", "columns", "labels", "ties", "threshold", "max_samples", "on_bad_row"}
             | ({"seed"} if data.sources else set())
         ),
-        "prepare": settings.model_dump(exclude={"template", "append_eos", "tokenizer", "num_workers"}),
+        "prepare": settings.model_dump(exclude=PART_OF_THE_TEMPLATE | {"tokenizer", "num_workers"}),
         "filter": {
             **filter_.model_dump(exclude_defaults=True, exclude={"decontaminate"}),
             "decontaminate": [source_identity(DataSettings(path=path)) for path in filter_.decontaminate],
@@ -140,6 +142,8 @@ def prepare(
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
         _refuse_no_training_row(counts, settings, draft)
+        if counts.chat_rows and (note := template.renderer.fallback_note()):
+            context.say(note)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}

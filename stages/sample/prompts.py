@@ -9,7 +9,7 @@ from typing import Any
 
 from cache.artifacts import Artifact
 from cache.errors import DataError
-from stages.data.messages import Message, check_prompt, tools_of
+from stages.data.messages import Message, check_prompt, template_kwargs_of, tools_of
 from stages.data.prompt_rows import asked
 from stages.data.readers import read_source
 from stages.data.rows import RowSet
@@ -45,7 +45,8 @@ def file_prompts(path: str, template: Template) -> tuple[list[Prompt], list[str]
             if row.value is None:
                 raise BadRow(row.problem)
             content, tools = prompt_of_row(row.value)
-            texts.append(_text_of(content, tools, template))
+            arguments = template_kwargs_of(row.value)
+            texts.append(_text_of(Preference(content, [], tools, False, arguments), template))
             found.append((row.location, content))
         except BadRow as problem:
             problems.append(f"{row.location}: {problem}")
@@ -61,9 +62,9 @@ def file_prompts(path: str, template: Template) -> tuple[list[Prompt], list[str]
     return prompts, problems
 
 
-def _text_of(content: str | list[Message], tools: list[Any] | None, template: Template) -> Text:
+def _text_of(preference: Preference, template: Template) -> Text:
     """The rendered prompt with its generation prompt."""
-    rendered = template.renderer.render(Preference(content, [], tools))
+    rendered = template.renderer.render(preference)
     if rendered.escape:
         raise BadRow("the text spells a special token, with which a prompt could forge a turn")
     return Text(rendered.prompt, rendered.is_plain)

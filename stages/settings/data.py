@@ -150,6 +150,18 @@ class PrepareSettings(Settings):
         default="auto",
         description="'chat' uses the tokenizer's chat template, 'plain' joins the texts, 'auto' uses chat if there is a template, else plain; or chatml, zephyr, tulu, or the path of a Jinja file",
     )
+    thinking: Literal["auto", "on", "off", "empty"] = Field(
+        default="auto",
+        description="models that think first: 'auto' leaves the template's default and trains a row's reasoning, or an empty thinking block where the row has none and the prompt opens one; 'on' switches thinking on and drops rows without reasoning; 'off' switches it off and 'empty' leaves the block empty, both without the rows' reasoning",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="arguments of the chat template, such as enable_thinking: false; a column chat_template_kwargs adds those of a row",
+    )
+    system: Literal["refuse", "fold"] = Field(
+        default="refuse",
+        description="a system turn where the chat template has none: refuse the row, or fold its text into the first user turn",
+    )
     append_eos: Flag = Field(
         default=True,
         description="end each completion with the end-of-sequence token unless the chat template ends the turn with one; false for completions that are cut off in the data",
@@ -185,6 +197,15 @@ class PrepareSettings(Settings):
         default=1,
         description="processes that render and tokenize; changes speed, not results. One process uses two cores",
     )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _refuse_own_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted({"messages", "tools", "add_generation_prompt"} & value.keys()):
+            raise ValueError(
+                f"{', '.join(own)} comes from the rows; expected other arguments of the template"
+            )
+        return value
 
 
 class EvalSettings(Settings):

@@ -75,18 +75,23 @@ class ChatTemplate:
         return frozenset(re.findall(r"\w+", self.source))
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text and its `{% generation %}` spans, (start, end) in characters.
+        """The text, with the variables `given` besides the template's own, and its `{% generation %}` spans, (start, end) in characters.
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
         if not self._is_guarded:
             with self.guarded():
-                return self.render(messages, add_generation_prompt, tools)
+                return self.render(messages, add_generation_prompt, tools, given)
         context = self._template.new_context(
             {
                 **self._variables,
+                **(given or {}),
                 "messages": messages,
                 "tools": tools,
                 "add_generation_prompt": add_generation_prompt,

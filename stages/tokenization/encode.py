@@ -16,9 +16,10 @@ import numpy as np
 
 from stages.data.source_row import BadRow
 from stages.formats.contract import Preference, Tokens
+from stages.tokenization.completion_parts import TextPart
 from stages.tokenization.fastokens_backend import FastokensBackend
 from stages.tokenization.lost_characters import LostCharacters
-from stages.tokenization.render import Rendered, TextPart
+from stages.tokenization.render import Rendered
 from stages.tokenization.special_token_text import EscapedTextEncoder, not_encodable
 from stages.tokenization.token_boundaries import TokenBoundaries
 

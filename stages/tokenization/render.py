@@ -1,35 +1,38 @@
 """From a preference to text: the prompt with its generation prompt, and the parts of each completion.
 
-With a chat template, the prompt must be a prefix of the whole conversation, and only the assistant's turns are
-trained. Where the template has `{% generation %}` blocks, those say which text is trained; elsewhere a turn is what it
-adds to the rendering of the conversation before it. Special tokens in a row's text stay text (`special_token_text.py`).
+With a chat template, the prompt is what the model will see, and only what it has to write from there is trained
+(`completion_parts.py`). Special tokens in a row's text stay text (`special_token_text.py`).
 """
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
+from cache.errors import DataError
+from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
 from stages.data.source_row import BadRow
 from stages.formats.contract import Preference, Tokens
+from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
-from stages.tokenization.named_templates import PLAIN_MARKS, choose_source, marks_of
+from stages.tokenization.completion_parts import CompletionParts, TextPart
+from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
+from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
+from stages.tokenization.turn_ends import END, START, TurnEnds
 
-
-@dataclass(frozen=True)
-class TextPart:
-    """A piece of a rendered completion, and whether its tokens are trained."""
-
-    text: str
-    is_trained: bool
+# The name under which `align prepare` counts rows.
+FOLDED = "system_text_folded_into_the_user_turn"
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A preference as text: the prompt and the parts of each completion.
 
-    `is_plain`: joined without a chat template. `hidden`: names of reasoning that the template does not show.
+    `is_plain`: joined without a chat template. `notes`: names under which `align prepare` counts the row.
     `escape`: the escape character inside the special tokens of the row's text, "" where it has none.
     `pretokenized`: the preference itself where the row brought token ids; then there is no text.
     """
@@ -37,7 +40,7 @@ class Rendered:
     prompt: str
     completions: list[list[TextPart]]
     is_plain: bool
-    hidden: frozenset[str] = frozenset()
+    notes: frozenset[str] = frozenset()
     escape: str = ""
     pretokenized: Preference | None = None
 
@@ -48,25 +51,62 @@ class Rendered:
         return text.replace(self.escape, "") if self.escape else text
 
 
+@dataclass(frozen=True)
+class RenderOptions:
+    """How a template is used: the settings `prepare.thinking`, `chat_template_kwargs` and `system`, and the model's end tokens.
+
+    `end_ids`: the ids at which the model's generation stops, besides the tokenizer's end-of-sequence token.
+    """
+
+    thinking: str = "auto"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    system: str = "refuse"
+    end_ids: Sequence[int] = ()
+
+
 class Renderer:
     """Renders preferences with one template, and knows where turns begin and end."""
 
-    def __init__(self, tokenizer: Any, choice: str, append_eos: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, choice: str, append_eos: bool, options: RenderOptions | None = None
+    ) -> None:
         """`choice` is as `prepare.template`. Raises `DataError` when there is no such template."""
         source, name, joins_plain = choose_source(tokenizer, choice)
         self.tokenizer, self.append_eos, self.uses_chat = tokenizer, append_eos, not joins_plain
+        self.options = options or RenderOptions()
         variables = {**tokenizer.special_tokens_map, "leading_bos": _leading_bos(tokenizer)}
         self.chat = ChatTemplate(source, name, variables)
+        self._is_fallback = joins_plain and choice == "auto"
+        self.arguments = arguments(self.options.arguments, self.options.thinking, self.chat.mentions)
         self._special = SpecialTokenText(tokenizer)
         self._marks = sorted(marks_of(source) | set(self._special.tokens))
+        self._opened: dict[bytes, str] = {}
+        if self.options.thinking == "off" and open_block(self._opened_by(self.arguments)) is not None:
+            raise DataError(
+                f"{name[0].upper()}{name[1:]} opens a thinking block and has no argument that switches thinking off. Use --set prepare.thinking=empty, or the template's own argument in prepare.chat_template_kwargs."
+            )
+        self.ends = TurnEnds(self._declared_ends(), self._special.tokens, lambda turns: self._apply(turns)[0])
+
+    def _declared_ends(self) -> list[str]:
+        """The end tokens of tokenizer and model that the template can write; others can end no turn of a rendering."""
+        own = [self.tokenizer.eos_token] if self.tokenizer.eos_token is not None else []
+        declared = self.tokenizer.convert_ids_to_tokens(list(self.options.end_ids))
+        return own + sorted(token for token in declared if token and token in self.chat.source)
 
     @property
     def published_source(self) -> str:
-        """The template for other programs, which do not know the variable `leading_bos`."""
-        if not self.chat.mentions("leading_bos"):
-            return self.chat.source
-        value = "bos_token" if self.chat.variables["leading_bos"] else "''"
-        return f"{{% set leading_bos = {value} %}}{self.chat.source}"
+        """The template for other programs, which know neither the variable `leading_bos` nor the template's arguments here."""
+        source = self.chat.source
+        if self.chat.mentions("leading_bos"):
+            value = "bos_token" if self.chat.variables["leading_bos"] else "''"
+            source = f"{{% set leading_bos = {value} %}}{source}"
+        return _with_defaults(self.arguments, source)
+
+    def fallback_note(self) -> str | None:
+        """What a person should know where conversations were written without a chat template of the model's own."""
+        if not self._is_fallback:
+            return None
+        return f"{self.tokenizer.name_or_path} has no chat template, so conversations are written as {self._example()!r} (prepare.template=plain); others are {', '.join(list(NAMED)[1:])}, or a Jinja file"
 
     def notes(self) -> list[str]:
         """What a person should know about the template with this tokenizer, one line each."""
@@ -87,15 +127,81 @@ class Renderer:
         if isinstance(preference.prompt, str):
             return self.render(_as_turns(preference)) if self.uses_chat else self._plain(preference)
         preference, escape = self._special.escaped(preference, self._marks)
-        prompt = _turns(preference.prompt)
+        preference, notes = self._changed(preference)
         self._check_tools_are_read(preference)
-        head, _ = self._apply(prompt, True, preference.tools)
-        split = self._parts_by_generation_blocks if self.chat.marks_generation else self._parts_by_turns
-        parts = [
-            split(prompt, head, _turns(candidate.completion), preference.tools)
-            for candidate in preference.candidates
-        ]
-        return Rendered(head, parts, False, self._hidden(preference, head, parts), escape)
+        arguments = texts_of_arguments(preference)
+        if not arguments:
+            return self._chat(preference, notes, escape)
+        try:
+            rendered = self._chat(preference, set(notes), escape)
+        except BadRow:
+            return self._chat(with_texts(preference), notes, escape)
+        return (
+            self._chat(with_texts(preference), notes, escape)
+            if prints_objects(arguments, rendered.text)
+            else rendered
+        )
+
+    def _chat(self, preference: Preference, notes: set[str], escape: str) -> Rendered:
+        """A conversation as text, as it is."""
+        own = preference.chat_template_kwargs
+        given = {**self.arguments, **own} if own else self.arguments
+        apply = partial(self._apply, tools=preference.tools, given=given)
+        prompt = _turns(preference.prompt)
+        head, _ = apply(prompt, True)
+        maker = CompletionParts(
+            lambda turns, opens: apply(turns, opens)[0],
+            self.ends,
+            prompt,
+            head,
+            self._opened_by(given),
+            notes,
+        )
+        parts = []
+        for candidate in preference.candidates:
+            turns = _turns(candidate.completion)
+            whole, spans = apply(prompt + turns)
+            spans = spans if self.chat.marks_generation else None
+            parts.append(self._ended(maker.of(turns, whole, spans, self.options.thinking == "on"), notes))
+        hidden = {f"{name}_not_in_template" for name in self._hidden(preference, head, parts)}
+        return Rendered(head, parts, False, frozenset(notes | hidden), escape)
+
+    def _changed(self, preference: Preference) -> tuple[Preference, set[str]]:
+        """The preference as the settings want it, and the names under which the changes are counted."""
+        notes: set[str] = set()
+        if self._folds_system and (folded := _folded(preference.prompt)) is not None:
+            notes.add(FOLDED)
+            preference = replace(preference, prompt=folded)
+        if self.options.thinking in ("off", "empty"):
+            bare = [without_reasoning(_turns(candidate.completion)) for candidate in preference.candidates]
+            if any(had for _, had in bare):
+                notes.add(LEFT_OUT)
+                sides = zip(preference.candidates, bare, strict=True)
+                candidates = [replace(candidate, completion=turns) for candidate, (turns, _) in sides]
+                preference = replace(preference, candidates=candidates)
+        return preference, notes
+
+    @cached_property
+    def _folds_system(self) -> bool:
+        """Whether system turns are folded: the setting says so, and the template has no place for them."""
+        if self.options.system != "fold":
+            return False
+        try:
+            text, _ = self._apply([{"role": "system", "content": START}, {"role": "user", "content": "a"}])
+        except BadRow:
+            return True
+        return START not in text
+
+    def _opened_by(self, given: Mapping[str, Any]) -> str:
+        """The generation prompt: what the template writes behind the text of a user for the model to go on from."""
+        key = canonical_json(given) if given else b""
+        if key not in self._opened:
+            try:
+                text, _ = self._apply([{"role": "user", "content": f"{START}a{END}"}], True, given=given)
+            except BadRow:
+                text = ""
+            self._opened[key] = text.rpartition(END)[2]
+        return self._opened[key]
 
     def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> frozenset[str]:
         """The names of reasoning that the texts leave out; raises `BadRow` where they leave out something else."""
@@ -111,84 +217,38 @@ class Renderer:
 
     def _plain(self, preference: Preference) -> Rendered:
         preference, escape = self._special.escaped(preference, self._special.tokens)
-        parts = [self._ended([TextPart(str(c.completion), True)]) for c in preference.candidates]
+        parts = [self._ended([TextPart(str(c.completion), True)], set()) for c in preference.candidates]
         return Rendered(str(preference.prompt), parts, True, escape=escape)
 
-    def _parts_by_turns(
-        self, prompt: list[Message], head: str, turns: list[Message], tools: list[Any] | None
-    ) -> list[TextPart]:
-        """The parts of a completion, found by rendering the conversation up to each turn."""
-        parts, text = [], head
-        for number, message in enumerate(turns):
-            history = prompt + turns[: number + 1]
-            if message["role"] == "assistant":
-                if number:
-                    opened, _ = self._apply(history[:-1], True, tools)
-                    parts.append(TextPart(_continues(text, opened), False))
-                    text = opened
-                whole, _ = self._apply(history, False, tools)
-                turn = _continues(text, whole)
-                end = self._end_of_turn(turn)
-                parts += [TextPart(turn[:end], message.get("weight") != 0), TextPart(turn[end:], False)]
-            else:
-                whole, _ = self._apply(history, False, tools)
-                parts.append(TextPart(_continues(text, whole), False))
-            text = whole
-        return self._ended([part for part in parts if part.text])
-
-    def _parts_by_generation_blocks(
-        self, prompt: list[Message], head: str, turns: list[Message], tools: list[Any] | None
-    ) -> list[TextPart]:
-        """The parts of a completion as the template's `{% generation %}` blocks mark them, each with its end token."""
-        whole, spans = self._apply(prompt + turns, False, tools)
-        _continues(head, whole)
-        answers = [message for message in turns if message["role"] == "assistant"]
-        spans = [(max(start, len(head)), end) for start, end in spans if end >= len(head)]
-        if len(spans) != len(answers):
-            raise BadRow(
-                f"the chat template marks {len(spans)} spans of {{% generation %}} in a completion of {len(answers)} assistant turns"
-            )
-        parts, position = [], len(head)
-        for message, (start, end) in zip(answers, spans, strict=True):
-            end += self._end_token_length(whole[end:])
-            parts += [
-                TextPart(whole[position:start], False),
-                TextPart(whole[start:end], message.get("weight") != 0),
-            ]
-            position = end
-        return self._ended([part for part in [*parts, TextPart(whole[position:], False)] if part.text])
-
-    def _end_token_length(self, after: str) -> int:
-        """Characters of the special token that follows an assistant's text, 0 where none does."""
-        return max((len(token) for token in self._special.tokens if after.startswith(token)), default=0)
-
-    def _ended(self, parts: list[TextPart]) -> list[TextPart]:
+    def _ended(self, parts: list[TextPart], notes: set[str]) -> list[TextPart]:
         """Let the last assistant turn end with exactly one end token: cut what follows it, or append one."""
         last = next((number for number in reversed(range(len(parts))) if parts[number].is_trained), None)
         if last is None or not parts[last].text.strip():
             return parts
         text = parts[last].text
-        if self.append_eos and not self._has_end_token(text):
+        closes = self.ends.closes(text)
+        if self.append_eos and not closes:
             text += self.tokenizer.eos_token
+        elif closes and not self.ends.length_of(text):
+            notes.add(f"ends_with_{self.ends.closing(text)}_where_generation_does_not_stop")
         return [*parts[:last], TextPart(text, True)]
 
-    def _end_of_turn(self, turn: str) -> int:
-        """Where a rendered assistant turn ends: after its end token, or, where it has none, at its very end."""
-        stripped = turn.rstrip()
-        return len(stripped) if self._has_end_token(stripped) else len(turn)
-
-    def _has_end_token(self, text: str) -> bool:
-        return any(text.endswith(token) for token in self._special.tokens)
-
     def _apply(
-        self, turns: list[Message], add_generation_prompt: bool, tools: list[Any] | None
+        self,
+        turns: list[Message],
+        add_generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        given: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        return self.chat.render([without_weight(turn) for turn in turns], add_generation_prompt, tools)
+        turns = [without_weight(turn) for turn in turns]
+        return self.chat.render(
+            turns, add_generation_prompt, tools, self.arguments if given is None else given
+        )
 
     def _example(self) -> str:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            return self._apply(turns, False, None)[0]
+            return self._apply(turns)[0]
         except BadRow:
             return ""
 
@@ -199,6 +259,14 @@ class Renderer:
         for key, is_used in (("tool_calls", calls), ("tools", bool(preference.tools))):
             if is_used and not self.chat.mentions(key):
                 raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
+
+
+def _folded(prompt: Any) -> list[Message] | None:
+    """The prompt with its system text in front of the first user turn's, as models without system turns have it."""
+    if [turn["role"] for turn in _turns(prompt)[:2]] != ["system", "user"]:
+        return None
+    system, user, *rest = _turns(prompt)
+    return [{**user, "content": f"{system['content'].strip()}\n\n{user['content']}"}, *rest]
 
 
 def _turns(value: Any) -> list[Message]:
@@ -213,13 +281,14 @@ def _as_turns(preference: Preference) -> Preference:
     return replace(preference, prompt=prompt, candidates=candidates)
 
 
-def _continues(before: str, whole: str) -> str:
-    """The text that `whole` adds to `before`."""
-    if not whole.startswith(before):
-        raise BadRow(
-            "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
-        )
-    return whole[len(before) :]
+def _with_defaults(given: Mapping[str, Any], source: str) -> str:
+    """A template in which the arguments have these values unless others are given."""
+    values = {name: "none" if value is None else json.dumps(value) for name, value in given.items()}
+    sets = [
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
+        for name, value in values.items()
+    ]
+    return "".join(sets) + source
 
 
 def _leading_bos(tokenizer: Any) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 from stages.data.source_row import Flagged
 from stages.formats.contract import Preference
 
-# Noncharacters of Unicode, which no text is meant to hold.
-ESCAPE_CHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+# Noncharacters of Unicode, which no text is meant to hold; `turn_places.py` marks turns with the last four.
+ESCAPE_CHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDEC)))
 # An assistant's own reasoning may be written into its content; these open no turn.
 REASONING_MARKS = ("<think>", "</think>")
 

@@ -11,15 +11,22 @@ from typing import Any
 from cache.errors import DataError
 from stages.formats.contract import Candidate, Preference
 from stages.tokenization.encode import Encoder, Text
-from stages.tokenization.render import Renderer
+from stages.tokenization.render import Renderer, RenderOptions
 
-RENDER_VERSION = 4
+RENDER_VERSION = 5
 
 
 class Template:
     """A tokenizer and a template, ready to render and encode preferences."""
 
-    def __init__(self, tokenizer: Any, choice: str, append_eos: bool, quick: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        choice: str,
+        append_eos: bool,
+        quick: bool = False,
+        options: RenderOptions | None = None,
+    ) -> None:
         """Use `tokenizer` (a fast Hugging Face tokenizer) and the template that `choice` names.
 
         `choice` is as `prepare.template`; with `quick`, fastokens encodes. Raises `DataError` when tokenizer or
@@ -29,7 +36,7 @@ class Template:
             raise DataError(
                 f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Convert it with transformers."
             )
-        self.renderer = Renderer(tokenizer, choice, append_eos)
+        self.renderer = Renderer(tokenizer, choice, append_eos, options)
         if append_eos and tokenizer.eos_token is None:
             raise DataError(
                 f"{tokenizer.name_or_path} has no end-of-sequence token. Use --set prepare.append_eos=false."
@@ -50,6 +57,10 @@ class Template:
             "special_tokens": json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str),
             "template": hashlib.sha256(self.renderer.chat.source.encode()).hexdigest(),
             "append_eos": self.append_eos,
+            "end_tokens": self.renderer.ends.tokens,
+            "arguments": self.renderer.arguments,
+            "thinking": self.renderer.options.thinking,
+            "system": self.renderer.options.system,
         }
 
     @property

@@ -61,6 +61,7 @@ READ = {
     "tool_result_no_role": ("preference", 6, []),
     "tool_rounds": ("preference", 4, []),
     "tools_string_arguments": ("preference", 8, []),
+    "qwen_like": ("preference", 8, []),
 }
 REFUSED = {
     "instruction_output_list_with_scores": "the column scores is a list of numbers beside the answers",
@@ -70,12 +71,11 @@ REFUSED = {
     "vlm_rlaif_v": "the column image has pictures or sound",
     "oasst_trees": "nested",
 }
-OF_TEMPLATES = {"qwen_like"}
 
 
 def test_every_case_is_named(shared_cases):
     names = {path.stem for path in (shared_cases / "rows").iterdir()}
-    assert names == READ.keys() | REFUSED.keys() | OF_TEMPLATES
+    assert names == READ.keys() | REFUSED.keys()
 
 
 @pytest.mark.parametrize("name", READ)

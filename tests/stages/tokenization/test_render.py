@@ -189,14 +189,14 @@ def test_reasoning_is_kept_where_the_template_uses_it_and_counted_where_not(made
     )
     shown, left_out = (made[name].renderer.render(preference) for name in ("tools", "tulu"))
     assert shown.completions[0][0].text == f"(hm)a{EOS}"
-    assert (shown.hidden, left_out.hidden) == (set(), {"reasoning_content"})
+    assert (shown.notes, left_out.notes) == (set(), {"reasoning_content_not_in_template"})
 
 
 def test_generation_blocks_that_miss_a_turn_are_refused(chat_tokenizer):
     last = GENERATION.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
     own = template(chat_tokenizer, last)
     encode(own, [turn("user", "q"), turn("assistant", "x"), turn("user", "q")], [turn("assistant", "a")])
-    with pytest.raises(BadRow, match=r"marks 1 spans of \{% generation %\} in a completion of 2"):
+    with pytest.raises(BadRow, match=r"has \{% generation %\} blocks and marks none of an assistant turn"):
         encode(own, [turn("user", "q")], [turn("assistant", "a"), turn("user", "q"), turn("assistant", "b")])
 
 

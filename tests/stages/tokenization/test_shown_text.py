@@ -105,7 +105,7 @@ def test_a_turn_inside_a_completion_is_looked_for_too(template):
     ],
 )
 def test_a_text_that_is_trimmed_moved_or_written_as_json_is_shown(template, source, prompt):
-    assert rendered(template(source), prompt, SAID).hidden == set()
+    assert rendered(template(source), prompt, SAID).notes == set()
 
 
 def test_reasoning_of_earlier_turns_that_a_template_leaves_out_is_named(template):
@@ -113,9 +113,13 @@ def test_reasoning_of_earlier_turns_that_a_template_leaves_out_is_named(template
     thought = turn("assistant", "<think>six times seven</think>It is 42.")
     apart = turn("assistant", "It is 42.", reasoning_content="six times seven")
     more = turn("user", "And six times seven plus 1?")
-    assert rendered(own, [ASKED], thought).hidden == rendered(own, [ASKED], apart).hidden == set()
-    assert rendered(own, [ASKED, thought, more], turn("assistant", "43")).hidden == {"think_text"}
-    assert rendered(own, [ASKED, apart, more], turn("assistant", "43")).hidden == {"reasoning_content"}
+    assert rendered(own, [ASKED], thought).notes == rendered(own, [ASKED], apart).notes == set()
+    assert rendered(own, [ASKED, thought, more], turn("assistant", "43")).notes == {
+        "think_text_not_in_template"
+    }
+    assert rendered(own, [ASKED, apart, more], turn("assistant", "43")).notes == {
+        "reasoning_content_not_in_template"
+    }
 
 
 def test_a_text_beside_a_tool_call_and_a_second_call_are_looked_for(template):

@@ -273,7 +273,7 @@ OPEN = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
         # Shows only the last turn, as templates that hide earlier reasoning do.
         ("{% for m in messages %}{% if loop.last %}" + TURN + "{% endif %}{% endfor %}" + OPEN, "rewrites earlier turns"),
         # Opens a turn with text that the finished turn does not have.
-        ("{% for m in messages %}" + TURN + "{% endfor %}" + OPEN + "{% if add_generation_prompt %}<think>{% endif %}", "rewrites earlier turns"),
+        ("{% for m in messages %}" + TURN + "{% endfor %}" + OPEN + "{% if add_generation_prompt %}Well, {% endif %}", "rewrites earlier turns"),
     ],
 )  # fmt: skip
 def test_a_template_that_fails_or_rewrites_is_one_line(chat_tokenizer, source, problem):

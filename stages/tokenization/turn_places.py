@@ -1,0 +1,177 @@
+"""Where the assistant's turns of a completion stand in one rendering of the whole conversation.
+
+A turn is what the template adds to the rendering of the conversation before it, where that is how the template works.
+Elsewhere (reasoning left out of earlier turns, system text that moves) the whole is rendered once more with marks around
+the texts on both sides of the turn's beginning, and the beginning is where the generation prompt ends behind the text
+before it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from stages.data.messages import Message
+from stages.data.source_row import BadRow
+from stages.tokenization.thinking import split_reasoning
+from stages.tokenization.turn_ends import END, START, TurnEnds, common_start
+
+# Marks around the text before a turn; START and END stand around the turn's own.
+BEFORE, BEHIND = "\ufdee", "\ufdef"
+MARKS = (START, END, BEFORE, BEHIND)
+BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\n]*$")
+REWRITES = "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
+# (messages, add_generation_prompt) to a rendering.
+Apply = Callable[[list[Message], bool], str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """An assistant's turn in a rendering: where it starts and ends, in characters.
+
+    `opened`: the generation prompt before it, of which the rendering has all but `missing`, the end; `answer`: where the
+    text behind the reasoning starts, 0 where that is not known. All three are empty where the rendering has the whole
+    generation prompt.
+    """
+
+    start: int
+    end: int
+    opened: str = ""
+    missing: str = ""
+    answer: int = 0
+
+
+class TurnPlaces:
+    """Finds turns with one template."""
+
+    def __init__(self, apply: Apply, ends: TurnEnds) -> None:
+        """`apply` renders messages, `ends` finds the end of a turn."""
+        self._apply, self._ends = apply, ends
+
+    def find(self, prompt: list[Message], head: str, turns: list[Message], whole: str) -> list[Place]:
+        """The places of the assistant's turns in `whole`; `head` is the prompt with its generation prompt.
+
+        Raises `BadRow` where a turn cannot be found for certain.
+        """
+        numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        places = self._by_prefix(prompt, head, turns, whole, numbers)
+        places = places or self._by_marks(prompt, head, turns, whole, numbers)
+        return [self._with_end(place, whole) for place in places]
+
+    def _with_end(self, place: Place, whole: str) -> Place:
+        """The place with the end token behind it, where the template writes that before the next turn."""
+        if self._ends.length_of(whole[place.start : place.end]):
+            return place
+        behind = whole[place.end :]
+        found = max((len(token) for token in self._ends.tokens if behind.startswith(token)), default=0)
+        return replace(place, end=place.end + found)
+
+    def _by_prefix(
+        self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
+    ) -> list[Place] | None:
+        """The places where each rendering begins with that of the turns before it; None where one does not."""
+        places = []
+        for number in numbers:
+            opened = self._apply(prompt + turns[:number], True) if number else head
+            last = number + 1 == len(turns)
+            closed = whole if last else self._apply(prompt + turns[: number + 1], False)
+            if not whole.startswith(opened) or not closed.startswith(opened) or not whole.startswith(closed):
+                return None
+            added = closed[len(opened) :]
+            said = max(added.rfind(_last_text(turns[number])), 0)
+            places.append(Place(len(opened), len(opened) + self._ends.end_of(added, said)))
+        return places
+
+    def _by_marks(
+        self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
+    ) -> list[Place]:
+        places = [self._marked(prompt, turns, number, whole) for number in numbers]
+        first = places[0]
+        if len(numbers) > 1 and not _is_same(whole[: first.start] + first.missing, head):
+            raise BadRow(REWRITES)  # the first turn has another context than the prompt
+        return places
+
+    def _marked(self, prompt: list[Message], turns: list[Message], number: int, whole: str) -> Place:
+        everything, place = prompt + turns, len(prompt) + number
+        marked = [dict(turn) for turn in everything]
+        _mark_before(marked[place - 1])
+        _mark_turn(marked[place])
+        text = self._apply(marked, False)
+        opened = self._apply(marked[:place], True).rpartition(BEHIND)[2]
+        before, _, after = text.rpartition(BEHIND)
+        if _bare(text) != whole or text.count(BEHIND) != 1 or text.count(START) != 1 or START not in after:
+            raise BadRow(REWRITES)
+        begin = len(_bare(before))
+        had, shared = _shared(opened, after)
+        answer = begin + len(_bare(after[: after.index(START)]))
+        inside, _, tail = after.partition(END)
+        if place + 1 < len(everything):
+            closed = self._apply(marked[: place + 1], False).rpartition(END)[2]
+            tail = common_start(closed, tail)
+        behind = begin + len(_bare(inside))
+        if "tool_calls" in turns[number] and not turns[number]["content"].strip():
+            answer = 0  # the mark stands inside the call
+        return Place(begin + shared, behind + self._ends.end_of(tail), opened, opened[had:], answer)
+
+
+def _last_text(message: Message) -> str:
+    """The text of a turn that stands last in its rendering: of its last call, or else of its content."""
+    calls = message.get("tool_calls")
+    return calls[-1]["function"]["name"] if calls else message["content"].strip()
+
+
+def _shared(opened: str, text: str) -> tuple[int, int]:
+    """How many characters of a generation prompt and of a rendering are the same but for white space."""
+    had = shared = 0
+    while had < len(opened):
+        if shared < len(text) and opened[had] == text[shared]:
+            had, shared = had + 1, shared + 1
+        elif opened[had].isspace():
+            had += 1
+        elif shared < len(text) and text[shared].isspace():
+            shared += 1
+        else:
+            break
+    begun = BEGUN_TAG.search(opened, 0, had) if had < len(opened) else None
+    if begun is not None and text[:shared].endswith(begun.group()):
+        return begun.start(), shared - len(begun.group())  # `<think>` and `</think>` share no tag
+    return had, shared
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two texts are the same but for white space."""
+    return "".join(first.split()) == "".join(second.split())
+
+
+def _mark_before(message: Message) -> None:
+    content = message["content"]
+    if not content.strip():
+        raise BadRow(REWRITES)
+    message["content"] = _around(content, BEFORE, BEHIND)
+
+
+def _mark_turn(message: Message) -> None:
+    """Put marks around the answer of a turn, or, where it has none, around the first function that it calls."""
+    content = message["content"]
+    if content.strip():
+        _, bare = split_reasoning(message)
+        answer = bare["content"]
+        message["content"] = content[: len(content) - len(answer)] + _around(answer, START, END)
+        return
+    if not message.get("tool_calls"):
+        raise BadRow(REWRITES)
+    first, *others = message["tool_calls"]
+    function = {**first["function"], "name": START + first["function"]["name"] + END}
+    message["tool_calls"] = [{**first, "function": function}, *others]
+
+
+def _around(text: str, before: str, behind: str) -> str:
+    """The text with marks inside the white space around it, which templates trim."""
+    bare = text.strip()
+    start = text.index(bare) if bare else 0
+    return text[:start] + before + bare + behind + text[start + len(bare) :]
+
+
+def _bare(text: str) -> str:
+    for mark in MARKS:
+        text = text.replace(mark, "")
+    return text
