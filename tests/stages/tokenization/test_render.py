@@ -271,7 +271,8 @@ HOSTILE = {
     "a giant power": "{{ 9 ** 999999999 }}",
     "a giant power of a variable": "{{ (messages | length + 8) ** 999999999 }}",
 }
-# Each takes more than the 64 MiB that the test allows, a few of them at once, others little by little. N is the number
+# Each takes several times the 64 MiB that the test allows (memory that the process had before and freed is not limited),
+# a few of them at once, others little by little. N is the number
 # of messages, 1, which keeps Jinja from computing the expression when it compiles the template.
 GREEDY = {
     "a product": "{{ 'x' * 999999999 }}",
@@ -283,12 +284,12 @@ GREEDY = {
     "a wide method": "{{ 'x'.ljust(999999999 * N) }}",
     "a format method": "{{ '{:{}}'.format('x', 999999999 * N) }}",
     "a wide indent": "{{ messages | tojson(indent=999999999 * N) }}",
-    "many lines": "{{ ('x' * 3999999 * N) | list | join('\n') | indent(9) }}",
-    "a split": "{{ ('x ' * 9999999 * N).split(' ') | length }}",
-    "a batch": "{{ ('x' * 3999999 * N) | batch(2) | list | length }}",
+    "many lines": "{{ ('x' * 29999999 * N) | list | join('\n') | indent(9) }}",
+    "a split": "{{ ('x ' * 14999999 * N).split(' ') | length }}",
+    "a batch": "{{ ('x' * 29999999 * N) | batch(2) | list | length }}",
     "a long join": "{{ range(99999) | join('x' * 99999 * N) }}",
     "replacing": "{{ ('x' * 99999 * N).replace('x', 'x' * 99999) }}",
-    "encoding": "{{ ('é' * 3999999 * N) | urlencode }}",
+    "encoding": "{{ ('é' * 14999999 * N) | urlencode }}",
     "doubling": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "doubling by plus": "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "doubling lists": "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
