@@ -22,6 +22,7 @@ from stages.formats.datasets import (
     SafeRLHFBetter,
     SafeRLHFSafer,
     StackExchange,
+    StepDPO,
 )
 from stages.formats.frameworks import (
     AxolotlChat,
@@ -51,7 +52,6 @@ from stages.formats.trl import (
     Implicit,
     ImplicitText,
     Posts,
-    StepDPO,
     Transcript,
     UltraFeedback,
     Unpaired,

@@ -13,9 +13,29 @@ from stages.data.source_row import BadRow
 from stages.data.transcript import transcript
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import instruction_of
-from stages.formats.trl import listed, split_shared
+from stages.formats.trl import is_text, listed, split_shared
 
 TIES = ("tie", "tie (bothbad)", "tie (inconsistent)", "both_bad")
+
+
+class StepDPO(Format):
+    """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps; the steps end the prompt."""
+
+    name: ClassVar[str] = "step_dpo"
+    origin: ClassVar[str] = "Step-DPO †"
+    example: ClassVar[str] = (
+        r'{"prompt": "2+2?", "initial_reason_steps": "Step 1: I add.\nStep 2:", "chosen": "4", "rejected": "5"}'
+    )
+    columns: ClassVar[str] = "prompt, initial_reason_steps, chosen, rejected (texts)"
+
+    @classmethod
+    def matches(cls, row: Mapping[str, Any]) -> bool:
+        return is_text(row, "prompt", "initial_reason_steps", "chosen", "rejected")
+
+    @classmethod
+    def convert(cls, row: Mapping[str, Any]) -> Preference:
+        prompt = f"{text(row, 'prompt')}\n{text(row, 'initial_reason_steps')}"
+        return pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
 
 
 class Arena(Format):

@@ -162,26 +162,6 @@ class ImplicitText(Format):
         return pair(row, prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
 
-class StepDPO(Format):
-    """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps; the steps end the prompt."""
-
-    name: ClassVar[str] = "step_dpo"
-    origin: ClassVar[str] = "Step-DPO †"
-    example: ClassVar[str] = (
-        r'{"prompt": "2+2?", "initial_reason_steps": "Step 1: I add.\nStep 2:", "chosen": "4", "rejected": "5"}'
-    )
-    columns: ClassVar[str] = "prompt, initial_reason_steps, chosen, rejected (texts)"
-
-    @classmethod
-    def matches(cls, row: Mapping[str, Any]) -> bool:
-        return is_text(row, "prompt", "initial_reason_steps", "chosen", "rejected")
-
-    @classmethod
-    def convert(cls, row: Mapping[str, Any]) -> Preference:
-        prompt = f"{text(row, 'prompt')}\n{text(row, 'initial_reason_steps')}"
-        return pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
-
-
 class Unpaired(Format):
     """`prompt`, `completion`, `label`: single completions, desirable (true) or undesirable (false)."""
 
