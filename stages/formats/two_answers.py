@@ -250,10 +250,11 @@ class Bedrock(Format):
         shown = [_turn({"role": "system", "content": system}, "content")] if system else []
         prompt = prompt_of({"messages": [*shown, *(_turn(turn, "content") for turn in turns)]}, "messages")
         sides = {}
-        for candidate in entries(mapping({"messages": last}, "messages"), "candidates"):
+        candidates = entries(mapping({"messages": last}, "messages"), "candidates")
+        for candidate in candidates:
             label = one_of(mapping({"candidates": candidate}, "candidates"), "preferenceLabel", ["preferred", "non-preferred"])  # fmt: skip
             sides[label] = [_turn({**candidate, "role": "assistant"}, "content")]
-        if len(sides) != 2:
+        if not len(sides) == len(candidates) == 2:
             raise BadRow("candidates: expected one that is preferred and one that is non-preferred")
         plain = {"weight": row.get("weight")}
         return pair(plain, prompt, sides["preferred"], sides["non-preferred"])

@@ -9,6 +9,7 @@ from stages.data.source_row import BadRow, SourceRow
 from stages.formats import FORMATS, Unusable, conversion, detect_format, renamed
 from stages.formats.labels import labels_of
 from stages.formats.positions import refuse_sides_by_position
+from stages.formats.two_answers import Bedrock
 from stages.settings.data import DataSettings, PrepareSettings
 
 EXAMPLES = {entry.name: json.loads(entry.example) for entry in FORMATS}
@@ -58,6 +59,23 @@ def test_numbers_need_one_and_keep_their_size_where_they_are_compared():
     ]  # fmt: skip
     with pytest.raises(UsageError, match="up is none of a or b or tie"):
         judged("up", labels={"up": True})
+
+
+def test_a_third_candidate_of_bedrock_is_refused_and_not_left_out():
+    good, bad = (
+        {"content": [{"text": text}], "preferenceLabel": label}
+        for text, label in (("4", "preferred"), ("5", "non-preferred"))
+    )
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"text": "2+2?"}]},
+            {"role": "assistant", "candidates": [good, bad]},
+        ]
+    }
+    assert Bedrock.convert(row).candidates[0].completion[0]["content"] == "4"
+    row["messages"][-1]["candidates"].insert(0, {**good, "content": [{"text": "four"}]})
+    with pytest.raises(BadRow, match="one that is preferred and one that is non-preferred"):
+        Bedrock.convert(row)
 
 
 def test_scores_decide_and_are_kept():
