@@ -7,6 +7,7 @@ elsewhere all of it is. A turn ends at the first token that generation stops at.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from stages.data.messages import Message
 from stages.data.source_row import BadRow, Flagged
@@ -27,8 +28,7 @@ NO_END, NOT_OPENED = "turn_without_end_token", "later_turn_without_generation_pr
 Spans = Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class TextPart:
+class TextPart(NamedTuple):
     """A piece of a rendered completion, and whether its tokens are trained."""
 
     text: str
@@ -50,6 +50,9 @@ class CompletionParts:
     opened: str
     notes: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._places = TurnPlaces(self.apply, self.ends)
+
     def of(
         self, turns: list[Message], whole: str, spans: Spans | None, needs_reasoning: bool
     ) -> list[TextPart]:
@@ -57,7 +60,7 @@ class CompletionParts:
 
         Raises `BadRow` where a turn cannot be found or is not marked; with `needs_reasoning` also where the first has none.
         """
-        places = TurnPlaces(self.apply, self.ends).find(self.prompt, self.head, turns, whole)
+        places = self._places.find(self.prompt, self.head, turns, whole)
         answers = [turn for turn in turns if turn["role"] == "assistant"]
         added, start = self._added(places[0], answers[0], whole)
         if needs_reasoning and not split_reasoning(answers[0])[0].strip():

@@ -52,17 +52,14 @@ class TurnEnds:
 
     def length_of(self, text: str) -> int:
         """Characters of the end token with which the text ends, 0 without one."""
-        return max((len(token) for token in self.tokens if text.endswith(token)), default=0)
+        found = [len(token) for token in self.tokens if text.endswith(token)]
+        return max(found) if found else 0
 
     @staticmethod
     def _first(text: str, tokens: Sequence[str], start: int = 0) -> tuple[int, str] | None:
         """Place and token of the first of `tokens` in the text; of two at one place the longer."""
-        found = [(text.find(token, start), token) for token in tokens]
-        return min(
-            (pair for pair in found if pair[0] >= 0),
-            key=lambda pair: (pair[0], -len(pair[1])),
-            default=None,
-        )
+        found = [(place, token) for token in tokens if (place := text.find(token, start)) >= 0]
+        return min(found, key=lambda pair: (pair[0], -len(pair[1]))) if found else None
 
 
 def _written_after_a_turn(apply: Apply) -> str:

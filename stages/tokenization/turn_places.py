@@ -8,7 +8,7 @@ before it.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from stages.data.messages import Message
 from stages.data.source_row import BadRow
@@ -24,8 +24,7 @@ REWRITES = "the chat template rewrites earlier turns, so the prompt is not a pre
 Apply = Callable[[list[Message], bool], str]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """An assistant's turn in a rendering: where it starts and ends, in characters.
 
     `opened`: the generation prompt before it, of which the rendering has all but `missing`, the end; `answer`: where the
@@ -63,7 +62,7 @@ class TurnPlaces:
             return place
         behind = whole[place.end :]
         found = max((len(token) for token in self._ends.tokens if behind.startswith(token)), default=0)
-        return replace(place, end=place.end + found)
+        return place._replace(end=place.end + found)
 
     def _by_prefix(
         self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
