@@ -108,13 +108,14 @@ def labels_of(
         if name in row.value
     ]
     keys = {key_of(value) for _, _, value in found} - {"null", ""}
-    if not any(isinstance(value, str) for _, _, value in found) and (
-        keys <= {"true", "false"} or keys <= {"1", "0"}
+    if not keys or (
+        not any(isinstance(value, str) for _, _, value in found)
+        and (keys <= {"true", "false"} or keys <= {"1", "0"})
     ):
         return {}, ""
-    good = next((good for good, bad in FAMILIES if keys <= {good, bad}), None)
-    if good is not None:
-        bad = next(bad for first, bad in FAMILIES if first == good and keys <= {first, bad})
+    family = next((family for family in FAMILIES if keys <= set(family)), None)
+    if family is not None:
+        good, bad = family
         return {good: True, bad: False}, f"{found[0][1]}: {good} is desirable, {bad} undesirable"
     if data.threshold is not None and all(_number(key) is not None for key in keys):
         limit = f"{data.threshold:g}"

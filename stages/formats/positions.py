@@ -32,7 +32,7 @@ def refuse_sides_by_position(head: Sequence[SourceRow], data: DataSettings) -> N
     used = {steps_of(path)[0] for path in columns.values()}
     for name in VERDICTS:
         values = {str(row.get(name)) for _, row in rows if row.get(name) is not None}
-        if name not in used and 1 < len(values) <= 5:
+        if name not in used and name not in data.ignore and 1 < len(values) <= 5:
             raise DataError(
                 f"data.columns takes the better answer by its place, but {name} is {' or '.join(sorted(values))}. Map a, b and the verdict instead: {{prompt: {columns.get('prompt', 'question')}, a: {columns['chosen']}, b: {columns['rejected']}, verdict: {name}}}, or name it in data.ignore."
             )

@@ -69,12 +69,12 @@ class SampleJob:
                 f"{rows.path} has no held-out prompts. Give a file with --set sample.prompts=FILE, or raise prepare.heldout_fraction."
             )
         most = min(filter(None, map(_positions, models.values())), default=None)
+        too_long = tuple(prompt.id for prompt in chosen if most is not None and len(prompt.ids) >= most)
         fitting = [prompt for prompt in chosen if most is None or len(prompt.ids) < most]
         if not fitting:
             raise DataError(
                 f"All {len(chosen)} prompts have {most} tokens or more, and {' and '.join(m.name for m in models.values())} has {most} positions. Give shorter ones with --set sample.prompts=FILE."
             )
-        too_long = tuple(prompt.id for prompt in chosen if prompt not in fitting)
         return cls(
             models, fitting, settings, compute, tuple(rows.counts["turn_end_ids"]), too_long, tuple(unusable)
         )

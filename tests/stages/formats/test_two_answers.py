@@ -190,3 +190,20 @@ def test_a_side_is_not_taken_by_its_place_where_the_better_one_alternates(rows, 
     with pytest.raises(DataError, match=f"by its place.*{said}"):
         refuse_sides_by_position(head, data)
     refuse_sides_by_position(head[:1], data)
+
+
+def test_a_verdict_column_that_is_to_be_ignored_stops_nothing():
+    head = [
+        SourceRow(f"x:{n}", {"q": "?", "r": [{"t": "a"}, {"t": "b"}], "winner": w})
+        for n, w in enumerate("ab")
+    ]
+    columns = {"prompt": "q", "chosen": "r.0.t", "rejected": "r.1.t"}
+    with pytest.raises(DataError, match=r"or name it in data\.ignore"):
+        refuse_sides_by_position(head, DataSettings(columns=columns))
+    refuse_sides_by_position(head, DataSettings(columns=columns, ignore=["winner"]))
+
+
+def test_labels_that_are_all_empty_are_not_guessed():
+    data = DataSettings(path="x.jsonl")
+    rows = [SourceRow("x:1", {"prompt": "q", "completion": "a", "label": ""})]
+    assert labels_of(detect_format("unpaired", rows), rows, data) == ({}, "")
