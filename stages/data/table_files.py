@@ -12,11 +12,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError, MachineError
-from stages.data.columns import Cell
+from stages.data.columns import Cell, shown
 from stages.data.messages import is_conversation, is_message
 from stages.data.source_row import SourceRow, first_line
 
@@ -66,9 +67,7 @@ def _header(path: Path, suffix: str) -> tuple[list[str], str]:
     if suffix == ".csv" and "," not in first and ";" in first:
         delimiter = ";"
     names = next(csv.reader(io.StringIO(line), delimiter=delimiter), [])
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise DataError(f"{path}: two columns have the name {double!r}. Rename one of them.")
+    _refuse_double(path, names)
     return names, delimiter
 
 
@@ -102,17 +101,30 @@ def read_excel(path: Path) -> Iterator[SourceRow]:
     try:
         sheet = load_workbook(path, read_only=True, data_only=True).worksheets[0]
         rows = iter(sheet.iter_rows(values_only=True))
-        names = [str(name) for name in next(rows, ()) if name is not None]
+        names = [_written(name) for name in next(rows, ())]
+        _refuse_double(path, names)
         for number, row in enumerate(rows, start=1):
             if any(value is not None for value in row):
-                cells = zip(names, row, strict=False)
-                yield SourceRow(
-                    f"{path.name}#{number}", {name: _cell(_written(value)) for name, value in cells}
-                )
+                yield _sheet_row(f"{path.name}#{number}", names, row)
     except (BadZipFile, InvalidFileException, KeyError, OSError) as error:
         raise DataError(
             f"{path} is not a readable Excel file ({first_line(error)}). Save it again as .xlsx, or as CSV in UTF-8."
         ) from error
+
+
+def _sheet_row(location: str, names: list[str], row: tuple[Any, ...]) -> SourceRow:
+    """A row by the names above its cells; one with a value under no name carries the problem."""
+    cells = list(zip_longest(names, row))
+    nameless = next((value for name, value in cells if not name and value is not None), None)
+    if nameless is not None:
+        return SourceRow(location, None, f"the cell {shown(nameless)} has no name in the first line")
+    return SourceRow(location, {name: _cell(_written(value)) for name, value in cells if name})
+
+
+def _refuse_double(path: Path, names: list[str]) -> None:
+    double = next((name for name in names if name and names.count(name) > 1), None)
+    if double is not None:
+        raise DataError(f"{path}: two columns have the name {double!r}. Rename one of them.")
 
 
 def _written(value: Any) -> str:

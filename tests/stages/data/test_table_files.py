@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cache.errors import DataError
 from stages.data.readers import read_source
+from stages.data.table_files import read_excel
 from stages.formats import conversion, detect_format
 from stages.settings.data import DataSettings, PrepareSettings
 from tests.conftest import preference_rows
@@ -155,3 +156,26 @@ def test_real_data_can_be_a_table(shared_data, tmp_path, name, write):
     source = shared_data / f"{name}.json"
     write(tmp_path / "rows.csv", json.loads(source.read_bytes()))
     assert preferences(tmp_path / "rows.csv") == preferences(source)
+
+
+def test_cells_of_a_sheet_stand_under_their_own_names(tmp_path):
+    """A column without a name shifts no other; what stands under no name is a problem of its row."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (
+        ["prompt", None, "chosen", "rejected"],
+        ["q", None, "good", "bad"],
+        ["q", "note", "x", "y"],
+        ["q", None, "x", "y", "z"],
+    ):
+        book.active.append(row)
+    book.save(tmp_path / "rows.xlsx")
+    found = list(read_excel(tmp_path / "rows.xlsx"))
+    assert found[0].value == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert [row.problem for row in found[1:]] == [
+        f"the cell {cell!r} has no name in the first line" for cell in ("note", "z")
+    ]
+    book.active["B1"] = "chosen"
+    book.save(tmp_path / "rows.xlsx")
+    with pytest.raises(DataError, match="two columns have the name 'chosen'"):
+        list(read_excel(tmp_path / "rows.xlsx"))
