@@ -95,7 +95,7 @@ def labels_of(
             expected = " or ".join(str(meant).casefold() for meant in format_.meanings)
             problem = f"{strange[0]} is none of {expected}" if names else "its columns are no labels"
             raise UsageError(
-                f"data.labels: {data.path} has format {format_.name}, and {problem}. Mend or leave it out."
+                f"data.labels: {data.path} has format {format_.name}, and {problem}. Fix the map, or leave it out."
             )
         return {key_of(key): meant for key, meant in data.labels.items()}, ""
     if True not in format_.meanings:

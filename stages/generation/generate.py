@@ -116,7 +116,7 @@ def _end_tokens(folder: Path) -> Any:
         return GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{folder / 'generation_config.json'} cannot be read ({first_line(error)}). Mend it, or save the model again."
+            f"{folder / 'generation_config.json'} cannot be read ({first_line(error)}). Fix it, or save the model again."
         ) from error
 
 

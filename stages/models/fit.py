@@ -87,5 +87,5 @@ def _generation_config(source: ModelSource, config: Any) -> tuple[str, Any]:
 def _unsavable(source: ModelSource, name: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:300]
     return DataError(
-        f"{source.folder}: {name} cannot be saved with a trained model ({reason}). Mend it there."
+        f"{source.folder}: {name} cannot be saved with a trained model ({reason}). Fix the file there."
     )

@@ -50,7 +50,7 @@ def using_memory(advice: str) -> Iterator[None]:
         if not _is_lack_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MachineError(f"The memory does not suffice ({reason}). {advice}") from error
+        raise MachineError(f"Out of memory ({reason}). {advice}") from error
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -344,7 +344,7 @@ def test_a_lack_of_memory_in_a_step_is_one_line_and_the_run_goes_on(prepared, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(RowScorer, "score", greedy)
-        said = r"memory does not suffice \(.*allocate.*\)\. Lower compute.tokens_per_batch \(now 120\)"
+        said = r"Out of memory \(.*allocate.*\)\. Lower compute.tokens_per_batch \(now 120\)"
         with pytest.raises(MachineError, match=said):
             train(tree, store)
     assert digest(Path(train(tree, store)["artifact"])) == whole

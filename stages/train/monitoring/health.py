@@ -65,8 +65,8 @@ def nll_rising(history: Sequence[Line]) -> str:
         values = [line[f"eval/{name}"] for line in history if line.get(f"eval/{name}") is not None]
         if values and values[-1] > (1 + NLL_RISE) * min(values):
             return (
-                f"eval/{name} rose to {values[-1]:.4g}, from {min(values):.4g} at its best: the policy learns the training "
-                f"completions by heart. Train fewer steps, lower the learning rate, or set train.save_best=true with "
+                f"eval/{name} rose to {values[-1]:.4g}, from {min(values):.4g} at its best: the policy memorizes the training "
+                f"completions. Train fewer steps, lower the learning rate, or set train.save_best=true with "
                 f"train.best_metric={name}"
             )
     return ""
@@ -78,8 +78,8 @@ def margin_beyond(history: Sequence[Line]) -> str:
     if margin is None or margin <= MARGIN:
         return ""
     return (
-        f"rewards/margins is {margin:.3g} over the last {WINDOW} steps (useful: below {MARGIN:g}): the pairs are learned "
-        f"by heart and have no gradient left. Train fewer steps, or lower the learning rate"
+        f"rewards/margins is {margin:.3g} over the last {WINDOW} steps (useful: below {MARGIN:g}): the pairs are memorized "
+        f"and have no gradient left. Train fewer steps, or lower the learning rate"
     )
 
 
@@ -93,7 +93,7 @@ def logratios_beyond(history: Sequence[Line]) -> str:
             found[side] = ratio, logps - ratio
     ratio, reference = found.get("chosen", (0.0, 0.0))
     if ratio > RISEN_NATS and ratio > -RISEN_SHARE * reference:
-        return _far("chosen", ratio, reference, "the completions are learned by heart")
+        return _far("chosen", ratio, reference, "the completions are memorized")
     ratio, reference = found.get("rejected", (0.0, 0.0))
     if ratio < min(reference, 0.0):
         return _far("rejected", ratio, reference, "their log-prob has more than doubled")

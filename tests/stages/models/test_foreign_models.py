@@ -92,7 +92,8 @@ def test_what_loads_but_cannot_be_saved_is_found_before_training(model):
     with pytest.raises(ValueError, match="Fix these issues to save"):
         loaded.save_pretrained(model.parent / "saved")
     one_line(
-        lambda: check_can_be_saved(source), r"generation_config\.json cannot be saved.*temperature.*Mend it"
+        lambda: check_can_be_saved(source),
+        r"generation_config\.json cannot be saved.*temperature.*Fix the file",
     )
     (model / "generation_config.json").write_text("{")
     one_line(lambda: check_can_be_saved(source), r"generation_config\.json")

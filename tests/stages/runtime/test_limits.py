@@ -42,7 +42,7 @@ def test_a_full_disk_names_the_file_and_the_reason(library, tmp_path):
 
 @pytest.mark.parametrize("library", ALLOCATORS)
 def test_a_lack_of_memory_says_what_to_type(library):
-    said = r"^The memory does not suffice \(.+\)\. Lower it\.$"
+    said = r"^Out of memory \(.+\)\. Lower it\.$"
     with pytest.raises(MachineError, match=said), using_memory("Lower it."):
         ALLOCATORS[library]()
 
