@@ -43,6 +43,8 @@ class KeptAnswers:
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Append answers by key; they are on disk when this returns."""
+        if not values:
+            return
         lines = [
             canonical_json(with_digest({"key": key, "value": value}, DIGEST)) for key, value in values.items()
         ]

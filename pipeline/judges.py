@@ -33,4 +33,10 @@ def _function(inputs: "Inputs") -> Judge:
     return FunctionJudge.of(inputs.config.judge.function)
 
 
-OPENERS: dict[str, Callable[["Inputs"], Judge]] = {"function": _function}
+def _endpoint(inputs: "Inputs") -> Judge:
+    from stages.judge.endpoint import EndpointJudge
+
+    return EndpointJudge.of(inputs.config.judge)
+
+
+OPENERS: dict[str, Callable[["Inputs"], Judge]] = {"function": _function, "endpoint": _endpoint}

@@ -6,6 +6,7 @@ they were asked for, and each is on disk before the next ones are awaited.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 from cache.fingerprint import fingerprint, short
 from cache.kept_answers import KeptAnswers
@@ -40,11 +41,16 @@ def ask(judge: Judge, questions: Sequence[Question], context: Context) -> Asked:
     """Every answer; the judge is asked what it has not answered before."""
     kept, whose = open_kept(judge, context), fingerprint(judge.identity)
     todo = unanswered(judge, questions, kept)
-    keys, passing = list(todo), {}
+    keys, passing, lock = list(todo), {}, Lock()
     with progress("judge", len(todo), "questions") as advance:
-        for some in judge.answer(list(todo.values())) if todo else ():
-            kept.add({keys[place]: answer.as_json() for place, answer in some if answer.final})
-            passing |= {keys[place]: answer for place, answer in some if not answer.final}
-            advance(len(some), judge.name)
+
+        def keep(some: Sequence[tuple[int, Answer]]) -> None:
+            with lock:
+                kept.add({keys[place]: answer.as_json() for place, answer in some if answer.final})
+                passing.update({keys[place]: answer for place, answer in some if not answer.final})
+                advance(len(some), judge.name)
+
+        if todo:
+            judge.answer(list(todo.values()), keep)
     all_keys = [question.key(whose) for question in questions]
     return Asked([passing.get(key) or Answer(**kept.get(key)) for key in all_keys], len(todo))

@@ -5,7 +5,7 @@ files, so that equal questions have one answer wherever they come from.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,10 @@ class Answer:
         return {name: value for name, value in asdict(self).items() if name != "final"}
 
 
+# Takes answers with the places of their questions, from any thread, and returns when they are kept.
+Keep = Callable[[Sequence[tuple[int, Answer]]], None]
+
+
 class Judge(Protocol):
     """A judge; `identity` is everything that its answers depend on, `compares` whether it is given two texts."""
 
@@ -66,6 +70,6 @@ class Judge(Protocol):
         """Whether it compares two texts; else it scores one."""
         ...
 
-    def answer(self, questions: Sequence[Question]) -> Iterator[list[tuple[int, Answer]]]:
-        """Answers with the places of their questions, in any order, some at a time as they are ready."""
+    def answer(self, questions: Sequence[Question], keep: Keep) -> None:
+        """Answer every question once, in any order; `keep` is given some answers at a time, as soon as they are there."""
         ...

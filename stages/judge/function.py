@@ -6,7 +6,7 @@ It is imported from the Python path and from the working folder, and runs with a
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import UsageError
 from cache.files import sha256_file
-from stages.judge.contract import Answer, Question
+from stages.judge.contract import Answer, Keep, Question
 
 BATCH = 256
 
@@ -63,11 +63,11 @@ class FunctionJudge:
         """The function and the content of its file."""
         return {"kind": "function", "function": self.path, "source": self.source_sha256}
 
-    def answer(self, questions: Sequence[Question]) -> Iterator[list[tuple[int, Answer]]]:
+    def answer(self, questions: Sequence[Question], keep: Keep) -> None:
         """Score every text; raises `UsageError` where the function raises or returns no number."""
         for start in range(0, len(questions), BATCH):
             places = range(start, min(start + BATCH, len(questions)))
-            yield [(place, Answer(self._score(questions[place]))) for place in places]
+            keep([(place, Answer(self._score(questions[place]))) for place in places])
 
     def _score(self, question: Question) -> float:
         try:
