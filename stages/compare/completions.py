@@ -22,12 +22,16 @@ COMPLETIONS = "completions.jsonl"
 # What other tools call the answer, the model and the prompt's id.
 TEXT_COLUMNS = ("completion", "output", "response")
 MODEL_COLUMNS = ("model", "generator")
+NOT_ASKED = "not_asked"
 ID_COLUMNS = ("id", "question_id", "key", "uid")
 
 
 @dataclass(frozen=True)
 class Completed:
-    """One completion; `finish_reason` and `num_tokens` are None where the file has none."""
+    """One completion; `finish_reason` and `num_tokens` are None where the file has none.
+
+    `turn` counts the answers of a conversation from 1; the prompt of a later one has the model's own earlier answers.
+    """
 
     id: str
     prompt: str | list[Message]
@@ -36,11 +40,17 @@ class Completed:
     model: str
     finish_reason: str | None = None
     num_tokens: int | None = None
+    turn: int = 1
 
     @property
     def prompt_text(self) -> str:
-        """The prompt as one text, by which completions of several files are matched."""
+        """The prompt as one text."""
         return instruction(self.prompt)
+
+    @property
+    def asked(self) -> str:
+        """What completions of several files are matched by: the prompt; the id where it has answers of the model."""
+        return self.prompt_text if self.turn == 1 else f"{self.id}, turn {self.turn}"
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,14 @@ class Paired:
 
 
 def completions_of(path: Path) -> list[Completed]:
-    """The completions of an artifact's folder or of a file; raises `DataError` where there are none."""
+    """The completions of an artifact's folder or of a file; raises `DataError` where there are none.
+
+    Turns that `align sample` could not ask are left out.
+    """
     file = _file_in(path)
     seen: dict[str, int] = defaultdict(int)
-    found = [_completed(row, number, file, seen) for number, row in enumerate(_rows(file), 1)]
+    rows = [_completed(row, number, file, seen) for number, row in enumerate(_rows(file), 1)]
+    found = [entry for entry in rows if entry.finish_reason != NOT_ASKED]
     if not found:
         raise DataError(f"{file} has no completions. Make some with: align sample")
     return found
@@ -118,6 +132,7 @@ def _completed(row: Any, number: int, file: Path, seen: dict[str, int]) -> Compl
         model=str(_first(row, MODEL_COLUMNS) or file.stem),
         finish_reason=row.get("finish_reason"),
         num_tokens=row.get("num_tokens"),
+        turn=row.get("turn", 1),
     )
 
 
@@ -134,14 +149,14 @@ def paired(completions: Sequence[Completed], baseline: Sequence[Completed]) -> P
     """
     samples: dict[str, dict[int, Completed]] = defaultdict(dict)
     for entry in baseline:
-        samples[entry.prompt_text][entry.sample_index] = entry
+        samples[entry.asked][entry.sample_index] = entry
     pairs, used = [], set()
     for entry in completions:
-        own = samples.get(entry.prompt_text, {})
+        own = samples.get(entry.asked, {})
         partner = next(iter(own.values())) if len(own) == 1 else own.get(entry.sample_index)
         if partner is not None:
             pairs.append(Pair(entry, partner))
-            used.add((partner.prompt_text, partner.sample_index))
+            used.add((partner.asked, partner.sample_index))
     if not pairs:
         raise DataError(
             f"The completions of {completions[0].model} and {baseline[0].model} answer no common prompt, the first "

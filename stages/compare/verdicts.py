@@ -45,12 +45,10 @@ class Verdict:
     reply: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The object of a line: the prompt once, the other fields of the baseline under names that begin with it."""
+        """The object of a line; the fields of the baseline have names that begin with it."""
         own, other = self.completion, self.baseline
         return {
-            "id": own.id,
-            "sample_index": own.sample_index,
-            "prompt": own.prompt,
+            **{name: getattr(own, name) for name in _SHARED},
             **{name: getattr(own, name) for name in _TEXT},
             **{_of_baseline(name): getattr(other, name) if other else None for name in _TEXT},
             **{name: getattr(self, name) for name in _OWN},
@@ -59,14 +57,15 @@ class Verdict:
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Verdict":
         """The verdict of a line; raises KeyError for a missing field."""
-        shared = {name: row[name] for name in ("id", "sample_index", "prompt")}
+        shared = {name: row[name] for name in _SHARED}
         own = Completed(**shared, **{name: row[name] for name in _TEXT})
         other = {name: row[_of_baseline(name)] for name in _TEXT}
         baseline = None if other["completion"] is None else Completed(**shared, **other)
         return cls(own, baseline, **{name: row[name] for name in _OWN})
 
 
-_TEXT = ("model", "completion", "finish_reason", "num_tokens")
+_SHARED = ("id", "turn", "sample_index")
+_TEXT = ("prompt", "model", "completion", "finish_reason", "num_tokens")
 _OWN = tuple(name for name in Verdict.__dataclass_fields__ if name not in ("completion", "baseline"))
 
 
@@ -141,5 +140,5 @@ def outcomes(verdicts: Iterable[Verdict]) -> list[Outcome]:
     groups: dict[tuple[str, str, int], list[Verdict]] = {}
     for verdict in verdicts:
         own = verdict.completion
-        groups.setdefault((own.id, own.prompt_text, own.sample_index), []).append(verdict)
+        groups.setdefault((own.id, own.asked, own.sample_index), []).append(verdict)
     return [Outcome(group) for group in groups.values()]

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from cache.artifacts import Artifact
@@ -16,6 +17,8 @@ from cache.errors import DataError, UsageError
 from cache.fingerprint import canonical_json, fingerprint
 from stages.compare.completions import Completed, Pair
 from stages.compare.verdicts import TIE, VERDICTS, Order, Verdict, outcomes, write_verdicts
+from stages.data.messages import Message
+from stages.generation.completion_files import instruction
 from stages.judge.asking import Asked, ask, open_kept, unanswered
 from stages.judge.contract import Answer, Judge, Question
 from stages.runtime.context import Context
@@ -35,7 +38,8 @@ class Asking:
 
     def orders(self, judge: Judge, pair: Pair) -> Sequence[Order]:
         """The orders in which a pair is shown to a judge that compares; none for equal texts, which are a tie."""
-        if not judge.compares or pair.completion.completion == pair.baseline.completion:
+        first, second = _shown(pair)[1]
+        if not judge.compares or first == second:
             return ()
         return ORDERS if self.both_orders else ORDERS[:1]
 
@@ -86,13 +90,29 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair], asking: Asking, context: Co
 def _questions(judge: Judge, pairs: Sequence[Pair], asking: Asking) -> list[Question]:
     found = []
     for pair in pairs:
-        prompt, texts = pair.completion.prompt, (pair.completion.completion, pair.baseline.completion)
         if judge.compares:
-            shown = [texts if order == ORDERS[0] else texts[::-1] for order in asking.orders(judge, pair)]
+            prompt, texts = _shown(pair)
+            orders = asking.orders(judge, pair)
+            found += [Question(prompt, texts if order == ORDERS[0] else texts[::-1]) for order in orders]
         else:
-            shown = [(text,) for text in texts]
-        found += [Question(prompt, text) for text in shown]
+            found += [
+                Question(entry.prompt, (entry.completion,)) for entry in (pair.completion, pair.baseline)
+            ]
     return found
+
+
+def _shown(pair: Pair) -> tuple[str | list[Message], tuple[str, str]]:
+    """What both prompts begin with, and the two texts; of a later turn these are the rest of either conversation."""
+    own, other = pair.completion, pair.baseline
+    if isinstance(own.prompt, str) or isinstance(other.prompt, str) or own.prompt == other.prompt:
+        return own.prompt, (own.completion, other.completion)
+    both = zip(own.prompt, other.prompt, strict=False)
+    common = own.prompt[: sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], both))]
+    rest = [
+        instruction([*turns[len(common) :], {"role": "assistant", "content": completion}])
+        for turns, completion in ((own.prompt, own.completion), (other.prompt, other.completion))
+    ]
+    return common, (rest[0], rest[1])
 
 
 def _scored(judge: Judge, pairs: Sequence[Pair], answers: Sequence[Answer], asking: Asking) -> list[Verdict]:

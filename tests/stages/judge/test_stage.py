@@ -132,12 +132,14 @@ def test_the_artifact_holds_every_verdict_with_its_texts_and_is_found_again(cont
     lines = [json.loads(line) for line in (made.path / "verdicts.jsonl").read_text().splitlines()]
     assert lines[0] == {
         "id": "0",
+        "turn": 1,
         "sample_index": 0,
         "prompt": PROMPTS[0],
         "model": "policy",
         "completion": "in the wood",
         "finish_reason": "stop",
         "num_tokens": 3,
+        "baseline_prompt": PROMPTS[0],
         "baseline_model": "reference",
         "baseline_completion": "in a den",
         "baseline_finish_reason": "stop",
@@ -158,6 +160,30 @@ def test_the_artifact_holds_every_verdict_with_its_texts_and_is_found_again(cont
     found = find_verdicts(job, context)
     assert found is not None
     assert found.path == made.path
+
+
+def test_of_a_second_turn_both_conversations_are_shown_from_where_they_differ(context):
+    """MT-bench: the second question follows each model's own first answer."""
+
+    def second_turn(model, first_answer, text):
+        turns = [("user", "Hi"), ("assistant", first_answer), ("user", "Why?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return Completed("81", messages, text, 0, model, turn=2)
+
+    pairs = paired([second_turn("policy", "Hello", "So")], [second_turn("reference", "Hey", "Thus")]).pairs
+    comparing, scoring = Counting(first, compares=True), Counting(by_length, compares=False)
+    for judge_ in (comparing, scoring):
+        judge_pairs(judge_, pairs, Asking(), context)
+    [question, _] = comparing.questions
+    assert question.prompt == [{"role": "user", "content": "Hi"}]
+    assert question.texts == (
+        "assistant: Hello\n\nuser: Why?\n\nassistant: So",
+        "assistant: Hey\n\nuser: Why?\n\nassistant: Thus",
+    )
+    assert [(question.prompt[1]["content"], question.texts) for question in scoring.questions] == [
+        ("Hello", ("So",)),
+        ("Hey", ("Thus",)),
+    ]
 
 
 def test_a_judge_without_any_verdict_is_an_error(context):
