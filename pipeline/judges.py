@@ -49,7 +49,18 @@ def _endpoint(inputs: "Inputs") -> Judge:
     return EndpointJudge.of(inputs.config.judge)
 
 
-OPENERS: dict[str, Callable[["Inputs"], Judge]] = {"function": _function, "endpoint": _endpoint}
+def _reward_model(inputs: "Inputs") -> Judge:
+    from stages.judge.reward_model import RewardModelJudge
+
+    source = inputs.model(inputs.config.judge.reward_model or "", None)
+    return RewardModelJudge.of(source, inputs.compute, inputs.context.say)
+
+
+OPENERS: dict[str, Callable[["Inputs"], Judge]] = {
+    "function": _function,
+    "endpoint": _endpoint,
+    "reward_model": _reward_model,
+}
 
 
 def judge_job(inputs: "Inputs", judge: Judge, found: Paired) -> JudgeJob:
