@@ -24,6 +24,7 @@ from stages.settings.fields import (
     Settings,
     TrackSettings,
 )
+from stages.settings.judge import JudgeSettings
 from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -46,6 +47,7 @@ class RunConfig(Settings):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
+    judge: JudgeSettings = JudgeSettings()
     track: TrackSettings = TrackSettings()
 
     @field_validator("loss", mode="before")

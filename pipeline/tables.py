@@ -83,6 +83,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {left:02} s" if minutes else f"{seconds:.1f} s"
 
 
+def percent(share: float) -> str:
+    """A share from 0 to 1 in percent."""
+    return f"{100 * share:.1f} %"
+
+
 def signed(value: float | None) -> str:
     """A number with four decimals, a blank in place of a plus; empty for None."""
     return "" if value is None else f"{value:+.4f}".replace("+", " ")
