@@ -90,18 +90,11 @@ def completions_of_run(inputs: "Inputs") -> tuple[list[Completed], list[Complete
 
     found = find_completions(inputs.sample_job, inputs.context)
     baseline = inputs.config.judge.baseline
-    sides = set(found.counts["models"]) if found else set()
-    if found is None or (baseline is None and "reference" not in sides):
+    if not found or (baseline is None and "reference" not in found):
         compare = "" if baseline else "--set sample.compare=true"
         raise StaleError(
             f"The completions of this configuration are not in {inputs.context.store.root}. Make them with: {inputs.context.command('sample', compare)}"
         )
-    from stages.generation.completion_files import read_jsonl
-
-    lines = read_jsonl(found.path / "completions.jsonl")
-    entries = [(entry, line["side"]) for entry, line in zip(completions_of(found.path), lines, strict=True)]
-    return [entry for entry, side in entries if side != "reference"], (
-        completions_of(Path(baseline).expanduser())
-        if baseline
-        else [entry for entry, side in entries if side == "reference"]
-    )
+    own = next(artifact for side, artifact in found.items() if side != "reference")
+    other = Path(baseline).expanduser() if baseline else found["reference"].path
+    return completions_of(own.path), completions_of(other)
