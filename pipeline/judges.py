@@ -56,10 +56,17 @@ def _reward_model(inputs: "Inputs") -> Judge:
     return RewardModelJudge.of(source, inputs.compute, inputs.context.say)
 
 
+def _answers(inputs: "Inputs") -> Judge:
+    from stages.judge.answers import AnswersJudge
+
+    return AnswersJudge.of(inputs.config.judge)
+
+
 OPENERS: dict[str, Callable[["Inputs"], Judge]] = {
     "function": _function,
-    "endpoint": _endpoint,
     "reward_model": _reward_model,
+    "endpoint": _endpoint,
+    "answers": _answers,
 }
 
 
