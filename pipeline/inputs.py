@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError, UsageError
+from cache.errors import StaleError
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
@@ -24,7 +24,7 @@ from stages.models.vocabulary import TokensInUse
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
-from stages.sample.stage import SampleJob
+from stages.sample.job import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.render import RenderOptions
 from stages.tokenization.template import Template
@@ -235,10 +235,6 @@ class Inputs:
         else:
             models["policy"] = self.policy
         if config.sample.compare:
-            if config.sample.model is not None:
-                raise UsageError(
-                    "sample.compare compares the trained policy with its reference, and sample.model names another model. Leave one of them out."
-                )
             models["reference"] = self.model(*config.reference_model)
         job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
         job.check_tokens(self.template.tokenizer, self.context.say)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from cache.fingerprint import fingerprint
 from stages.generation.completion_files import instruction
-from stages.generation.generate import Completion, as_completion, check_prompts, open_model, request_seed
+from stages.generation.generate import Completion, as_completion, request_seed
+from stages.generation.open_model import check_prompts, open_model
 from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
 from stages.generation.transformers_engine import sample_network
 from stages.models.loading import ModelSource
@@ -92,12 +93,15 @@ def sample_policy(
     model = open_model(source.folder, sampling, options)
     check_prompts(pool.prompts, model)
     requests = [
-        Request(index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids)
+        Request(
+            index, 0, request_seed(sampling.seed, f"{prompt.id} {step}", 0), prompt.ids, sampling.temperature
+        )
         for index, prompt in enumerate(prompts)
     ]
-    sampled, is_finite = scorer.in_generation_mode(
-        lambda network: sample_network(network, model, requests, sampling, synced_ranks)
+    found = scorer.in_generation_mode(
+        lambda network: sorted(sample_network(network, model, requests, sampling, synced_ranks))
     )
+    sampled, is_finite = [ids for _, ids, _ in found], [finite for _, _, finite in found]
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
     records = [_record(step, *pair) for pair in zip(prompts, completions, strict=True)]
     return records, sample_metrics(records, sampled, is_finite)

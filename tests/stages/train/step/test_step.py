@@ -161,6 +161,7 @@ def assert_same(found, wanted) -> None:
     assert state == pytest.approx(expected_state, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
     rows, reference = made
@@ -177,6 +178,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
 LISTWISE = [name for name, cls in LOSSES.items() if cls.unit == "list"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LISTWISE, "dpo"])
 def test_the_split_of_ranked_lists_changes_nothing(name: str, tmp_path) -> None:
     rows = make_lists()
@@ -225,6 +227,7 @@ def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     assert [len(pack_lengths(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 8]
 
 
+@pytest.mark.slow
 def test_evaluation_is_a_step_without_a_gradient(made) -> None:
     """Held-out metrics of a set of examples are those of a step on the same examples."""
     rows, reference = made
