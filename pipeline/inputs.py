@@ -231,13 +231,21 @@ class Inputs:
     @cached_property
     def sample_job(self) -> SampleJob:
         """Models, prompts and settings of `align sample`."""
+        return self._sample_job(self.config.sample.compare)
+
+    @cached_property
+    def sample_job_with_reference(self) -> SampleJob:
+        """The same where `align sample` also samples from the reference."""
+        return self.sample_job if self.config.sample.compare else self._sample_job(True)
+
+    def _sample_job(self, compare: bool) -> SampleJob:
         config = self.config
         models = {}
         if config.sample.model is not None:
             models["model"] = self.model(config.sample.model, None, or_adapter=True)
         else:
             models["policy"] = self.policy
-        if config.sample.compare:
+        if compare:
             models["reference"] = self.model(*config.reference_model)
         job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
         job.check_tokens(self.template.tokenizer, self.context.say)

@@ -56,10 +56,30 @@ def _reward_model(inputs: "Inputs") -> Judge:
     return RewardModelJudge.of(source, inputs.compute, inputs.context.say)
 
 
+def _answers(inputs: "Inputs") -> Judge:
+    from stages.judge.answers import AnswersJudge
+
+    return AnswersJudge.of(inputs.config.judge)
+
+
+def _implicit(inputs: "Inputs") -> Judge:
+    from stages.judge.implicit import ImplicitJudge
+
+    settings = inputs.config.judge
+    name = settings.implicit_model
+    policy = inputs.policy if name is None else inputs.model(name, None, or_adapter=True)
+    reference = inputs.model(*inputs.config.reference_model)
+    return ImplicitJudge(
+        policy, reference, settings.beta, inputs.template, inputs.compute, inputs.context.say
+    )
+
+
 OPENERS: dict[str, Callable[["Inputs"], Judge]] = {
     "function": _function,
-    "endpoint": _endpoint,
     "reward_model": _reward_model,
+    "endpoint": _endpoint,
+    "implicit": _implicit,
+    "answers": _answers,
 }
 
 
@@ -88,13 +108,14 @@ def completions_of_run(inputs: "Inputs") -> tuple[list[Completed], list[Complete
     """The completions of this configuration's model, and those of `judge.baseline` or the reference."""
     from stages.sample.stage import find_completions
 
-    found = find_completions(inputs.sample_job, inputs.context)
     baseline = inputs.config.judge.baseline
-    if not found or (baseline is None and "reference" not in found):
-        compare = "" if baseline else "--set sample.compare=true"
+    job = inputs.sample_job_with_reference if baseline is None else inputs.sample_job
+    found = find_completions(job, inputs.context)
+    if not found:
+        asked = "--set sample.compare=true" if baseline is None and not inputs.config.sample.compare else ""
         raise StaleError(
-            f"The completions of this configuration are not in {inputs.context.store.root}. Make them with: {inputs.context.command('sample', compare)}"
+            f"The completions of {' and '.join(job.models)} are not in {inputs.context.store.root}. Make them with: {inputs.context.command('sample', asked)}"
         )
+    other = found["reference"].path if baseline is None else Path(baseline).expanduser()
     own = next(artifact for side, artifact in found.items() if side != "reference")
-    other = Path(baseline).expanduser() if baseline else found["reference"].path
     return completions_of(own.path), completions_of(other)

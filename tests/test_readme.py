@@ -28,7 +28,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *DOCS.
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
-    r"(?:align|torchrun [^`;#\n]*-m pipeline) (?:prepare|cache-ref|train|sample|eval|run|merge|plan|inspect)\b[^`;#\n]*"
+    rf"(?:align|torchrun [^`;#\n]*-m pipeline) (?:{'|'.join(COMMANDS)})\b[^`;#\n]*"
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)

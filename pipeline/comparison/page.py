@@ -22,6 +22,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 .wide { overflow-x: auto; padding: .4rem 1.1rem; }
 th, td { text-align: right; padding: .3rem .8rem; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; color: var(--faint); font-weight: 400; }
+@media (max-width: 40rem) { .wide { padding: .4rem .7rem; } th, td { padding: .3rem .3rem; white-space: normal; font-size: .8rem; overflow-wrap: anywhere; } }
 thead th { border-top: 0; font-weight: 600; } tbody + tbody tr:first-child td { border-top: 2px solid var(--line); }
 .sample { padding: 0; margin-bottom: 1.2rem; overflow: hidden; }
 .sample header { padding: .6rem 1.1rem; border-bottom: 1px solid var(--line); font-size: .85rem; color: var(--faint); }

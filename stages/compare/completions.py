@@ -16,9 +16,8 @@ from cache.errors import DataError
 from stages.data.messages import Message
 from stages.data.prompt_rows import asked
 from stages.data.source_row import BadRow
-from stages.generation.completion_files import instruction, read_jsonl
+from stages.generation.completion_files import FILE, instruction, read_jsonl
 
-COMPLETIONS = "completions.jsonl"
 # What other tools call the answer, the model and the prompt's id.
 TEXT_COLUMNS = ("completion", "output", "response")
 MODEL_COLUMNS = ("model", "generator")
@@ -92,11 +91,11 @@ def _file_in(path: Path) -> Path:
             f"No such file or folder of completions: {path}. Give a folder that `align sample` wrote, a .jsonl file, or "
             f"AlpacaEval's JSON."
         )
-    if not (path / COMPLETIONS).is_file():
-        raise DataError(f"{path} has no {COMPLETIONS}. Give a folder that `align sample` wrote, or a file.")
+    if not (path / FILE).is_file():
+        raise DataError(f"{path} has no {FILE}. Give a folder that `align sample` wrote, or a file.")
     if is_artifact(path):
         open_artifact(path).check_files()
-    return path / COMPLETIONS
+    return path / FILE
 
 
 def _rows(file: Path) -> list[Any]:

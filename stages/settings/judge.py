@@ -38,7 +38,7 @@ class JudgeSettings(Settings):
     )
     answers: str | None = Field(
         default=None,
-        description="file of reference answers (a prompt and 'answer' in each row); a completion scores 1 if it agrees, else 0",
+        description="file of reference answers (a prompt and an answer in each row); a completion scores 1 if it agrees, else 0",
     )
     baseline: str | None = Field(
         default=None,
@@ -82,7 +82,7 @@ class JudgeSettings(Settings):
         default=0.0, description="price of a million tokens that the endpoint writes"
     )
     beta: PositiveFloat = Field(default=0.1, description="beta of the implicit reward")
-    match: Literal["exact", "number"] = Field(
+    match: Literal["exact", "number", "ifeval"] = Field(
         default="exact",
-        description="how a completion agrees with a reference answer: 'exact' but for white space, or 'number': equal numbers, those after #### or the last ones",
+        description="how a completion agrees with a reference answer: 'exact' but for white space; 'number': equal numbers, those after #### or the last ones; 'ifeval': it follows all instructions of IFEval's row (extra 'ifeval')",
     )
