@@ -5,6 +5,7 @@ for all policies of a sweep. It holds `completions.jsonl` (every completion) and
 prompts belong to (`prompt_sets.py`). An interrupted run continues where it stopped. Run it with `align sample`.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -121,12 +122,14 @@ def _complete(
     first = {(one.prompt_index, one.sample_index): one for one in requests_of(job.prompts, job.sampling)}
     with progress(f"sample {name}", total, "completions") as advance:
         advance(len(journal.finished), "")
+        began, tokens = time.monotonic(), 0
         for turn in range(1, job.num_turns + 1):
             requests = first if turn == 1 else _next_turn(job, records, model, turn)
             todo = [one for place, one in requests.items() if (turn, *place) not in journal.finished]
             for place, ids in engine.complete(model, todo, job.sampling, job.options):
                 journal.add((turn, todo[place].prompt_index, todo[place].sample_index), ids)
-                advance(1, "")
+                tokens += len(ids)
+                advance(1, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
             for place, request in requests.items():
                 ids = journal.finished[(turn, *place)]
                 record = _record(job.prompts[place[0]], model, request, turn, ids, name)
