@@ -25,6 +25,7 @@ from stages.settings.fields import (
     TrackSettings,
 )
 from stages.settings.judge import JudgeSettings
+from stages.settings.online import OnlineSettings
 from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -48,6 +49,7 @@ class RunConfig(Settings):
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     judge: JudgeSettings = JudgeSettings()
+    online: OnlineSettings = OnlineSettings()
     track: TrackSettings = TrackSettings()
 
     @field_validator("loss", mode="before")

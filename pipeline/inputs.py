@@ -179,6 +179,9 @@ class Inputs:
             reference=self._reference(start) if self.config.loss.needs_reference else None,
             eval_sets=self.eval_sets,
             origin=None if settings.resume is None else open_origin(settings.resume, self.context),
+            beginning=None
+            if settings.begin_from is None
+            else open_origin(settings.begin_from, self.context, "train.begin_from"),
             pool=None if settings.sample_steps is None else self._pool,
         )
 

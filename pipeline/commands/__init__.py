@@ -6,6 +6,7 @@ from pipeline.commands.evaluate import EVALUATE
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
 from pipeline.commands.merge import MERGE
+from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
 from pipeline.commands.run import RUN
@@ -13,5 +14,5 @@ from pipeline.commands.sample import SAMPLE
 from pipeline.commands.train import TRAIN
 
 # In the order of `align --help`.
-LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, JUDGE, COMPARE, EVALUATE, MERGE, PLAN, INSPECT)
+LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, JUDGE, COMPARE, ONLINE, EVALUATE, MERGE, PLAN, INSPECT)
 COMMANDS = {command.name: command for command in LISTED}

@@ -4,7 +4,7 @@ In: `CompletionRecord`s and a path. Out: JSONL with all fields, written whole or
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ class CompletionRecord:
     `prompt` is all that the model saw, the earlier turns included; `turn` counts the answers of a prompt from 1.
     `num_tokens` counts the stop token. `finish_reason` is "not_asked" where an earlier answer left no room for this one or
     spells a special token; this one is empty then. `model` is the model's short name. `keys` are the prompt's own ids and categories.
+    `token_ids` are what the model wrote, the stop token included: its text may have other ids when it is tokenized.
     """
 
     id: str
@@ -34,6 +35,7 @@ class CompletionRecord:
     num_tokens: int
     model: str
     keys: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Sequence[int] = ()
 
 
 def write_jsonl(records: Iterable[CompletionRecord], path: Path) -> None:

@@ -65,9 +65,9 @@ class SampleJob:
 
         stops = tuple(rows.counts["turn_end_ids"])
         job = cls(models, found.prompts, settings, compute, stops, found.set, found.problems, encode)
-        return job._with_possible_prompts()
+        return job.with_possible_prompts()
 
-    def _with_possible_prompts(self) -> "SampleJob":
+    def with_possible_prompts(self) -> "SampleJob":
         """The same job without the prompts that a model cannot complete."""
         opened = [self.open(model) for model in self.models.values()]
         possible, left_out = [], list(self.left_out)

@@ -5,6 +5,8 @@ for all policies of a sweep. It holds `completions.jsonl` (every completion) and
 prompts belong to (`prompt_sets.py`). An interrupted run continues where it stopped. Run it with `align sample`.
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from cache.artifacts import Artifact, Draft
@@ -47,35 +49,46 @@ def sample(job: SampleJob, context: Context) -> dict[str, Artifact]:
 
     `auto` takes vLLM and falls back to transformers, for all models, so that compared completions come from one engine.
     """
-    for problem in job.left_out[:3]:
-        context.say(f"Left out: {problem}")
-    if len(job.left_out) > 3:
-        context.say(f"Left out {len(job.left_out):,} prompts in all, listed in the manifest.")
-    if job.settings.engine != "auto":
-        return _sample(job, job.settings.engine, context, None)
+    return sample_all([job], context)[0]
+
+
+def sample_all(jobs: Sequence[SampleJob], context: Context) -> list[dict[str, Artifact]]:
+    """As `sample`, for jobs with the same `sample.engine`, which one engine does."""
+    for problems in (job.left_out for job in jobs):
+        for problem in problems[:3]:
+            context.say(f"Left out: {problem}")
+        if len(problems) > 3:
+            context.say(f"Left out {len(problems):,} prompts in all, listed in the manifest.")
+    asked = jobs[0].settings.engine
+    if asked != "auto":
+        return _sample_all(jobs, asked, context, None)
     try:
-        return _sample(job, "vllm", context, None)
+        return _sample_all(jobs, "vllm", context, None)
     except EngineError as error:
         context.say(f"Sampling with transformers, which is slower: {error}")
-        return _sample(job, "transformers", context, str(error))
+        return _sample_all(jobs, "transformers", context, str(error))
 
 
 def _find(job: SampleJob, side: str, engine: EngineName, context: Context) -> Artifact | None:
     return context.store.find(KIND, job.models[side].short_name, job.identity(side, engine))
 
 
-def _sample(
-    job: SampleJob, name: EngineName, context: Context, instead_of_vllm: str | None
-) -> dict[str, Artifact]:
-    found = {side: _find(job, side, name, context) for side in job.models}
-    missing = [side for side, artifact in found.items() if artifact is None]
-    made = {}
-    if missing:
-        advice = f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."
-        with using_memory(advice), open_engine(name) as engine:
-            for side in missing:
-                made[side] = _sample_model(job, side, engine, context, instead_of_vllm)
-    return {side: artifact or made[side] for side, artifact in found.items()}
+def _sample_all(
+    jobs: Sequence[SampleJob], name: EngineName, context: Context, instead_of_vllm: str | None
+) -> list[dict[str, Artifact]]:
+    done = []
+    with ExitStack() as stack:
+        engine: Engine | None = None  # opened for the first completions that are missing
+        for job in jobs:
+            made = {}
+            for side in job.models:
+                artifact = _find(job, side, name, context)
+                if artifact is None:
+                    engine = engine or stack.enter_context(open_engine(name))
+                    artifact = _sample_model(job, side, engine, context, instead_of_vllm)
+                made[side] = artifact
+            done.append(made)
+    return done
 
 
 def _sample_model(
@@ -90,7 +103,8 @@ def _sample_model(
     try:
         context.say(f"Sampling {len(job.prompts):,} prompts from {model.name} with {engine.name}")
         opened = job.open(model)
-        with Journal(draft.path) as journal:
+        advice = f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."
+        with using_memory(advice), Journal(draft.path) as journal:
             records = _complete(job, side, opened, engine, journal)
         return _publish(job, side, records, draft, context, engine.name, instead_of_vllm)
     finally:
@@ -159,6 +173,7 @@ def _with_all_turns(own: list[CompletionRecord], job: SampleJob, index: int) -> 
                 turn=len(own) + 1,
                 completion="",
                 num_tokens=0,
+                token_ids=(),
                 finish_reason="not_asked",
             )
         )
@@ -180,6 +195,7 @@ def _record(
         num_tokens=len(ids),
         model=name,
         keys=prompt.keys,
+        token_ids=ids,
     )
 
 

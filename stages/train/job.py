@@ -43,6 +43,7 @@ NOT_HASHED = {
     "sample_strategy",
     "resume",
     "resume_override",
+    "begin_from",
 }
 
 
@@ -81,8 +82,8 @@ class Job:
     """The inputs of a training run.
 
     `start` is the identity of the starting weights; `reference` is None exactly if the loss needs none; `eval_sets` are
-    evaluation sets by name, besides the held-out rows; `origin` is the checkpoint that `train.resume` names; `pool` has
-    the prompts to sample while training, if `train.sample_steps` is set.
+    evaluation sets by name, besides the held-out rows; `origin` is the checkpoint that `train.resume` names, `beginning`
+    that of `train.begin_from`; `pool` has the prompts to sample while training, if `train.sample_steps` is set.
     """
 
     rows: Artifact
@@ -95,6 +96,7 @@ class Job:
     adapter: AdapterSettings
     eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
     origin: Checkpoint | None = None
+    beginning: Checkpoint | None = None
     pool: PromptPool | None = None
 
     @property
@@ -131,6 +133,7 @@ class Job:
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
             "samples": self.pool.identity if self.pool else None,
+            **({"begins_from": self.beginning.sha256} if self.beginning else {}),
         }
 
     @property
