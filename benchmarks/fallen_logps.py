@@ -53,7 +53,7 @@ def main() -> None:
         "stories260K on tinystories_graded_synthetic, best against worst; full fine-tuning, 32 pairs a step, 3 epochs, a fifth of the "
         "prompts held out. `fall` is how much the held-out `logps/chosen` fell, as a share of its value at step 0. `wins` is the share of "
         "held-out prompts whose continuation by the policy (48 tokens, temperature 0.7) babyllama105 finds likelier, by the mean "
-        "log-prob of a token, than that of the untrained model; ties count half. `warned` says whether training ended with the warning."
+        "log-prob of a token, than that of the untrained model; ties count half. `warned` says whether training ended with this warning."
     )
     write_results("fallen_logps", rows, "How far chosen log-probs may fall", notes)
 
@@ -113,7 +113,9 @@ def run(data: Path, loss: str, rate: float, judge: Judge, store: Path) -> dict[s
         "wins": sum(wins) / len(wins),
         "margin": trained["final"]["rewards/margins"],
         "accuracy": trained["final"]["rewards/accuracies"],
-        "warned": any("chosen" in warning and "fall" in warning for warning in trained["warnings"]),
+        "warned": any(
+            "completions" in warning and "by more than" in warning for warning in trained["warnings"]
+        ),
     }
     print(row, flush=True)
     return row
