@@ -46,15 +46,13 @@ class KeptAnswers:
         if not values:
             return
         lines = [
-            canonical_json(with_digest({"key": key, "value": value}, DIGEST)) for key, value in values.items()
+            canonical_json(with_digest({"key": key, "value": value}, DIGEST)) + b"\n"
+            for key, value in values.items()
         ]
         with disk_errors_named(self.folder):
             is_new = self._own is None
             path = self._own_file()
-            with open(path, "ab") as file:
-                file.write(b"".join(line + b"\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
+            _append(path, b"".join(lines))
             if is_new:
                 fsync_folder(self.folder)
         self._values.update(values)
@@ -76,6 +74,19 @@ class KeptAnswers:
                     f"asked again."
                 )
             self._values[entry["key"]] = entry["value"]
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Append all of `content` durably, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        end, rest = file.tell(), content
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)  # behind half a line the next one could not be read
+            raise
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def columns(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column(first, style="bold")
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 

@@ -102,7 +102,7 @@ def _notes(models: Sequence[Compared]) -> str:
     return "".join(f'<p class="note">{escape(note)}</p>' for note in found)
 
 
-Key = tuple[str, int]
+Key = tuple[tuple[str, int], int]  # what was asked, sample index
 Judged = tuple[Completed, Outcome | None]
 
 

@@ -47,9 +47,15 @@ class Completed:
         return instruction(self.prompt)
 
     @property
-    def asked(self) -> str:
-        """What completions of several files are matched by: the prompt; the id where it has answers of the model."""
-        return self.prompt_text if self.turn == 1 else f"{self.id}, turn {self.turn}"
+    def question(self) -> str:
+        """The prompt of the first turn as one text; each later turn adds an answer and a question."""
+        later = 2 * (self.turn - 1)
+        return instruction(self.prompt[: len(self.prompt) - later]) if later else self.prompt_text
+
+    @property
+    def asked(self) -> tuple[str, int]:
+        """What completions of several files are matched by: the first prompt, and the turn."""
+        return self.question, self.turn
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def paired(completions: Sequence[Completed], baseline: Sequence[Completed]) -> P
 
     A baseline with one completion of a prompt is compared with every sample of it. Raises `DataError` if there is no pair.
     """
-    samples: dict[str, dict[int, Completed]] = defaultdict(dict)
+    samples: dict[tuple[str, int], dict[int, Completed]] = defaultdict(dict)
     for entry in baseline:
         samples[entry.asked][entry.sample_index] = entry
     pairs, used = [], set()

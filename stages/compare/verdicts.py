@@ -137,7 +137,7 @@ class Outcome:
 
 def outcomes(verdicts: Iterable[Verdict]) -> list[Outcome]:
     """The verdicts of each pair together, in the order of their first verdicts."""
-    groups: dict[tuple[str, str, int], list[Verdict]] = {}
+    groups: dict[tuple[Any, ...], list[Verdict]] = {}
     for verdict in verdicts:
         own = verdict.completion
         groups.setdefault((own.id, own.asked, own.sample_index), []).append(verdict)

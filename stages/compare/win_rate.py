@@ -33,12 +33,12 @@ class WinRate:
 def win_rate(outcomes: Sequence[Outcome], seed: int = 0) -> WinRate:
     """The win-rate of pairs of which at least one has a preference.
 
-    The interval is the percentile bootstrap (Efron 1979) over prompts: all samples of a prompt are drawn together, because
-    they are not independent.
+    The interval is the percentile bootstrap (Efron 1979) over prompts: all samples and turns of a prompt are drawn
+    together, because they are not independent.
     """
     decided = [outcome for outcome in outcomes if outcome.preference is not None]
     preferences = np.array([outcome.preference for outcome in decided])
-    low, high = interval(preferences, [outcome.completion.prompt_text for outcome in decided], seed)
+    low, high = interval(preferences, [outcome.completion.question for outcome in decided], seed)
     return WinRate(
         wins=int((preferences == 1).sum()),
         ties=int((preferences == TIE).sum()),

@@ -175,6 +175,13 @@ def test_one_judge_is_needed(sampled):
         run(tree, store, "judge")
 
 
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(align, files):
+    code, _, err = align("compare", *files, "--set", "judge.api_key_variable=sk-1234abcd")
+    assert code == 2
+    assert "judge.api_key_variable: String should match pattern" in err
+    assert "sk-1234abcd" not in err
+
+
 # The page
 
 

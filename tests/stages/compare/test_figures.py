@@ -63,6 +63,20 @@ def test_samples_of_one_prompt_are_drawn_together():
     assert (repeated.low, repeated.high) == (once.low, once.high)
 
 
+def test_both_turns_of_a_prompt_are_drawn_together():
+    def second_turn(number, preference):
+        turns = [("user", f"Prompt {number}"), ("assistant", "x"), ("user", "Why?")]
+        prompt = [{"role": role, "content": content} for role, content in turns]
+        own, other = (Completed(str(number), prompt, text, 0, "model", turn=2) for text in "ab")
+        return Verdict(own, other, "judge", "0" * 64, preference=preference)
+
+    values = [float(number < 12) for number in range(40)]
+    once = [verdict(value, number) for number, value in enumerate(values)]
+    twice = [*once, *(second_turn(number, value) for number, value in enumerate(values))]
+    assert len(outcomes(twice)) == 80
+    assert win_rate(outcomes(twice)).low == win_rate(outcomes(once)).low
+
+
 def test_the_interval_depends_on_the_seed_alone():
     samples = [(number, sample) for number in range(30) for sample in range(1 + number % 7)]
     found = outcomes(verdict(float(number % 3 == 0), number, sample=sample) for number, sample in samples)
