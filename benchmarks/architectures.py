@@ -79,7 +79,7 @@ def row_of(kind: str, feature: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def name_of(way: Way) -> str:
     if way.backend is None:
-        return "one by one"
+        return "padded batches" if way.padded else "one by one"
     return "packed" if way.longest is None else f"packed up to {way.longest} tokens"
 
 

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from stages.engine.packs import Segment
-from stages.engine.segment_attention import no_mask
+from stages.engine.segment_attention import chunk_of, no_mask
 
 NAME = "align_flex"
 BLOCK = 128
 
 
 class BlockMasks:
-    """The block masks of one pack, one for each attention window of the model; each is made on first use."""
+    """The block masks of one pack, one for each window and chunk of the model's layers; each is made on first use."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         """Note for each position of the pack its example, its branch and its position in the row.
@@ -43,15 +43,15 @@ class BlockMasks:
             torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
             for parts in (examples, branches, positions)
         ]
-        self._made: dict[int | None, BlockMask] = {}
+        self._made: dict[tuple[int | None, int | None], BlockMask] = {}
 
-    def of(self, window: int | None) -> BlockMask:
-        """The mask of layers that attend to the last `window` positions of a row; None: to all of them."""
-        if window not in self._made:
-            self._made[window] = self._make(window)
-        return self._made[window]
+    def of(self, window: int | None, chunk: int | None) -> BlockMask:
+        """The mask of layers that attend to the last `window` positions of a row, within its blocks of `chunk`; None: any."""
+        if (window, chunk) not in self._made:
+            self._made[window, chunk] = self._make(window, chunk)
+        return self._made[window, chunk]
 
-    def _make(self, window: int | None) -> BlockMask:
+    def _make(self, window: int | None, chunk: int | None) -> BlockMask:
         examples, branches, positions = self._index
         length, device = len(examples), examples.device
 
@@ -59,7 +59,9 @@ class BlockMasks:
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same_row = (branches[key] == 0) | (branches[key] == branches[query])
             seen = (examples[query] == examples[key]) & same_row & (key <= query)
-            return seen if window is None else seen & (positions[query] - positions[key] < window)
+            if window is not None:
+                seen = seen & (positions[query] - positions[key] < window)
+            return seen if chunk is None else seen & (positions[query] // chunk == positions[key] // chunk)
 
         on_gpu = device.type == "cuda"
         return create_block_mask(visible, None, None, length, length, device, BLOCK, _compile=on_gpu)
@@ -76,22 +78,27 @@ def flex_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a pack: query (1, heads, positions, head_dim) -> (1, positions, heads, head_dim).
+    """Attention over a pack: query (1, heads, positions, head_dim) -> (1, positions, heads, value_dim).
 
-    `key` and `value` are (1, key/value heads, positions, head_dim).
+    `key` is (1, key/value heads, positions, head_dim), `value` (1, key/value heads, positions, value_dim), `s_aux` the
+    sinks, (heads,).
     """
     assert block_masks is not None, "the model does not pass its keyword arguments on to its attention"
-    result = _flex(query.device.type)(
+    result, found = _flex(query.device.type)(
         query,
         key,
         value,
         score_mod=None if softcap is None else _softcapped(softcap),
-        block_mask=block_masks.of(sliding_window),
+        block_mask=block_masks.of(sliding_window, chunk_of(module)),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
     )
+    if s_aux is not None:  # a place of score s and no value: the share of the others is e^lse / (e^lse + e^s)
+        result = result * torch.sigmoid(found.lse - s_aux[:, None])[..., None].to(result.dtype)
     return result.transpose(1, 2).contiguous(), None
 
 

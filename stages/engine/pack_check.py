@@ -35,7 +35,7 @@ def checked_logps(scorer: "Scorer", rows: RowSet, example: int) -> tuple[list[np
     pack = build_pack(rows, [group])
     packed = scorer(pack).completion_logps.cpu().numpy()
     alone = packed
-    if scorer.packed:
+    if scorer.packed or scorer.way.padded:
         with scorer.rows_alone():
             alone = scorer(pack).completion_logps.cpu().numpy()
     ends = np.cumsum(rows.completion_lengths[group])[:-1]

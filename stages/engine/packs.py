@@ -17,7 +17,7 @@ Axes in the shape comments of `stages/engine/`:
     heads, head_dim, width (of a hidden state), vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -69,6 +69,15 @@ class Pack:
             segment.prompt_length + fed + 1 for segment in self.segments for fed in segment.completion_lengths
         ]
         return np.array(lengths, dtype=np.int64)
+
+    def row_tokens(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The token ids of each row's prompt and of its whole completion."""
+        cursor = 0
+        for segment in self.segments:
+            prompt = self.input_ids[0, segment.start : segment.start + segment.prompt_length]
+            for fed in segment.completion_lengths:
+                yield prompt, self.targets[cursor : cursor + fed + 1]
+                cursor += fed + 1
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""

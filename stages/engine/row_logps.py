@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.data.rows import RowSet
-from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, packed_length
 
 if TYPE_CHECKING:
@@ -23,15 +22,15 @@ def score_groups(
 
     Each group has the row numbers of one example, int64.
     """
-    lengths = [packed_length(rows, group) for group in groups]
-    packs = (
-        build_pack(rows, [groups[index] for index in indices])
-        for indices in pack_lengths(lengths, scorer.compute.tokens_per_batch)
-    )
+    if (
+        not scorer.packed
+    ):  # a prompt is not shared, so rows of like length come together whatever their example
+        groups = [np.array([row]) for group in groups for row in group]
+    packs = (build_pack(rows, [groups[index] for index in indices]) for indices in scorer.plan(rows, groups))
     # Values stay on the device until all are there, so that a GPU computes while the next pack is built.
     scored = [(one.rows, scorer(one).completion_logps) for one in packs]
     found: dict[int, np.ndarray] = {}
     for numbers, token_logps in scored:
         ends = np.cumsum(rows.completion_lengths[numbers])
         found.update(zip(numbers.tolist(), np.split(token_logps.cpu().numpy(), ends[:-1]), strict=True))
-    return found, sum(lengths)
+    return found, sum(packed_length(rows, group) for group in groups)

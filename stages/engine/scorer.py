@@ -2,8 +2,8 @@
 
 A `Scorer` runs the transformer body once over a pack (every prompt once, no padding), takes hidden
 states at the positions that predict completion tokens, and turns them into log-probs. At load it
-checks itself against the model's own logits; an architecture that cannot take segment attention is
-scored one completion at a time instead, said in one line.
+checks itself against the model's own logits; an architecture that cannot take a pack is scored in
+right-padded batches instead, or one completion at a time, said in one line.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages.data.rows import RowSet
 from stages.engine import flex_attention, segment_attention
 from stages.engine.activation_offload import offloaded
 from stages.engine.checkpointing import disable_dropout, enable_checkpointing
-from stages.engine.lm_head import TokenLogps, collision_logps
-from stages.engine.packs import Pack, PackLogps, part_of
+from stages.engine.lm_head import TokenLogps, collision_logps, collisions_of
+from stages.engine.packing import pack_lengths
+from stages.engine.packs import POSITION_MULTIPLE, Pack, PackLogps, packed_length, part_of
+from stages.engine.padded_batches import FEWEST_ROWS, examples_alike, padded_batches, padded_length
 from stages.engine.row_lengths import forget_longer_rows
 from stages.engine.self_check import Way, can_checkpoint, choose_way
 from stages.runtime.compute import Compute
 
 T = TypeVar("T")
 
+# Positions of a padded batch on a CPU, with gradient.
+SMALL_BATCH = 512
 # Ways to attend over a pack, the one to try first first. A CPU has no backward pass of flex_attention.
 BACKENDS = {"cuda": (flex_attention.NAME, segment_attention.NAME)}
 
@@ -55,7 +60,7 @@ class Scorer(nn.Module):
         self.forwards = 0
         config = model.config.get_text_config()
         self.scale = _logit_scale(config)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = _logit_softcap(config)
         disable_dropout(model)
         forget_longer_rows(model)
         model.eval()
@@ -76,15 +81,12 @@ class Scorer(nn.Module):
         """Log-probs of the pack's targets, and with `with_collisions` what WPO normalises by."""
         pack = pack.to(self.compute.device)
         together = self.way.packs(pack)
+        unpacked = self._padded if self.way.padded else self._one_by_one
         if together.all():
             return self._packed(pack, with_collisions)
         if not together.any():
-            return self._one_by_one(pack, with_collisions)
-        alone = [np.arange(len(together)) == row for row in np.flatnonzero(~together)]
-        parts = [
-            (part_of(pack, together), self._packed),
-            *((part_of(pack, row), self._one_by_one) for row in alone),
-        ]
+            return unpacked(pack, with_collisions)
+        parts = [(part_of(pack, together), self._packed), (part_of(pack, ~together), unpacked)]
         return _joined(
             [(score(part, with_collisions), tokens, prompts) for (part, tokens, prompts), score in parts]
         )
@@ -101,22 +103,57 @@ class Scorer(nn.Module):
         else:
             visible = {"segments": pack.segments}
         with self._autocast(), offloaded(self._activation_offload):
-            body = self.model.get_decoder()
+            body = _body(self.model)
             hidden = body(
                 input_ids=pack.input_ids,
                 position_ids=pack.position_ids,
                 use_cache=False,
                 **visible,
             ).last_hidden_state[0]
-            states = hidden[pack.predictors].to(self.compute.dtype)
-            head = self.model.get_output_embeddings()
-            logps = TokenLogps.apply(states, head.weight, head.bias, pack.targets, self.scale, self.softcap)
-            completions, prompts = logps.tensor_split([len(pack.token_rows)])
-            if not with_collisions:
-                return PackLogps(completions, prompts)
-            own_states = states[: len(pack.token_rows)].detach()
-            collisions = collision_logps(own_states, head.weight, head.bias, self.scale, self.softcap)
-            return PackLogps(completions, prompts, collisions)
+            return self._logps_of(hidden[pack.predictors], pack, with_collisions)
+
+    def _padded(self, pack: Pack, with_collisions: bool) -> PackLogps:
+        """Score the rows of a pack in right-padded batches."""
+        self._attend(self.way.attention)
+        rows = list(pack.row_tokens())
+        fed = [torch.cat([prompt, completion[:-1]]) for prompt, completion in rows]
+        states: dict[int, Tensor] = {}  # (tokens, width) of each row
+        with self._autocast(), offloaded(self._activation_offload):
+            body = _body(self.model)
+            for batch in padded_batches([len(ids) for ids in fed], self._padded_budget()):
+                self.forwards += 1
+                hidden = body(input_ids=_right_padded([fed[row] for row in batch]), use_cache=False)[0]
+                states.update({row: hidden[place, : len(fed[row])] for place, row in enumerate(batch)})
+            predictors = [states[row][len(prompt) - 1 :] for row, (prompt, _) in enumerate(rows)]
+            if len(pack.targets) > len(pack.token_rows):
+                firsts = np.cumsum([0, *(len(segment.completion_lengths) for segment in pack.segments)])[:-1]
+                for row, segment in zip(firsts, pack.segments, strict=True):
+                    predictors += (
+                        [states[row][: segment.prompt_length - 1]] if segment.completion_lengths else []
+                    )
+            return self._logps_of(torch.cat(predictors), pack, with_collisions)
+
+    def _padded_budget(self) -> int:
+        """Positions of a padded batch."""
+        # With gradient on a CPU, a recurrence written in Python takes 1.5 times as long a row in batches of 8 as in
+        # batches of 2, because it saves the state of each position; other layers gain nothing beyond 512 positions.
+        is_small = self.compute.device.type == "cpu" and torch.is_grad_enabled()
+        return min(SMALL_BATCH, self.compute.tokens_per_batch) if is_small else self.compute.tokens_per_batch
+
+    def _logps_of(self, states: Tensor, pack: Pack, with_collisions: bool) -> PackLogps:
+        """Log-probs of the pack's targets from the hidden states that predict them: (targets, width)."""
+        states = states.to(self.compute.dtype)
+        head = self.model.get_output_embeddings()
+        # A matmul of a few rows rounds differently, and a pack may have a single target.
+        few = max(0, POSITION_MULTIPLE - len(states))
+        filled, targets = nn.functional.pad(states, (0, 0, 0, few)), nn.functional.pad(pack.targets, (0, few))
+        logps = TokenLogps.apply(filled, head.weight, head.bias, targets, self.scale, self.softcap)
+        completions, prompts, _ = logps.tensor_split([len(pack.token_rows), len(pack.targets)])
+        if not with_collisions:
+            return PackLogps(completions, prompts)
+        own_states = states[: len(pack.token_rows)].detach()
+        collisions = collision_logps(own_states, head.weight, head.bias, self.scale, self.softcap)
+        return PackLogps(completions, prompts, collisions)
 
     def in_generation_mode(self, sample: Callable[[Any], T]) -> T:
         """Call `sample(model)` with the model switched to generation mode, under autocast, then switch back.
@@ -137,7 +174,7 @@ class Scorer(nn.Module):
     @contextmanager
     def rows_alone(self) -> Iterator[None]:
         """Within it every row has a forward pass of its own."""
-        way, self.way = self.way, replace(self.way, backend=None)
+        way, self.way = self.way, replace(self.way, backend=None, padded=False)
         try:
             yield
         finally:
@@ -145,8 +182,16 @@ class Scorer(nn.Module):
 
     @property
     def packed(self) -> bool:
-        """Whether packs are scored in one forward pass; else each completion has one of its own."""
+        """Whether packs are scored in one forward pass; else their rows in padded batches, or each in one of its own."""
         return self.way.backend is not None
+
+    def plan(self, rows: RowSet, groups: Sequence[np.ndarray]) -> list[list[int]]:
+        """Which groups, each the row numbers of one example, are scored together: their numbers, within the token budget."""
+        if self.packed:
+            lengths = [packed_length(rows, group) for group in groups]
+            return pack_lengths(lengths, self.compute.tokens_per_batch)
+        fed = rows.prompt_lengths + rows.completion_lengths - 1
+        return examples_alike([fed[group].tolist() for group in groups], self.compute.tokens_per_batch)
 
     def _attend(self, name: str | None) -> None:
         """Set the attention of all layers, where it is another."""
@@ -176,20 +221,16 @@ class Scorer(nn.Module):
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
         scores_prompts = len(pack.targets) > len(pack.token_rows)
         self._attend(self.way.attention)
-        logps, prompt_logps, collisions, cursor = [], [], [], 0
-        for segment in pack.segments:
-            prompt = pack.input_ids[0, segment.start : segment.start + segment.prompt_length]
-            for index, fed in enumerate(segment.completion_lengths):
-                targets = pack.targets[cursor : cursor + fed + 1]
-                logits = self._logits(prompt, targets, scores_prompts and index == 0)
-                if scores_prompts and index == 0:
-                    prompt_logps.append(_picked(logits[: -len(targets)], prompt[1:]))
-                logits = logits[-len(targets) :]
-                logps.append(_picked(logits, targets))
-                if with_collisions:
-                    detached = logits.detach()
-                    collisions.append(torch.logsumexp(2 * detached, -1) - 2 * torch.logsumexp(detached, -1))
-                cursor += fed + 1
+        logps, prompt_logps, collisions = [], [], []
+        firsts = [index == 0 for segment in pack.segments for index in range(len(segment.completion_lengths))]
+        for (prompt, targets), is_first in zip(pack.row_tokens(), firsts, strict=True):
+            logits = self._logits(prompt, targets, scores_prompts and is_first)
+            if scores_prompts and is_first:
+                prompt_logps.append(_picked(logits[: -len(targets)], prompt[1:]))
+            logits = logits[-len(targets) :]
+            logps.append(_picked(logits, targets))
+            if with_collisions:
+                collisions.append(collisions_of(logits.detach()))
         completions = torch.cat(logps)
         prompts = torch.cat(prompt_logps) if prompt_logps else completions.new_zeros(0)
         return PackLogps(completions, prompts, torch.cat(collisions) if with_collisions else None)
@@ -218,13 +259,36 @@ def _joined(parts: Sequence[tuple[PackLogps, Tensor, Tensor]]) -> PackLogps:
     )
 
 
+def _right_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Token ids of rows of one padded length, filled with zeros and up to the fewest rows of a batch: (rows, positions)."""
+    shape = max(FEWEST_ROWS, len(rows)), padded_length(max(len(ids) for ids in rows))
+    padded = rows[0].new_zeros(shape)
+    for place, ids in enumerate(rows):
+        padded[place, : len(ids)] = ids
+    return padded
+
+
 def _logit_scale(config: Any) -> float:
     """What an architecture multiplies its logits by; a name not known here is caught by the self-check."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
-    return divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    if config.model_type == "hyperclovax":
+        return float(config.logits_scaling)
+    names = ("logits_scaling", "logits_mup_width_multiplier")
+    return 1.0 / next((float(value) for name in names if (value := getattr(config, name, None))), 1.0)
+
+
+def _logit_softcap(config: Any) -> float | None:
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _body(model: Any) -> Any:
+    """What makes hidden states of token ids."""
+    body = model.get_decoder()
+    # Where a part of the model has an unusual name, transformers finds the model itself, or its output layer.
+    return model.model if body is model or isinstance(body, nn.Linear) else body
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:

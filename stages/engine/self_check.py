@@ -33,14 +33,16 @@ SELECTION = re.compile("topk|budget|keep|lsh")
 class Way:
     """How the rows of a model are scored.
 
-    `backend`: the attention function of packs; None: every row has a forward pass of its own. `longest`: tokens of
-    prompt and completion up to which a row is packed; None: any. `attention`: transformers' own attention, for rows
-    that are not packed and for sampling. `whole`: whether such rows are fed with their last token too. `checkpoints`:
-    whether log-probs are the same under gradient checkpointing.
+    `backend`: the attention function of packs; None: no row is packed. `longest`: tokens of prompt and completion up to
+    which a row is packed; None: any. `padded`: whether rows that are not packed share right-padded batches; else each
+    has a forward pass of its own. `attention`: transformers' own attention, for rows that are not packed and for
+    sampling. `whole`: whether rows alone are fed with their last token too. `checkpoints`: whether log-probs are the
+    same under gradient checkpointing.
     """
 
     backend: str | None = None
     longest: int | None = None
+    padded: bool = False
     attention: str = "sdpa"
     whole: bool = False
     checkpoints: bool = True
@@ -66,20 +68,25 @@ def choose_way(scorer: Scorer, names: Sequence[str], say: Callable[[str], None])
         trial = run_trial(model, pack)
         lengths = special_lengths(model)
         short = short_trial(trial, pack) if lengths else None
-        way = _way_alone(scorer, native, pack, [trial, short] if short else [trial], lengths)
+        trials = [trial, short] if short else [trial]
+        way = _way_alone(scorer, native, pack, trials, lengths)
+        padded = replace(way, padded=True)
+        if not way.whole and not any(_problem(scorer, padded, pack, one) for one in trials):
+            way = padded
         for name in names:
             packed = replace(way, backend=name)
             problems.append(_problem(scorer, packed, pack, trial))
             if not problems[-1]:
                 way = replace(packed, longest=_longest(scorer, packed, pack, trial, short, lengths))
                 break
+    unpacked = "in right-padded batches" if way.padded else "one completion at a time"
     if way.backend is None:
-        say(f"{name_of_model} is scored one completion at a time (slower): {problems[-1]}.")
+        say(f"{name_of_model} is scored {unpacked} (slower): {problems[-1]}.")
     elif problems[0]:
         say(f"{name_of_model} attends by {way.backend}: {problems[0]} with {names[0]}.")
     if way.longest is not None:
         say(
-            f"{name_of_model} packs rows of up to {way.longest:,} tokens, longer ones are scored one at a time (slower): "
+            f"{name_of_model} packs rows of up to {way.longest:,} tokens, longer ones are scored {unpacked} (slower): "
             f"beyond that length a pack does not reproduce its own log-probs."
         )
     return way
@@ -127,7 +134,7 @@ def _way_alone(
     """How rows are scored in forward passes of their own."""
     # Which of equal positions are chosen depends on how many there are.
     feeds = (True,) if any(SELECTION.search(name) for name in lengths) else (False, True)
-    ways = [Way(None, None, name, whole) for name in dict.fromkeys((native, "eager")) for whole in feeds]
+    ways = [Way(attention=name, whole=whole) for name in dict.fromkeys((native, "eager")) for whole in feeds]
     problems: list[str] = []
     for way in ways:
         problems = [_problem(scorer, way, pack, trial) for trial in trials]
@@ -141,7 +148,7 @@ def _way_alone(
 
 def _problem(scorer: Scorer, way: Way, pack: Pack, trial: Trial) -> str:
     """Why the trial model cannot be scored in this way, or an empty string."""
-    if way.backend and type(trial.model.get_output_embeddings()) is not nn.Linear:
+    if (way.backend or way.padded) and type(trial.model.get_output_embeddings()) is not nn.Linear:
         return "its output layer is not a plain linear layer"
     try:
         with _scoring(scorer, trial.model, way):

@@ -39,7 +39,7 @@ def run_trial(model: Any, pack: Pack) -> Trial:
     """The truth about the trial rows, each in a forward pass of its own; raises for a model that has none."""
     try:
         model.set_attn_implementation("eager")
-        rows = _rows(pack)
+        rows = [(torch.cat(tokens), len(tokens[1])) for tokens in pack.row_tokens()]
         logps = [_log_softmax(model, ids) for ids, _ in rows]
     except torch.OutOfMemoryError:
         raise
@@ -128,17 +128,6 @@ def trial_pack(vocab_size: int) -> Pack:
     return build_pack(
         rows, [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
     )
-
-
-def _rows(pack: Pack) -> list[tuple[Tensor, int]]:
-    """Token ids of each row of a pack, prompt and whole completion, and how many are the completion's."""
-    found, cursor = [], 0
-    for segment in pack.segments:
-        prompt = pack.input_ids[0, segment.start : segment.start + segment.prompt_length]
-        for fed in segment.completion_lengths:
-            found.append((torch.cat([prompt, pack.targets[cursor : cursor + fed + 1]]), fed + 1))
-            cursor += fed + 1
-    return found
 
 
 def _log_softmax(model: Any, ids: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
     way = ways[0]
     if way.backend is None or (way.longest is not None and way.longest < _longest_row(job)):
         raise UsageError(
-            f"{job.source.name} is scored one completion at a time, which ranks cannot do in step with each "
+            f"{job.source.name} is not scored in packs, and ranks cannot score padded batches or single rows in step with each "
             f"other. Use --set train.parallel=ddp."
         )
     shapes = model_of_shapes(job.source, attn_implementation="sdpa", dtype=torch.float32)

@@ -12,7 +12,7 @@ import torch
 from cache.ref_logps import RefLogps
 from stages.data.pairs import Pairs
 from stages.data.rows import RowSet
-from stages.engine.packing import deal, pack_lengths
+from stages.engine.packing import deal
 from stages.engine.packs import Pack, build_pack, packed_length
 from stages.losses.contract import Batch, Loss, Rows
 from stages.runtime.distributed import World
@@ -69,7 +69,7 @@ class RowScorer:
     def _assign(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
         """The groups of each pack, and the packs of each rank; computed alike on every rank."""
         lengths = [packed_length(self.rows, group) for group in groups]
-        packs = pack_lengths(lengths, self.scorer.compute.tokens_per_batch)
+        packs = self.scorer.plan(self.rows, groups)
         return packs, deal([sum(lengths[item] for item in items) for items in packs], self.world.size)
 
     def score(self, pack: Pack) -> Rows:

@@ -5,6 +5,7 @@ from transformers: a fresh copy of the model, eager, one row at a time, fed the 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import transformers
 
 from cache.errors import DataError, UsageError
+from stages.engine import flex_attention
 from stages.engine.pack_check import checked_logps, longest_example
 from stages.engine.packs import build_pack, part_of
 from stages.engine.scorer import Scorer
+from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
 from tests.stages.engine import tiny_architectures as tiny
 
@@ -24,7 +27,7 @@ FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "architectures.json"
 ROWS = tiny.make_rows()
 GROUPS = [ROWS.example_rows(example, mismatched=False) for example in range(ROWS.num_examples)]
-# How each is scored; "short": rows up to the first threshold in packs, longer ones alone.
+# How each is scored; "short": rows up to the first threshold in packs, longer ones alone, or "padded" if said so.
 PACKED = {
     "llama/plain": "packed",
     "llama/yarn": "packed",
@@ -33,23 +36,28 @@ PACKED = {
     "phi3/longrope": "short",
     "gemma3_text/longrope": "short",  # rotary factors for each type of layer
     "dbrx/dynamic": "short",  # its configuration has another name for the length
-    "qwen2_moe/windows": "short",  # windows in the mask alone
-    "phimoe/windows": "short",
+    "qwen2_moe/windows": "short, padded",  # windows in the mask alone
+    "phimoe/windows": "short, padded",
     "mistral/plain": "packed",
     "gemma2/plain": "packed",  # soft caps, which sdpa leaves out
     "cohere2/plain": "packed",  # layers without positions
     "phi/plain": "packed",  # partial rotary
     "olmoe/plain": "packed",
     "granite/tied": "packed",
-    "bloom/plain": "alone",  # ALiBi
-    "falcon/alibi": "alone",
-    "gpt_oss/plain": "alone",  # sinks
-    "gpt_neo/plain": "alone",  # windows in a buffer
-    "llama4_text/plain": "alone",  # chunks
-    "deepseek_v3/longrope": "alone",  # MLA
-    "deepseek_v32/plain": "alone",  # a choice of positions
-    "mamba/plain": "alone",
+    "gpt_oss/plain": "packed",  # sinks
+    "granite_swa/plain": "packed",  # sinks and windows
+    "afmoe/plain": "packed",
+    "llama4_text/plain": "packed",  # chunks
+    "deepseek_v3/plain": "packed",  # MLA
+    "deepseek_v3/longrope": "short",
+    "bloom/plain": "padded",  # ALiBi
+    "falcon/alibi": "padded",
+    "gpt_neo/plain": "padded",  # windows in a buffer
+    "mamba/plain": "padded",
+    "qwen3_next/plain": "padded",  # a recurrence in three of four layers, experts
+    "recurrent_gemma/plain": "padded",
     "bamba/dynamic": "alone",
+    "deepseek_v32/plain": "alone",  # a choice of positions
     "bert/decoder": "alone",
 }
 REFUSED = (
@@ -86,11 +94,18 @@ def test_log_probs_are_those_of_each_row_alone(name: str) -> None:
         scorer = Scorer(model_of(name, "sdpa"), FLOAT32, said.append)
         found = scored(scorer, GROUPS)
         backwards = scored(scorer, GROUPS[::-1])
-    way = {(False, True): "alone", (True, True): "packed", (True, False): "short"}
-    assert way[scorer.packed, scorer.way.longest is None] == PACKED[name], said
+    assert name_of(scorer.way) == PACKED[name], said
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
     sizes = [int(ROWS.completion_lengths[group].sum()) for group in GROUPS[::-1]]
     torch.testing.assert_close(torch.cat(backwards.split(sizes)[::-1]), found, rtol=0, atol=2e-5)
+
+
+def name_of(way: Way) -> str:
+    unpacked = "padded" if way.padded else "alone"
+    if way.backend is None:
+        return unpacked
+    short = "short, padded" if way.padded else "short"
+    return "packed" if way.longest is None else short
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -100,11 +115,30 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama/longrope", "llama/dynamic", "qwen2_moe/windows"])
+@pytest.mark.parametrize(
+    "name", ["gpt_oss/plain", "granite_swa/plain", "llama4_text/plain", "deepseek_v3/plain"]
+)
+def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_segment_attention(name: str) -> None:
+    """The GPU's way, forward on a CPU."""
+    said: list[str] = []
+    with torch.no_grad():
+        scorer = Scorer(model_of(name, "sdpa"), FLOAT32, said.append, backends=[flex_attention.NAME])
+        assert scorer.way.backend == flex_attention.NAME, said
+        assert scorer.way.longest is None
+        torch.testing.assert_close(
+            scored(scorer, GROUPS).double(), torch.cat(truth_of(name)), rtol=0, atol=2e-5
+        )
+
+
+# Both sides of a threshold; padded batches, with a recurrence and without; sinks, whose scores are trained; chunks; MLA.
+WITH_GRADIENT = ("llama/longrope", "llama/dynamic", "qwen2_moe/windows", "mamba/plain", "bloom/plain")
+WITH_GRADIENT += ("gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_GRADIENT)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
-def test_gradients_of_a_pack_on_both_sides_of_a_threshold_are_those_of_the_rows_alone(
-    name: str, checkpointing: bool
-) -> None:
+def test_gradients_of_a_pack_are_those_of_the_rows_alone(name: str, checkpointing: bool) -> None:
     """Checkpointed layers run again in the backward pass, after other rows went through them another way."""
     model = model_of(name, "eager")
     for row in range(len(ROWS)):
@@ -121,7 +155,7 @@ def test_gradients_of_a_pack_on_both_sides_of_a_threshold_are_those_of_the_rows_
 def with_gradient(model: Any, row: int) -> torch.Tensor:
     """Log-probs of a row by a model whose rotary factors are those of a new one."""
     for module in model.modules():
-        if hasattr(module, "max_seq_len_cached"):
+        if getattr(module, "rope_type", "") in ("longrope", "dynamic"):
             module.max_seq_len_cached = module.original_max_seq_len
             module.inv_freq = module.original_inv_freq.clone()
     prompt, completion = ROWS.prompt(row), ROWS.completion(row)
@@ -137,6 +171,21 @@ def test_a_row_has_the_same_log_probs_whatever_long_rows_are_packed_with_it() ->
         together = scored(scorer, GROUPS)
         apart = torch.cat([scored(scorer, [group]) for group in GROUPS])
     assert torch.equal(together, apart)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bloom/plain", "mamba/plain", "qwen3_next/plain", "gpt_neo/plain"])
+def test_a_row_has_the_same_log_probs_whatever_rows_share_its_batch(name: str) -> None:
+    """To the bit, as in packs: with other examples, alone in its example, within another token budget."""
+    with torch.no_grad():
+        scorer = Scorer(model_of(name, "sdpa"), FLOAT32, print)
+        together = scored(scorer, GROUPS)
+        apart = torch.cat([scored(scorer, [np.array([row])]) for group in GROUPS for row in group])
+        scorer.compute = replace(FLOAT32, tokens_per_batch=600)
+        smaller = scored(scorer, GROUPS)
+    assert scorer.way.padded
+    assert torch.equal(together, apart)
+    assert torch.equal(together, smaller)
 
 
 @pytest.mark.parametrize("with_prompts", [False, True], ids=["completions", "and prompts"])

@@ -130,9 +130,9 @@ def prompts_apart(model: torch.nn.Module, rows: RowSet) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> None:
-    """Both ways of the engine; the completions' log-probs, and their collisions, are what they are without."""
+@pytest.mark.parametrize("way", ["packed", "padded", "alone"])
+def test_prompts_are_scored_once_and_as_in_separate_forwards(way: str) -> None:
+    """Every way of the engine; the completions' log-probs, and their collisions, are what they are without."""
     model, rows = make_model("llama"), make_rows()
     weights = torch.linspace(0.5, 1.5, 11 - 1 + 3 - 1 + 19 - 1)
     wanted = prompts_apart(model, rows)
@@ -141,8 +141,8 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(packed: bool) -> No
     model.zero_grad()
 
     scorer = Scorer(model, FLOAT32, print)
-    if not packed:
-        scorer.way = Way(attention="eager")
+    if way != "packed":
+        scorer.way = Way(attention="eager", padded=way == "padded")
     plain, pack = build_pack(rows, groups_of(rows)), build_pack(rows, groups_of(rows), with_prompts=True)
     found = scorer(pack, with_collisions=True)
     torch.testing.assert_close(found.prompt_logps.double(), wanted.detach(), rtol=0, atol=2e-5)
@@ -215,7 +215,7 @@ def test_plain_sdpa_without_a_mask_hides_the_prompt_from_the_second_completion()
     assert (trapped[8:] - second[1:]).abs().max() > 0.1
 
 
-def test_an_architecture_that_cannot_be_packed_is_scored_one_by_one_and_says_so() -> None:
+def test_an_architecture_that_cannot_be_packed_is_scored_in_padded_batches_and_says_so() -> None:
     """A recurrent model has no attention to plug into; its numbers must still be its own."""
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8
@@ -227,11 +227,31 @@ def test_an_architecture_that_cannot_be_packed_is_scored_one_by_one_and_says_so(
     rows = make_rows()
     assert not scorer.packed
     assert len(said) == 1
-    assert "one completion at a time" in said[0]
+    assert "in right-padded batches" in said[0]
+    scorer.forwards = 0
     with torch.no_grad():
         found = scorer(build_pack(rows, groups_of(rows))).completion_logps
         wanted = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
+    assert scorer.forwards == 2  # rows of 3 to 30 tokens are padded to 16 or 32
+
+
+def test_a_model_that_looks_beyond_a_row_in_its_batch_is_scored_one_by_one() -> None:
+    """A layer that mixes the rows of a batch, or sees the padding behind a row, passes as long as rows are alone."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
+    ).eval()
+    mixer = model.backbone.layers[0].mixer
+    original = mixer.forward
+    mixer.forward = lambda hidden, *args, **kwargs: (
+        original(hidden, *args, **kwargs) + hidden.mean(0, keepdim=True) - hidden
+        if len(hidden) > 1
+        else original(hidden, *args, **kwargs)
+    )
+    said: list[str] = []
+    scorer = Scorer(model, FLOAT32, said.append)
+    assert scorer.way == Way(attention=scorer.way.attention)
+    assert "one completion at a time" in said[0]
 
 
 def test_a_model_that_lies_about_its_attention_is_caught_by_the_self_check() -> None:
