@@ -12,11 +12,10 @@ from cache.errors import StaleError, UsageError
 from stages.compare.completions import Completed, Paired, completions_of, paired
 from stages.judge.contract import Judge
 from stages.judge.stage import Asking, JudgeJob
+from stages.settings.judge import KINDS
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
-
-KINDS = ("function", "reward_model", "endpoint", "implicit", "answers")
 
 
 def judge_kind(inputs: "Inputs") -> str | None:
