@@ -14,6 +14,7 @@ from datasets import load_dataset
 
 from cache.artifacts import Artifact
 from cache.errors import DataError, UsageError
+from stages.data.rows import SPLITS
 from stages.generation.completion_files import read_jsonl
 from stages.generation.contract import Engine
 from stages.generation.engines import open_engine
@@ -232,10 +233,8 @@ def test_preferences_without_a_column_of_prompts_have_prompts_too(policies, chat
 def test_a_prompt_of_the_rows_is_a_message_again(chat, context, preferences):
     """One that is more than a user turn is its text, without special tokens."""
     rows = prepare(DataSettings(path=str(preferences)), PrepareSettings(), chat, context)
-    found = {str(one.content) for one in row_prompts(rows, ("train",), chat)}
+    found = {str(one.content) for one in row_prompts(rows, SPLITS, chat)}
     asked = [json.loads(line)["prompt"] for line in preferences.read_text().splitlines()]
     single = {str(prompt) for prompt in asked if len(prompt) == 1}
     assert single <= found
-    assert {prompt for prompt in found - single} == {
-        f"Be kind.\n{prompt[1]['content']}\n" for prompt in asked if len(prompt) == 2
-    }
+    assert found - single == {f"Be kind.\n{prompt[1]['content']}\n" for prompt in asked if len(prompt) == 2}
