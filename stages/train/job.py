@@ -25,7 +25,7 @@ from stages.train.data_order import num_steps
 from stages.train.samples import PromptPool
 from stages.train.without_effect import effective_adapter, effective_train
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 NUM_DEFAULT_EVALS = 5
 # Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
 ADAPTER_LEARNING_RATE = 10

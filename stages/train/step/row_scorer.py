@@ -88,7 +88,8 @@ class RowScorer:
         ]
         for pack in self.padding_packs(groups):
             self.scorer(pack)
-        columns = {name: torch.zeros(len(numbers), device=self.device) for name in self._fields}
+        empty = torch.zeros(len(numbers), dtype=torch.float64, device=self.device)
+        columns = {name: empty.clone() for name in self._fields}
         for name, column in columns.items():
             for places, rows in scored:
                 column[places] = rows.get(name)
