@@ -39,7 +39,12 @@ class ScoredPack:
         """`logps` is what `Scorer` returned for `pack`; the fields are computed on `device_of_fields` of its device."""
         self.source, self.pack = source, pack
         self.device = device_of_fields(logps.completion_logps.device)
-        self.logps = PackLogps(*(None if part is None else part.to(self.device) for part in logps))
+        completion, prompt, collision = logps
+        self.logps = PackLogps(
+            completion.to(self.device),
+            prompt.to(self.device),
+            None if collision is None else collision.to(self.device),
+        )
         self._token_rows = pack.token_rows.to(self.device)  # (completion tokens,)
 
     def row_sums(self, values: Tensor) -> Tensor:
