@@ -155,9 +155,10 @@ def assembled(
     turns = transcript_prompt(prompt) if isinstance(prompt, str) else None
     if turns:
         prompt = turns
-        sides = [
-            (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
-        ]
+        if turns[-1]["role"] != "assistant":  # a completion that continues a turn keeps its white space
+            sides = [
+                (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
+            ]
     all_text = all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides)))
     if tools or system or arguments or not all_text:
         prompt = as_messages(prompt, "user")

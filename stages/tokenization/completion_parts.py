@@ -40,7 +40,8 @@ class CompletionParts:
     """Makes the parts of the completions of one prompt.
 
     `head` is the prompt with its generation prompt, of which `opened` is the end that the template writes behind the text
-    of a user. `notes` collects what is counted.
+    of a user. `notes` collects what is counted. With `continues`, the head ends inside the first turn of each completion,
+    of which only the text behind the head is the completion.
     """
 
     apply: Apply
@@ -49,9 +50,10 @@ class CompletionParts:
     head: str
     opened: str
     notes: set[str] = field(default_factory=set)
+    continues: bool = False
 
     def __post_init__(self) -> None:
-        self._places = TurnPlaces(self.apply, self.ends)
+        self._places = TurnPlaces(self.apply, self.ends, self.continues)
 
     def of(
         self, turns: list[Message], whole: str, spans: Spans | None, needs_reasoning: bool
@@ -82,6 +84,8 @@ class CompletionParts:
 
     def _added(self, place: Place, turn: Message, whole: str) -> tuple[str, int]:
         """What the model writes in a thinking block and the rendering lacks, and where the rendering goes on from there."""
+        if self.continues:
+            return "", place.start
         opened = place.opened or self.opened
         block, start = open_block(opened), place.start
         if block is None:

@@ -19,6 +19,7 @@ from stages.tokenization.call_arguments import prints_objects, texts_of_argument
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
+from stages.tokenization.prefill import CONTINUED, begun_text, begun_turn, continued
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
 from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
@@ -147,19 +148,29 @@ class Renderer:
         own = preference.chat_template_kwargs
         given = {**self.arguments, **own} if own else self.arguments
         apply = partial(self._apply, tools=preference.tools, given=given)
+
+        def text_of(turns: list[Message], opens: bool) -> str:
+            return apply(turns, opens)[0]
+
         prompt = _turns(preference.prompt)
-        head, _ = apply(prompt, True)
+        begun = begun_turn(prompt)
+        head = text_of(prompt, True) if begun is None else begun_text(text_of, prompt)
+        if begun is not None:
+            notes.add(CONTINUED)
+            prompt = prompt[:-1]
         maker = CompletionParts(
-            lambda turns, opens: apply(turns, opens)[0],
+            text_of,
             self.ends,
             prompt,
             head,
             self._opened_by(given),
             notes,
+            begun is not None,
         )
         parts = []
         for candidate in preference.candidates:
             turns = _turns(candidate.completion)
+            turns = turns if begun is None else continued(begun, turns)
             whole, spans = apply(prompt + turns)
             spans = spans if self.chat.marks_generation else None
             parts.append(self._ended(maker.of(turns, whole, spans, self.options.thinking == "on"), notes))

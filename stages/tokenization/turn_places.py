@@ -20,6 +20,7 @@ BEFORE, BEHIND = "\ufdee", "\ufdef"
 MARKS = (START, END, BEFORE, BEHIND)
 BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\n]*$")
 REWRITES = "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
+REWRITES_BEGUN = "the chat template writes the assistant turn that the prompt begins otherwise once it is complete, so it cannot be continued"
 # (messages, add_generation_prompt) to a rendering.
 Apply = Callable[[list[Message], bool], str]
 
@@ -42,9 +43,9 @@ class Place(NamedTuple):
 class TurnPlaces:
     """Finds turns with one template."""
 
-    def __init__(self, apply: Apply, ends: TurnEnds) -> None:
-        """`apply` renders messages, `ends` finds the end of a turn."""
-        self._apply, self._ends = apply, ends
+    def __init__(self, apply: Apply, ends: TurnEnds, continues: bool = False) -> None:
+        """`apply` renders messages, `ends` finds the end of a turn; with `continues`, the head ends inside the first turn."""
+        self._apply, self._ends, self._continues = apply, ends, continues
 
     def find(self, prompt: list[Message], head: str, turns: list[Message], whole: str) -> list[Place]:
         """The places of the assistant's turns in `whole`; `head` is the prompt with its generation prompt.
@@ -83,8 +84,12 @@ class TurnPlaces:
     def _by_marks(
         self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
     ) -> list[Place]:
+        if self._continues and not whole.startswith(head):
+            raise BadRow(REWRITES_BEGUN)
         places = [self._marked(prompt, turns, number, whole) for number in numbers]
         first = places[0]
+        if self._continues:
+            return [Place(len(head), first.end), *places[1:]]
         if len(numbers) > 1 and not _is_same(whole[: first.start] + first.missing, head):
             raise BadRow(REWRITES)  # the first turn has another context than the prompt
         return places

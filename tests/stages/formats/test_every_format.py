@@ -51,7 +51,8 @@ def test_the_right_answer_wins(name):
         other.update({"reward": 0.5} if name == "scored_rows" else {"gpt4_score": [1, 2, 1]})
         row = {"rows": [other, row]}
     preference = convert(row, name, **({"threshold": 3} if name == "helpsteer" else {}))
-    asked = preference.prompt if isinstance(preference.prompt, str) else preference.prompt[-1]["content"]
+    turns = [] if isinstance(preference.prompt, str) else preference.prompt
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"][-1] if turns else preference.prompt
     assert "2+2" in asked
     first, *others = preference.candidates
     assert said(first.completion) == "4"
