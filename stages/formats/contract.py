@@ -42,13 +42,15 @@ class Candidate:
     """One completion: plain text, messages (assistant turns, possibly others between them), or token ids.
 
     `role` is chosen, rejected, desirable, undesirable or ranked, or 'scored' for a single response that
-    `data.threshold` makes desirable or undesirable.
+    `data.threshold` makes desirable or undesirable. Where `ends_turn` is false, it is one step of an answer, and gets no
+    end token.
     """
 
     completion: str | list[Message] | Tokens
     role: str
     score: float | None = None
     weight: float = 1.0
+    ends_turn: bool = True
 
 
 @dataclass(frozen=True)

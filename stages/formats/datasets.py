@@ -5,6 +5,7 @@ documented schema" were not tried on a file of that data set.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from stages.data.columns import entries, finite_number, is_absent, one_of, shown, text
@@ -21,7 +22,8 @@ TIES = ("tie", "tie (bothbad)", "tie (inconsistent)", "both_bad")
 class StepDPO(Format):
     """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps.
 
-    As in the paper's code (train.py), the steps are the beginning of the assistant's turn, and a next step goes on from there.
+    As in the paper's code, the steps are the beginning of the assistant's turn (train.py), and a next step goes on from there
+    without an end token behind it (stepdpo_trainer.py).
     """
 
     name: ClassVar[str] = "step_dpo"
@@ -40,7 +42,9 @@ class StepDPO(Format):
         prompt, steps = _user(text(row, "prompt")), text(row, "initial_reason_steps")
         if steps:
             prompt.append({"role": "assistant", "content": steps})
-        return pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
+        preference = pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
+        sides = [replace(candidate, ends_turn=False) for candidate in preference.candidates]
+        return replace(preference, candidates=sides)
 
 
 class Arena(Format):

@@ -6,12 +6,13 @@ In: the prompt's messages. Out: the text up to where the turn has been written, 
 
 from stages.data.messages import Message
 from stages.data.source_row import BadRow
+from stages.tokenization.completion_parts import TextPart
 from stages.tokenization.shown_text import REASONING_KEYS
 from stages.tokenization.turn_ends import END
 from stages.tokenization.turn_places import Apply
 
-# The name under which `align prepare` counts rows.
-CONTINUED = "assistant_turn_continued"
+# Names under which `align prepare` counts rows.
+CONTINUED, NOT_ENDED = "assistant_turn_continued", "step_without_end_token"
 CANNOT = "the prompt begins an assistant turn that cannot be continued"
 
 
@@ -47,3 +48,16 @@ def continued(begun: Message, turns: list[Message]) -> list[Message]:
             "the completion repeats the assistant turn that the prompt ends with; expected what comes after it, or a prompt without that turn"
         )
     return [{**begun, **first, "content": begun["content"] + first["content"]}, *rest]
+
+
+def without_end(parts: list[TextPart], last: Message) -> list[TextPart]:
+    """The parts up to the end of the text of a completion's last turn, for a completion after which the turn goes on."""
+    whole, said = "".join(part.text for part in parts), last["content"]
+    text = next((text for text in (said, said.strip()) if text in whole), None)  # templates trim
+    if text is None:
+        raise BadRow(f"{CANNOT}: the chat template does not show the text of the completion")
+    end, kept = whole.rindex(text) + len(text), []
+    for part in parts:
+        kept.append(part._replace(text=part.text[: max(end, 0)]))
+        end -= len(part.text)
+    return [part for part in kept if part.text]

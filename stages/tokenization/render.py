@@ -19,7 +19,7 @@ from stages.tokenization.call_arguments import prints_objects, texts_of_argument
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
-from stages.tokenization.prefill import CONTINUED, begun_text, begun_turn, continued
+from stages.tokenization.prefill import CONTINUED, NOT_ENDED, begun_text, begun_turn, continued, without_end
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
 from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
@@ -169,11 +169,16 @@ class Renderer:
         )
         parts = []
         for candidate in preference.candidates:
-            turns = _turns(candidate.completion)
-            turns = turns if begun is None else continued(begun, turns)
+            own_turns = _turns(candidate.completion)
+            turns = own_turns if begun is None else continued(begun, own_turns)
             whole, spans = apply(prompt + turns)
             spans = spans if self.chat.marks_generation else None
-            parts.append(self._ended(maker.of(turns, whole, spans, self.options.thinking == "on"), notes))
+            found = maker.of(turns, whole, spans, self.options.thinking == "on")
+            if not candidate.ends_turn:
+                notes.add(NOT_ENDED)
+            parts.append(
+                self._ended(found, notes) if candidate.ends_turn else without_end(found, own_turns[-1])
+            )
         hidden = {f"{name}_not_in_template" for name in self._hidden(preference, head, parts)}
         return Rendered(head, parts, False, frozenset(notes | hidden), escape)
 

@@ -130,7 +130,7 @@ def test_what_cannot_be_continued_is_named(chat_tokenizer, source, prompt, compl
 
 
 def test_steps_already_taken_begin_the_answer(shared_cases, chat_tokenizer, context):
-    """Step-DPO's train.py puts them behind the generation prompt, where a next step goes on."""
+    """Step-DPO's train.py puts them behind the generation prompt; stepdpo_trainer.py appends no end to a step."""
     path = shared_cases / "rows" / "step_dpo.jsonl"
     own = made(chat_tokenizer, NAMED["chatml"])
     for row in map(json.loads, path.read_text().splitlines()):
@@ -141,10 +141,23 @@ def test_steps_already_taken_begin_the_answer(shared_cases, chat_tokenizer, cont
         )
         rendered = own.renderer.render(preference)
         assert rendered.prompt == opened + row["initial_reason_steps"]
-        assert next(part.text for part in rendered.completions[0]).startswith(row["chosen"])
+        assert [[part.text for part in parts] for parts in rendered.completions] == [
+            [row["chosen"]],
+            [row["rejected"]],
+        ]
     made_rows = prepare(DataSettings(path=str(path)), PrepareSettings(heldout_fraction=0.0), own, context)
     assert made_rows.counts["rows_kept"] == 24
     assert made_rows.counts["notes"]["assistant_turn_continued"] == 24
+    assert made_rows.counts["notes"]["step_without_end_token"] == 24
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_step_ends_where_its_text_ends(chat_tokenizer, name):
+    own = made(chat_tokenizer, TEMPLATES[name])
+    step = Candidate([{**REST, "content": "I add.\n"}], "chosen", ends_turn=False)
+    for prompt in ([ASK], [ASK, BEGUN]):
+        [parts] = own.renderer.render(Preference(prompt, [step])).completions
+        assert "".join(part.text for part in parts).rstrip().endswith("I add.")
 
 
 def test_a_first_step_has_none_before_it():
