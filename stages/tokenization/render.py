@@ -4,29 +4,27 @@ With a chat template, the prompt is what the model will see, and only what it ha
 (`completion_parts.py`). Special tokens in a row's text stay text (`special_token_text.py`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from cache.errors import DataError
 from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
-from stages.data.source_row import BadRow
+from stages.data.source_row import BadRow, Flagged
 from stages.formats.contract import Preference, Tokens
 from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
 from stages.tokenization.prefill import CONTINUED, NOT_ENDED, begun_text, begun_turn, continued, without_end
+from stages.tokenization.roles import Roles
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
-from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
+from stages.tokenization.template_arguments import arguments, with_defaults
+from stages.tokenization.thinking import LEFT_OUT, open_block, without_reasoning
 from stages.tokenization.turn_ends import END, START, TurnEnds
-
-# The name under which `align prepare` counts rows.
-FOLDED = "system_text_folded_into_the_user_turn"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ class Renderer:
             raise DataError(
                 f"{name[0].upper()}{name[1:]} opens a thinking block and has no argument that switches thinking off. Use --set prepare.thinking=empty, or the template's own argument in prepare.chat_template_kwargs."
             )
-        self.ends = TurnEnds(self._declared_ends(), self._special.tokens, lambda turns: self._apply(turns)[0])
+        self.ends = TurnEnds(self._declared_ends(), self._special.tokens, self._text_of)
+        self._roles = Roles(self._text_of, self.options.system == "fold", self.chat.name)
 
     def _declared_ends(self) -> list[str]:
         """The end tokens of tokenizer and model that the template can write; others can end no turn of a rendering."""
@@ -101,7 +100,7 @@ class Renderer:
         if self.chat.mentions("leading_bos"):
             value = "bos_token" if self.chat.variables["leading_bos"] else "''"
             source = f"{{% set leading_bos = {value} %}}{source}"
-        return _with_defaults(self.arguments, source)
+        return with_defaults(self.arguments, source)
 
     def fallback_note(self) -> str | None:
         """What a person should know where conversations were written without a chat template of the model's own."""
@@ -127,6 +126,15 @@ class Renderer:
             return Rendered("", [], False, pretokenized=preference)
         if isinstance(preference.prompt, str):
             return self.render(_as_turns(preference)) if self.uses_chat else self._plain(preference)
+        try:
+            return self._conversation(preference)
+        except Flagged:
+            raise
+        except BadRow as problem:
+            raise self._roles.explained(preference, problem) from problem
+
+    def _conversation(self, preference: Preference) -> Rendered:
+        """A conversation as text, with the changes that the settings want, and tool calls in the form that the template reads."""
         preference, escape = self._special.escaped(preference, self._marks)
         preference, notes = self._changed(preference)
         self._check_tools_are_read(preference)
@@ -185,9 +193,7 @@ class Renderer:
     def _changed(self, preference: Preference) -> tuple[Preference, set[str]]:
         """The preference as the settings want it, and the names under which the changes are counted."""
         notes: set[str] = set()
-        if self._folds_system and (folded := _folded(preference.prompt)) is not None:
-            notes.add(FOLDED)
-            preference = replace(preference, prompt=folded)
+        preference = self._roles.arranged(preference, notes)
         if self.options.thinking in ("off", "empty"):
             bare = [without_reasoning(_turns(candidate.completion)) for candidate in preference.candidates]
             if any(had for _, had in bare):
@@ -196,17 +202,6 @@ class Renderer:
                 candidates = [replace(candidate, completion=turns) for candidate, (turns, _) in sides]
                 preference = replace(preference, candidates=candidates)
         return preference, notes
-
-    @cached_property
-    def _folds_system(self) -> bool:
-        """Whether system turns are folded: the setting says so, and the template has no place for them."""
-        if self.options.system != "fold":
-            return False
-        try:
-            text, _ = self._apply([{"role": "system", "content": START}, {"role": "user", "content": "a"}])
-        except BadRow:
-            return True
-        return START not in text
 
     def _opened_by(self, given: Mapping[str, Any]) -> str:
         """The generation prompt: what the template writes behind the text of a user for the model to go on from."""
@@ -249,6 +244,9 @@ class Renderer:
             notes.add(f"ends_with_{self.ends.closing(text)}_where_generation_does_not_stop")
         return [*parts[:last], TextPart(text, True)]
 
+    def _text_of(self, turns: list[Message]) -> str:
+        return self._apply(turns)[0]
+
     def _apply(
         self,
         turns: list[Message],
@@ -277,14 +275,6 @@ class Renderer:
                 raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
 
 
-def _folded(prompt: Any) -> list[Message] | None:
-    """The prompt with its system text in front of the first user turn's, as models without system turns have it."""
-    if [turn["role"] for turn in _turns(prompt)[:2]] != ["system", "user"]:
-        return None
-    system, user, *rest = _turns(prompt)
-    return [{**user, "content": f"{system['content'].strip()}\n\n{user['content']}"}, *rest]
-
-
 def _turns(value: Any) -> list[Message]:
     """Messages; a text as one assistant turn."""
     return as_messages(value, "assistant")
@@ -295,16 +285,6 @@ def _as_turns(preference: Preference) -> Preference:
     candidates = [replace(c, completion=_turns(c.completion)) for c in preference.candidates]
     prompt = [{"role": "user", "content": preference.prompt}]
     return replace(preference, prompt=prompt, candidates=candidates)
-
-
-def _with_defaults(given: Mapping[str, Any], source: str) -> str:
-    """A template in which the arguments have these values unless others are given."""
-    values = {name: "none" if value is None else json.dumps(value) for name, value in given.items()}
-    sets = [
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
-        for name, value in values.items()
-    ]
-    return "".join(sets) + source
 
 
 def _leading_bos(tokenizer: Any) -> str:

@@ -137,7 +137,7 @@ def test_a_text_beside_a_tool_call_and_a_second_call_are_looked_for(template):
 def test_rows_whose_texts_vanish_are_refused_or_counted(shared_cases, template, context, name):
     path, own = shared_cases / "rows" / f"{name}.jsonl", template(TWO_ROLES)
     settings = PrepareSettings(heldout_fraction=0.0)
-    with pytest.raises(DataError, match=f"{name}.jsonl:1: content: .* does not show the text"):
+    with pytest.raises(DataError, match=f"{name}.jsonl:1: (system: .*)?content: .* does not show the text"):
         prepare(DataSettings(path=str(path)), settings, own, context)
     with pytest.raises(DataError, match="no usable training row"):
         prepare(DataSettings(path=str(path), on_bad_row="skip"), settings, own, context)
