@@ -81,6 +81,8 @@ class Format:
     ranked: ClassVar[bool] = False
     # Rows are single responses; those with the same values in these columns are gathered first.
     gathered_by: ClassVar[tuple[str, ...]] = ()
+    # A row is a tree of messages, which becomes a row for every message with ranked replies.
+    has_trees: ClassVar[bool] = False
     # Columns whose values mean good or bad, or which of two answers; `data.labels` maps them.
     label_columns: ClassVar[tuple[str, ...]] = ()
     # What they may mean.
