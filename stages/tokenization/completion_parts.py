@@ -91,9 +91,11 @@ class CompletionParts:
         if block is None:
             if not place.missing.strip():
                 return "", start
-            if not holds_block(opened):
+            # The generation prompt has closed the block; or the rendering has no mark in front of the answer.
+            is_unmarked = place.answer and not whole[start : place.answer].strip()
+            if not holds_block(opened) and not (is_unmarked and self.ends.are_marks(place.missing)):
                 raise BadRow(REWRITES)
-            return "", place.answer or start  # the generation prompt has closed the block
+            return "", place.answer or start
         written = whole[start : place.answer or place.end]
         if block[1] in written or not self.head.endswith(opened):
             return "", start

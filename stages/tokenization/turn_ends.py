@@ -38,6 +38,16 @@ class TurnEnds:
         stripped = turn.rstrip()
         return len(stripped) if stripped.endswith(self._special) else len(turn)
 
+    def last_end(self, text: str) -> int:
+        """Where the last end token of the text ends, 0 without one."""
+        return max((text.rfind(token) + len(token) for token in self.tokens if token in text), default=0)
+
+    def are_marks(self, text: str) -> bool:
+        """Whether the text is special tokens and white space alone."""
+        for token in self._special:
+            text = text.replace(token, "")
+        return not text.strip()
+
     def has_end(self, text: str) -> bool:
         """Whether the text holds an end token."""
         return self._first(text, self.tokens) is not None
