@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,8 @@ class Theirs:
             self.problem = f"{type(error).__name__}: {error}"
 
     def render(self, turns: list[dict], **options: Any) -> Any:
+        if takes_parts(self.tokenizer):
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         return self.tokenizer.apply_chat_template(
             turns, tools=self.tools, strftime_now=DATE.strftime, **options
         )
@@ -212,6 +215,20 @@ class Theirs:
         return endings(
             self.tokenizer, self.tokenizer.decode([token for token, is_marked in pairs if is_marked])
         )
+
+
+@cache
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the template shows a list of parts and not a text, tried with transformers."""
+    for content in (ASK["content"], [{"type": "text", "text": ASK["content"]}]):
+        try:
+            turn = {"role": "user", "content": content}
+            text = tokenizer.apply_chat_template([turn], tokenize=False, strftime_now=DATE.strftime)
+        except Exception:
+            continue
+        if ASK["content"] in text:
+            return content != ASK["content"]
+    return False
 
 
 def shows_all(turns: list[dict], tools: Any, whole: str) -> bool:

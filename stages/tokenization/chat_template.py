@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -31,6 +31,8 @@ Result = TypeVar("Result")
 WATCH_SECONDS = 0.1
 # Pieces of a rendering (each a few characters or a message) between two checks of the clock.
 PIECES_BETWEEN_CHECKS = 64
+# A text that no template has by itself.
+PROBE = "\ufdecb\ufded"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -85,9 +87,30 @@ class ChatTemplate:
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
+        if self.takes_parts:
+            messages = [{**turn, "content": _as_parts(turn["content"])} for turn in messages]
+        return self._rendered(messages, add_generation_prompt, tools, given)
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template shows a text as a list of parts and not as a text, as those of models that see do."""
+        for content in (PROBE, _as_parts(PROBE)):
+            with suppress(BadRow):
+                if PROBE in self._rendered([{"role": "user", "content": content}], True, None, None)[0]:
+                    return content != PROBE
+        return False
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None,
+        given: Mapping[str, Any] | None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and spans of messages whose contents are as the template reads them."""
         if not self._is_guarded:
             with self.guarded():
-                return self.render(messages, add_generation_prompt, tools, given)
+                return self._rendered(messages, add_generation_prompt, tools, given)
         context = self._template.new_context(
             {
                 **self._variables,
@@ -177,6 +200,10 @@ class ChatTemplate:
                 spans.append((start, len(text)))
             text += piece
         return text, spans
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 @contextmanager
