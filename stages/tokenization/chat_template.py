@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 from jinja2 import TemplateSyntaxError
+from jinja2.runtime import Context
 
 from cache.errors import DataError
 from stages.data.messages import Message
@@ -29,7 +31,7 @@ SIZE_LIMIT = 1 << 27
 Result = TypeVar("Result")
 # Between two looks at time and memory.
 WATCH_SECONDS = 0.1
-# Pieces of a rendering (each a few characters or a message) between two checks of the clock.
+# Pieces of a rendering (each a few characters or a message) between two checks of the clock and of the size.
 PIECES_BETWEEN_CHECKS = 64
 # A text that no template has by itself.
 PROBE = "\ufdecb\ufded"
@@ -111,16 +113,10 @@ class ChatTemplate:
         if not self._is_guarded:
             with self.guarded():
                 return self._rendered(messages, add_generation_prompt, tools, given)
-        context = self._template.new_context(
-            {
-                **self._variables,
-                **(given or {}),
-                "messages": messages,
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-            },
-            shared=True,
-        )
+        # As `new_context` does it, which would copy all variables and globals for every rendering.
+        template, variables = self._template, {**self._variables, **given} if given else self._variables
+        context = Context(template.environment, variables, template.name, template.blocks)
+        context.vars.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         try:
             text = self._limited(lambda: self._write(context))
         except DataError:
@@ -131,15 +127,15 @@ class ChatTemplate:
 
     def _write(self, context: Any) -> str:
         """The rendering, with its marks; raises `Excess` when it exceeds its bounds."""
-        pieces, size = [], 0
-        for piece in self._template.root_render_func(context):
-            size += len(piece)
+        stream, written, size = self._template.root_render_func(context), [], 0
+        while pieces := list(islice(stream, PIECES_BETWEEN_CHECKS)):
+            size += sum(map(len, pieces))
             if size > SIZE_LIMIT:
                 raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
-            pieces.append(piece)
-            if not len(pieces) % PIECES_BETWEEN_CHECKS:
+            written += pieces
+            if len(pieces) == PIECES_BETWEEN_CHECKS:
                 self._check_time()
-        return "".join(pieces)
+        return "".join(written)
 
     def _limited(self, work: Callable[[], Result]) -> Result:
         """The result of `work`; raises `DataError` where it takes too much time or memory."""

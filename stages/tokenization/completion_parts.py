@@ -5,7 +5,7 @@ text from there on in parts. Where the template has `{% generation %}` blocks, t
 elsewhere all of it is. A turn ends at the first token that generation stops at.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,20 +67,22 @@ class CompletionParts:
         added, start = self._added(places[0], answers[0], whole)
         if needs_reasoning and not split_reasoning(answers[0])[0].strip():
             raise Flagged("no_reasoning", "the turn has no reasoning, and prepare.thinking is on")
-        parts, position = [TextPart(added, answers[0].get("weight") != 0)], start
+        parts, position = [TextPart(added, answers[0].get("weight") != 0)] if added else [], start
         for place, answer in zip(places, answers, strict=True):
             is_trained = answer.get("weight") != 0
             first = place.start + (self._header_length(whole, place) if place is not places[0] else 0)
             for begin, end in self._trained(max(position, first), place.end, whole, spans):
-                parts += [TextPart(whole[position:begin], False), TextPart(whole[begin:end], is_trained)]
+                _append(parts, whole, position, begin, False)
+                _append(parts, whole, begin, end, is_trained)
                 position = end
-            parts.append(TextPart(whole[position : place.end], False))
+            _append(parts, whole, position, place.end, False)
             position = place.end
             if is_trained and place is not places[0] and place.missing.strip():
                 self.notes.add(NOT_OPENED)
             if is_trained and answer is not answers[-1] and not self.ends.length_of(whole[:position]):
                 self.notes.add(NO_END)
-        return [part for part in [*parts, TextPart(whole[position:], False)] if part.text]
+        _append(parts, whole, position, len(whole), False)
+        return parts
 
     def _added(self, place: Place, turn: Message, whole: str) -> tuple[str, int]:
         """What the model writes in a thinking block and the rendering lacks, and where the rendering goes on from there."""
@@ -114,15 +116,17 @@ class CompletionParts:
         ].lstrip()
         return len(header) if header and whole.startswith(header, place.start) else 0
 
-    def _trained(self, start: int, end: int, whole: str, spans: Spans | None) -> Iterator[tuple[int, int]]:
+    def _trained(self, start: int, end: int, whole: str, spans: Spans | None) -> Spans:
         """The trained stretches of a turn: all of it, or its `{% generation %}` blocks and its end token."""
         if spans is None:
-            yield start, end
-            return
+            return ((start, end),)
         own = [(max(first, start), min(last, end)) for first, last in spans if first < end and last >= start]
         if not own:
             raise BadRow("the chat template has {% generation %} blocks and marks none of an assistant turn")
-        yield from own
         token = end - self.ends.length_of(whole[start:end])
-        if token > own[-1][1] or token == own[-1][1] < end:
-            yield token, end
+        return [*own, (token, end)] if token > own[-1][1] or token == own[-1][1] < end else own
+
+
+def _append(parts: list[TextPart], whole: str, start: int, end: int, is_trained: bool) -> None:
+    if start < end:
+        parts.append(TextPart(whole[start:end], is_trained))

@@ -6,7 +6,6 @@ are counted; the reason where the template refuses them.
 
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain, pairwise
 
 from stages.data.messages import Message
 from stages.data.source_row import BadRow
@@ -75,9 +74,14 @@ def _user(content: str) -> Message:
 
 
 def _has_consecutive_users(preference: Preference) -> bool:
-    sides = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-    pairs = chain.from_iterable(pairwise(side) for side in sides if isinstance(side, list))
-    return any(first["role"] == second["role"] == "user" for first, second in pairs)
+    for side in (preference.prompt, *(candidate.completion for candidate in preference.candidates)):
+        before = None
+        for turn in side if isinstance(side, list) else ():
+            role = turn["role"]
+            if role == before == "user":
+                return True
+            before = role
+    return False
 
 
 def _folded(prompt: list[Message]) -> list[Message]:

@@ -60,10 +60,10 @@ class TurnPlaces:
 
     def _with_end(self, place: Place, whole: str) -> Place:
         """The place with the end token behind it, where the template writes that before the next turn."""
-        if self._ends.length_of(whole[place.start : place.end]):
+        if self._ends.end_at(whole, place.start, place.end) or not self._ends.start_at(whole, place.end):
             return place
         behind = whole[place.end :]
-        found = max((len(token) for token in self._ends.tokens if behind.startswith(token)), default=0)
+        found = max(len(token) for token in self._ends.tokens if behind.startswith(token))
         return place._replace(end=place.end + found)
 
     def _by_prefix(
@@ -73,10 +73,13 @@ class TurnPlaces:
         places = []
         for number in numbers:
             opened = self._apply(prompt + turns[:number], True) if number else head
-            last = number + 1 == len(turns)
-            closed = whole if last else self._apply(prompt + turns[: number + 1], False)
-            if not whole.startswith(opened) or not closed.startswith(opened) or not whole.startswith(closed):
+            if not whole.startswith(opened):
                 return None
+            closed = whole
+            if number + 1 < len(turns):
+                closed = self._apply(prompt + turns[: number + 1], False)
+                if not closed.startswith(opened) or not whole.startswith(closed):
+                    return None
             added = closed[len(opened) :]
             said = max(added.rfind(_last_text(turns[number])), 0)
             places.append(Place(len(opened), len(opened) + self._ends.end_of(added, said)))
