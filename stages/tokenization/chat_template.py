@@ -28,6 +28,7 @@ from stages.tokenization.memory_limit import MemoryLimit
 TIME_LIMIT_SECONDS = 10.0
 # Characters of a rendering.
 SIZE_LIMIT = 1 << 27
+Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 # Between two looks at time and memory.
 WATCH_SECONDS = 0.1
@@ -64,11 +65,12 @@ class ChatTemplate:
         sandbox = Sandbox((f"\0{mark}(", f"\0{mark})"))
         try:
             with self.guarded():  # because constant expressions are computed here
-                self._template = self._limited(lambda: sandbox.from_string(source))
+                self._template = self._limited(sandbox.from_string, source)
         except TemplateSyntaxError as error:
             raise DataError(f"{name} is not a template: {error}, line {error.lineno}.") from error
-        # Merged once; Jinja would chain its globals again for every rendering.
+        # One for all renderings, with new variables in each; Jinja would copy its globals for every one.
         self._variables = {**self._template.globals, **self.variables, "documents": None}
+        self._context = Context(sandbox, self._variables, self._template.name, self._template.blocks)
 
     def mentions(self, word: str) -> bool:
         """Whether the template reads a variable or a key of this name."""
@@ -91,13 +93,16 @@ class ChatTemplate:
         """
         if self.takes_parts:
             messages = [{**turn, "content": _as_parts(turn["content"])} for turn in messages]
-        return self._rendered(messages, add_generation_prompt, tools, given)
+        if self._is_guarded:
+            return self._rendered(messages, add_generation_prompt, tools, given)
+        with self.guarded():
+            return self._rendered(messages, add_generation_prompt, tools, given)
 
     @cached_property
     def takes_parts(self) -> bool:
         """Whether the template shows a text as a list of parts and not as a text, as those of models that see do."""
         for content in (PROBE, _as_parts(PROBE)):
-            with suppress(BadRow):
+            with suppress(BadRow), self.guarded():
                 if PROBE in self._rendered([{"role": "user", "content": content}], True, None, None)[0]:
                     return content != PROBE
         return False
@@ -110,15 +115,12 @@ class ChatTemplate:
         given: Mapping[str, Any] | None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and spans of messages whose contents are as the template reads them."""
-        if not self._is_guarded:
-            with self.guarded():
-                return self._rendered(messages, add_generation_prompt, tools, given)
-        # As `new_context` does it, which would copy all variables and globals for every rendering.
-        template, variables = self._template, {**self._variables, **given} if given else self._variables
-        context = Context(template.environment, variables, template.name, template.blocks)
-        context.vars.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        context = self._context
+        context.parent = {**self._variables, **given} if given else self._variables
+        context.vars = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        context.exported_vars = set()
         try:
-            text = self._limited(lambda: self._write(context))
+            text = self._limited(self._write, context)
         except DataError:
             raise
         except Exception as error:
@@ -137,13 +139,14 @@ class ChatTemplate:
                 self._check_time()
         return "".join(written)
 
-    def _limited(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`; raises `DataError` where it takes too much time or memory."""
-        self._memory.begin()
-        self._deadline = time.monotonic() + self.time_limit_seconds
+    def _limited(self, work: Callable[[Subject], Result], subject: Subject) -> Result:
+        """The result of `work` on a subject; raises `DataError` where it takes too much time or memory."""
+        now = time.monotonic()
+        self._memory.begin(now)
+        self._deadline = now + self.time_limit_seconds
         try:
             try:
-                return work()
+                return work(subject)
             finally:
                 self._deadline = math.inf  # or the timer could raise while the error is handled
         except (Excess, MemoryError) as error:

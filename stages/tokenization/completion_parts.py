@@ -72,17 +72,16 @@ class CompletionParts:
             is_trained = answer.get("weight") != 0
             first = place.start + (self._header_length(whole, place) if place is not places[0] else 0)
             for begin, end in self._trained(max(position, first), place.end, whole, spans):
-                _append(parts, whole, position, begin, False)
-                _append(parts, whole, begin, end, is_trained)
+                parts += TextPart(whole[position:begin], False), TextPart(whole[begin:end], is_trained)
                 position = end
-            _append(parts, whole, position, place.end, False)
+            parts.append(TextPart(whole[position : place.end], False))
             position = place.end
             if is_trained and place is not places[0] and place.missing.strip():
                 self.notes.add(NOT_OPENED)
             if is_trained and answer is not answers[-1] and not self.ends.length_of(whole[:position]):
                 self.notes.add(NO_END)
-        _append(parts, whole, position, len(whole), False)
-        return parts
+        parts.append(TextPart(whole[position:], False))
+        return [part for part in parts if part.text]
 
     def _added(self, place: Place, turn: Message, whole: str) -> tuple[str, int]:
         """What the model writes in a thinking block and the rendering lacks, and where the rendering goes on from there."""
@@ -125,8 +124,3 @@ class CompletionParts:
             raise BadRow("the chat template has {% generation %} blocks and marks none of an assistant turn")
         token = end - self.ends.length_of(whole[start:end])
         return [*own, (token, end)] if token > own[-1][1] or token == own[-1][1] < end else own
-
-
-def _append(parts: list[TextPart], whole: str, start: int, end: int, is_trained: bool) -> None:
-    if start < end:
-        parts.append(TextPart(whole[start:end], is_trained))

@@ -6,7 +6,6 @@ With a chat template, the prompt is what the model will see, and only what it ha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from cache.errors import DataError
@@ -14,7 +13,7 @@ from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
 from stages.data.source_row import BadRow, Flagged
 from stages.formats.contract import Preference, Tokens
-from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
+from stages.tokenization.call_arguments import has_calls, prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
@@ -137,8 +136,11 @@ class Renderer:
         """A conversation as text, with the changes that the settings want, and tool calls in the form that the template reads."""
         preference, escape = self._special.escaped(preference, self._marks)
         preference, notes = self._changed(preference)
-        self._check_tools_are_read(preference)
-        arguments = texts_of_arguments(preference)
+        calls = has_calls(preference)
+        for key, is_used in (("tool_calls", calls), ("tools", preference.tools)):
+            if is_used and not self.chat.mentions(key):
+                raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
+        arguments = texts_of_arguments(preference) if calls else []
         if not arguments:
             return self._chat(preference, notes, escape)
         try:
@@ -153,12 +155,11 @@ class Renderer:
 
     def _chat(self, preference: Preference, notes: set[str], escape: str) -> Rendered:
         """A conversation as text, as it is."""
-        own = preference.chat_template_kwargs
+        own, tools = preference.chat_template_kwargs, preference.tools
         given = {**self.arguments, **own} if own else self.arguments
-        apply = partial(self._apply, tools=preference.tools, given=given)
 
         def text_of(turns: list[Message], opens: bool) -> str:
-            return apply(turns, opens)[0]
+            return self._apply(turns, opens, tools, given)[0]
 
         prompt = _turns(preference.prompt)
         begun = begun_turn(prompt)
@@ -179,7 +180,7 @@ class Renderer:
         for candidate in preference.candidates:
             own_turns = _turns(candidate.completion)
             turns = own_turns if begun is None else continued(begun, own_turns)
-            whole, spans = apply(prompt + turns)
+            whole, spans = self._apply(prompt + turns, False, tools, given)
             spans = spans if self.chat.marks_generation else None
             found = maker.of(turns, whole, spans, self.options.thinking == "on")
             if not candidate.ends_turn:
@@ -187,8 +188,8 @@ class Renderer:
             parts.append(
                 self._ended(found, notes) if candidate.ends_turn else without_end(found, own_turns[-1])
             )
-        hidden = {f"{name}_not_in_template" for name in self._hidden(preference, head, parts)}
-        return Rendered(head, parts, False, frozenset(notes | hidden), escape)
+        notes.update(f"{name}_not_in_template" for name in self._hidden(preference, head, parts))
+        return Rendered(head, parts, False, frozenset(notes), escape)
 
     def _changed(self, preference: Preference) -> tuple[Preference, set[str]]:
         """The preference as the settings want it, and the names under which the changes are counted."""
@@ -214,17 +215,17 @@ class Renderer:
             self._opened[key] = text.rpartition(END)[2]
         return self._opened[key]
 
-    def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> frozenset[str]:
+    def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> set[str]:
         """The names of reasoning that the texts leave out; raises `BadRow` where they leave out something else."""
         prompt, tools, name = _turns(preference.prompt), preference.tools, self.chat.name
         hidden: set[str] = set()
         if tools or not are_in_order(prompt, head):
             hidden |= check_shown(prompt, tools, head, name)
         for candidate, parts in zip(preference.candidates, completions, strict=True):
-            text, turns = "".join(part.text for part in parts), _turns(candidate.completion)
+            text, turns = "".join([part.text for part in parts]), _turns(candidate.completion)
             if not are_in_order(turns, text):
                 hidden |= check_shown([*prompt, *turns], tools, head + text, name)
-        return frozenset(hidden)
+        return hidden
 
     def _plain(self, preference: Preference) -> Rendered:
         preference, escape = self._special.escaped(preference, self._special.tokens)
@@ -233,10 +234,12 @@ class Renderer:
 
     def _ended(self, parts: list[TextPart], notes: set[str]) -> list[TextPart]:
         """Let the last assistant turn end with exactly one end token: cut what follows it, or append one."""
-        last = next((number for number in reversed(range(len(parts))) if parts[number].is_trained), None)
-        if last is None or not parts[last].text.strip():
+        last = len(parts) - 1
+        while last >= 0 and not parts[last].is_trained:
+            last -= 1
+        text = parts[last].text if last >= 0 else ""
+        if not text or text.isspace():
             return parts
-        text = parts[last].text
         closes = self.ends.closes(text)
         if self.append_eos and not closes:
             text += self.tokenizer.eos_token
@@ -254,7 +257,7 @@ class Renderer:
         tools: list[Any] | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        turns = [without_weight(turn) for turn in turns]
+        turns = [without_weight(turn) if "weight" in turn else turn for turn in turns]
         return self.chat.render(
             turns, add_generation_prompt, tools, self.arguments if given is None else given
         )
@@ -265,14 +268,6 @@ class Renderer:
             return self._apply(turns)[0]
         except BadRow:
             return ""
-
-    def _check_tools_are_read(self, preference: Preference) -> None:
-        """Raise `BadRow` where the template reads no tools and the preference has some."""
-        sides = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-        calls = any("tool_calls" in turn for side in sides for turn in _turns(side))
-        for key, is_used in (("tool_calls", calls), ("tools", bool(preference.tools))):
-            if is_used and not self.chat.mentions(key):
-                raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
 
 
 def _turns(value: Any) -> list[Message]:

@@ -60,7 +60,7 @@ class TurnPlaces:
 
     def _with_end(self, place: Place, whole: str) -> Place:
         """The place with the end token behind it, where the template writes that before the next turn."""
-        if self._ends.end_at(whole, place.start, place.end) or not self._ends.start_at(whole, place.end):
+        if not self._ends.start_at(whole, place.end) or self._ends.end_at(whole, place.start, place.end):
             return place
         behind = whole[place.end :]
         found = max(len(token) for token in self._ends.tokens if behind.startswith(token))
