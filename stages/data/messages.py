@@ -31,15 +31,15 @@ PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "questio
 
 
 def prompt_of(row: Mapping[str, Any], column: str = "prompt") -> str | list[Message]:
-    """A column with a prompt: text, or messages that do not end with an assistant turn."""
+    """A column with a prompt: text, or messages; where they end with an assistant turn, the completion continues it."""
     prompt = text_or_messages(row, column)
     return prompt if isinstance(prompt, str) else check_prompt(prompt, column)
 
 
 def check_prompt(prompt: list[Message], column: str) -> list[Message]:
-    """The prompt; raises `BadRow` when it ends with an assistant turn."""
-    if prompt[-1]["role"] == "assistant":
-        raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
+    """The prompt; raises `BadRow` when it has assistant turns alone."""
+    if all(turn["role"] == "assistant" for turn in prompt):
+        raise BadRow(f"{column}: expected a turn of a user in the prompt, found assistant turns alone")
     return prompt
 
 

@@ -21,7 +21,7 @@ from stages.data.mixing import Source, mixture, sources_identity, sources_of
 from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
-from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.formats import DETECTION_ROWS, Format, arranged, conversion, detect_format, renamed
 from stages.formats.labels import labels_of
 from stages.formats.positions import refuse_sides_by_position
 from stages.formats.unread_columns import columns_not_read
@@ -38,7 +38,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 BATCH_ROWS = 512
 # Settings of which the identity of the template has the effect.
 PART_OF_THE_TEMPLATE = {"template", "append_eos", "thinking", "chat_template_kwargs", "system"}
@@ -169,9 +169,7 @@ def _write_rows(
     """Read, make and write all examples; returns the counts of all rows."""
     counts, duplicates = RowCounts(), Duplicates(maker.filters.settings)
     writers = {split: SplitWriter(draft, split, maker.settings, counts) for split in SPLITS}
-    streams = {
-        source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
-    }
+    streams = {source.name: partial(_stream, source.data, formats[source.name]) for source in sources}
     batches = _batches(mixture(sources, streams, data))
     for outcome in outcomes(batches, maker, maker.settings.num_workers):
         counts.add(outcome.counts)
@@ -275,7 +273,6 @@ def _announce(
         context.say(note)
 
 
-def _stream(data: DataSettings, gathered_by: tuple[str, ...]) -> Iterator[SourceRow]:
-    """The rows of a source with the column names of its format; gathered into lists where the format needs it."""
-    rows = renamed(read_source(data), data.columns)
-    return gather(rows, gathered_by) if gathered_by else rows
+def _stream(data: DataSettings, format_: type[Format]) -> Iterator[SourceRow]:
+    """The rows of a source with the column names of its format, and arranged as it needs them."""
+    return arranged(renamed(read_source(data), data.columns), format_)
