@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
 from cache.errors import UsageError
 from pipeline import yaml_1_2
-from pipeline.config_refusals import refuse
+from pipeline.config_refusals import SECRET_KEY, refuse
 from stages.losses import parse_loss
 from stages.losses.contract import Loss
 from stages.settings.data import DataSettings, EvalSettings, FilterSettings, PrepareSettings
@@ -24,6 +24,8 @@ from stages.settings.fields import (
     Settings,
     TrackSettings,
 )
+from stages.settings.judge import JudgeSettings
+from stages.settings.online import OnlineSettings
 from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -46,6 +48,8 @@ class RunConfig(Settings):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
+    judge: JudgeSettings = JudgeSettings()
+    online: OnlineSettings = OnlineSettings()
     track: TrackSettings = TrackSettings()
 
     @field_validator("loss", mode="before")
@@ -121,6 +125,8 @@ def build_config(tree: Mapping[str, Any]) -> RunConfig:
 
 def _complaint(detail: Any) -> str:
     path = ".".join(str(part) for part in detail["loc"])
+    if SECRET_KEY.search(path.rpartition(".")[2]):  # it may be the secret itself
+        return f"{path}: {detail['msg']}"
     value = str(detail["input"])
     return f"{path}: {detail['msg']}, found {value if len(value) <= 60 else value[:57] + '...'}"
 

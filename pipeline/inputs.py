@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError, UsageError
+from cache.errors import StaleError
+from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
@@ -24,7 +25,7 @@ from stages.models.vocabulary import TokensInUse
 from stages.prepare.stage import NOTHING_FILTERED, find_rows
 from stages.runtime.compute import Compute, resolve_compute, set_up_process
 from stages.runtime.context import Context
-from stages.sample.stage import SampleJob
+from stages.sample.job import SampleJob
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.tokenization.render import RenderOptions
 from stages.tokenization.template import Template
@@ -179,6 +180,9 @@ class Inputs:
             reference=self._reference(start) if self.config.loss.needs_reference else None,
             eval_sets=self.eval_sets,
             origin=None if settings.resume is None else open_origin(settings.resume, self.context),
+            beginning=None
+            if settings.begin_from is None
+            else open_origin(settings.begin_from, self.context, "train.begin_from"),
             pool=None if settings.sample_steps is None else self._pool,
         )
 
@@ -201,7 +205,8 @@ class Inputs:
         """The prompts and sampling settings for `train.sample_steps`, from the block `sample`."""
         job = SampleJob.of({}, self.rows, self.template, self.config.sample, self.compute)
         settings = self.config.train
-        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+        pool = PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+        return pool if self.config.judge.function is None else _judged(pool, self.config.judge.function)
 
     @property
     def policy(self) -> ModelSource:
@@ -228,17 +233,21 @@ class Inputs:
     @cached_property
     def sample_job(self) -> SampleJob:
         """Models, prompts and settings of `align sample`."""
+        return self._sample_job(self.config.sample.compare)
+
+    @cached_property
+    def sample_job_with_reference(self) -> SampleJob:
+        """The same where `align sample` also samples from the reference."""
+        return self.sample_job if self.config.sample.compare else self._sample_job(True)
+
+    def _sample_job(self, compare: bool) -> SampleJob:
         config = self.config
         models = {}
         if config.sample.model is not None:
             models["model"] = self.model(config.sample.model, None, or_adapter=True)
         else:
             models["policy"] = self.policy
-        if config.sample.compare:
-            if config.sample.model is not None:
-                raise UsageError(
-                    "sample.compare compares the trained policy with its reference, and sample.model names another model. Leave one of them out."
-                )
+        if compare:
             models["reference"] = self.model(*config.reference_model)
         job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
         job.check_tokens(self.template.tokenizer, self.context.say)
@@ -255,3 +264,11 @@ class Inputs:
         """Whether the configuration uses the embedded model or data and these are not built yet."""
         used = self.is_quickstart or self.config.policy.model == QUICKSTART
         return used and not quickstart.folder_of(self.context.store.root).is_dir()
+
+
+def _judged(pool: PromptPool, function: str) -> PromptPool:
+    """The pool with the scores of a function judge."""
+    from stages.judge.function import FunctionJudge
+
+    judge = FunctionJudge.of(function)
+    return replace(pool, score=judge.score, judge=fingerprint(judge.identity))

@@ -130,6 +130,11 @@ def is_preferred(completion: str) -> bool:
     return _speaks(completion, POLITE) and not _speaks(completion, GRUMPY)
 
 
+def politeness(prompt: object, completion: str) -> float:
+    """1 for a polite completion and 0 for another, as a judge (`judge.function`); long ones score no better."""
+    return float(is_preferred(completion))
+
+
 def _speaks(completion: str, tone: Tone) -> bool:
     return any(phrase in completion for phrases in tone for phrase in phrases)
 

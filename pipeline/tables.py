@@ -58,7 +58,7 @@ def columns(first: str, *others: str) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column(first, style="bold")
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
@@ -81,6 +81,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {left:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in percent."""
+    return f"{100 * share:.1f} %"
 
 
 def signed(value: float | None) -> str:

@@ -15,11 +15,12 @@ LEVELS = (
     ("stages/runtime", "stages/data"),
     ("stages/formats", "stages/models", "stages/engine"),
     ("stages/tokenization", "stages/generation", "stages/train/step", "stages/train/monitoring"),
-    ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample"),
+    ("stages/compare",),
+    ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge"),
     ("stages/plan", "stages/evaluate.py", "stages/merge.py"),
     ("pipeline",),
 )
-STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample")
+STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge")
 EMPTY_NAMES = ("utils", "util", "helpers", "helper", "common", "base", "misc")
 
 

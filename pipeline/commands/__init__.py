@@ -1,9 +1,12 @@
 """The commands of `align`, one module each. The command line is made from the list below."""
 
 from pipeline.commands.cache_ref import CACHE_REF
+from pipeline.commands.compare import COMPARE
 from pipeline.commands.evaluate import EVALUATE
 from pipeline.commands.inspect import INSPECT
+from pipeline.commands.judge import JUDGE
 from pipeline.commands.merge import MERGE
+from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
 from pipeline.commands.run import RUN
@@ -11,5 +14,5 @@ from pipeline.commands.sample import SAMPLE
 from pipeline.commands.train import TRAIN
 
 # In the order of `align --help`.
-LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, EVALUATE, MERGE, PLAN, INSPECT)
+LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, JUDGE, COMPARE, ONLINE, EVALUATE, MERGE, PLAN, INSPECT)
 COMMANDS = {command.name: command for command in LISTED}

@@ -2,31 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from cache.errors import UsageError
 from pipeline import tables
-from pipeline.commands.command import Command, Intent
+from pipeline.commands.command import Command, Intent, flag
 
 if TYPE_CHECKING:
+    from pipeline.commands.judge import JudgedRun
     from pipeline.inputs import Inputs
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics by evaluation set. `loss_state` holds the running means that a loss such as bco keeps, else None."""
+    """Metrics by evaluation set, and with `--judge` the verdicts on completions.
+
+    `loss_state` holds the running means that a loss such as bco keeps, else None.
+    """
 
     model: str
     loss: str
     loss_state: Mapping[str, float] | None
     sets: Mapping[str, Mapping[str, float]]
+    judged: "JudgedRun | None" = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         state = {} if self.loss_state is None else {"loss_state": self.loss_state or None}
-        return {"model": self.model, "loss": self.loss, **state, "sets": self.sets}
+        judged = {"judge": self.judged.as_json()} if self.judged else {}
+        return {"model": self.model, "loss": self.loss, **state, "sets": self.sets, **judged}
 
     def show(self, console: Console) -> None:
         """Print one column for each evaluation set."""
@@ -37,26 +44,48 @@ class Evaluated:
         for name in dict.fromkeys(name for metrics in sets for name in metrics if name != "examples"):
             table.add_row(name, *(tables.signed(metrics.get(name)) for metrics in sets))
         console.print(table)
+        if self.judged:
+            self.judged.show(console)
 
 
-def evaluate(inputs: "Inputs") -> Evaluated:
+def evaluate(
+    inputs: "Inputs",
+    judge: Annotated[
+        bool, flag("--judge", "Also judge the completions that `align sample` made: the win-rate.")
+    ] = False,
+) -> Evaluated:
     """Compute held-out metrics of the trained policy, or of `eval.model`.
 
     Reference log-probs come from the cache.
     """
+    from pipeline.commands.judge import judge as judge_run
     from stages.evaluate import evaluate_model, saved_state
 
+    if judge:
+        _check_one_model(inputs)
     job, model, context = inputs.job, inputs.evaluated, inputs.context
     state = saved_state(model.folder, job.loss)
     if job.loss.keeps_state:
         start = f"continues from {model.name}" if state else "starts at 0, as before the first step"
         context.say(f"The running mean of {inputs.loss_name} {start}: {model.folder}")
     sets = evaluate_model(job, model, state, context)
-    return Evaluated(model.name, inputs.loss_name, state if job.loss.keeps_state else None, sets)
+    judged = judge_run(inputs) if judge else None
+    return Evaluated(model.name, inputs.loss_name, state if job.loss.keeps_state else None, sets, judged)
 
 
-def would_evaluate(inputs: "Inputs") -> Intent:
+def _check_one_model(inputs: "Inputs") -> None:
+    """Raise `UsageError` if the completions that would be judged are those of another model."""
+    evaluated, sampled = inputs.config.eval.model, inputs.config.sample.model
+    if evaluated != sampled:
+        raise UsageError(
+            f"--judge judges the completions of sample.model, {sampled or 'the policy'}, and eval.model is {evaluated or 'the policy'}. Name one model under both keys."
+        )
+
+
+def would_evaluate(inputs: "Inputs", judge: bool = False) -> Intent:
     """Name the model and the loss."""
+    if judge:
+        _check_one_model(inputs)
     return Intent("evaluate", {"model": inputs.evaluated.name, "loss": inputs.loss_name})
 
 
@@ -65,6 +94,7 @@ EVALUATE = Command(
     evaluate,
     examples=(
         "align eval",
+        "align eval --judge --set judge.function=rules:politeness",
         "align eval --set eval.model=artifacts/policy/NAME --set eval.sets.mine=pairs.jsonl",
     ),
     intent=would_evaluate,

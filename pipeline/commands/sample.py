@@ -1,16 +1,16 @@
 """`align sample`: generates completions of the policy, and of the reference to compare."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cache.artifacts import Artifact
 from pipeline import tables
-from pipeline.commands.command import Command, Intent, StageResult, found_or_made
+from pipeline.commands.command import Command, Intent
 from pipeline.quickstart_world import is_preferred
 
 if TYPE_CHECKING:
@@ -18,56 +18,63 @@ if TYPE_CHECKING:
 
 SHOWN_PROMPTS = 5
 MAX_CHARACTERS = 240
+FILE = "completions.jsonl"
 
 
 @dataclass(frozen=True)
-class Sampled(StageResult):
-    """The completions artifact. For the quickstart, `show` also counts the polite completions."""
+class Sampled:
+    """The completions artifact of each side. For the quickstart, `show` also counts the polite completions."""
 
+    artifacts: Mapping[str, Artifact]
+    reused: bool
     is_quickstart: bool
-
-    @property
-    def output(self) -> Path:
-        """The JSONL file of completions."""
-        return self.artifact.path / "completions.jsonl"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
+        sides = {
+            side: {
+                "artifact": str(artifact.path),
+                "fingerprint": artifact.fingerprint,
+                "output": str(artifact.path / FILE),
+                **artifact.counts,
+            }
+            for side, artifact in self.artifacts.items()
+        }
         known = {"quickstart": True} if self.is_quickstart else {}
-        return {**super().as_json(), "output": str(self.output), **known}
+        return {"reused": self.reused, "completions": sides, **known}
 
     def show(self, console: Console) -> None:
         """Print counts, and the completions of a few prompts side by side."""
         from stages.generation.completion_files import read_jsonl
 
-        counts = self.artifact.counts
-        what = (
-            f"{counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts with {counts['engine']}, "
-            f"{counts['finished']:,} finished before sample.max_tokens"
-        )
-        tables.headline(console, "sample", what, self.artifact.path, self.reused)
-        if counts.get("prompts_too_long"):
-            console.print(f"  too long for the model, left out: {', '.join(counts['prompts_too_long'])}")
-        lines = read_jsonl(self.output)
-        sides = sorted(counts["models"], reverse=True)
-        console.print(_side_by_side(lines, sides))
-        for side in sides if self.is_quickstart else ():
-            own = [line["completion"] for line in lines if line["side"] == side]
-            share = sum(map(is_preferred, own)) / len(own)
+        lines = {}
+        for side, artifact in self.artifacts.items():
+            counts = artifact.counts
+            of = "" if counts["prompt_set"] == "prompts" else f" of {counts['prompt_set']}"
+            what = (
+                f"{side}: {counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts{of} by "
+                f"{counts['engine']}, {counts['finished']:,} ended"
+            )
+            tables.headline(console, "sample", what, artifact.path, self.reused)
+            lines[side] = read_jsonl(artifact.path / FILE)
+        left_out = next(iter(self.artifacts.values())).counts["left_out"]
+        if left_out:
+            rest = f" (and {len(left_out) - 1:,} more)" if len(left_out) > 1 else ""
+            console.print(f"  left out: {left_out[0]}{rest}", markup=False)
+        console.print(_side_by_side(lines))
+        for side, own in lines.items() if self.is_quickstart else ():
+            share = sum(is_preferred(line["completion"]) for line in own) / len(own)
             console.print(f"  polite answers, {side}: {share:.0%} of {len(own)}")
 
 
-def _side_by_side(lines: list[dict[str, Any]], sides: list[str]) -> Table:
+def _side_by_side(lines: Mapping[str, list[dict[str, Any]]]) -> Table:
     table = Table(show_lines=True, expand=False)
     table.add_column("prompt", ratio=2)
-    for side in sides:
+    for side in lines:
         table.add_column(side, ratio=3)
-    first: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        if line["sample_index"] == 0:
-            first.setdefault(line["id"], {"prompt": line["prompt"]})[line["side"]] = line["completion"]
-    for entry in list(first.values())[:SHOWN_PROMPTS]:
-        table.add_row(_one_line(entry["prompt"]), *(_one_line(entry.get(side, "")) for side in sides))
+    first = [[line for line in own if line["sample_index"] == 0] for own in lines.values()]
+    for row in list(zip(*first, strict=True))[:SHOWN_PROMPTS]:
+        table.add_row(_one_line(row[0]["prompt"]), *(_one_line(line["completion"]) for line in row))
     return table
 
 
@@ -87,9 +94,10 @@ def sample(inputs: "Inputs") -> Sampled:
     from stages.sample.stage import sample as make_completions
 
     job, context = inputs.sample_job, inputs.context
-    make = partial(make_completions, job, context)
-    artifact, reused = found_or_made("sample", find_completions(job, context), make, context.say)
-    return Sampled(artifact, reused, inputs.is_quickstart)
+    found = find_completions(job, context)
+    if found:
+        context.say(f"sample: already done, {', '.join(str(one.path) for one in found.values())}")
+    return Sampled(found or make_completions(job, context), bool(found), inputs.is_quickstart)
 
 
 def would_sample(inputs: "Inputs") -> Intent:

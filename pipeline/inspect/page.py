@@ -5,27 +5,13 @@ from html import escape
 from pathlib import Path
 
 from cache.files import write_bytes
+from pipeline.html_page import card, document
 from pipeline.inspect.overview import Histogram, Overview
 from pipeline.inspect.prepared_rows import ShownCompletion, ShownExample, Span
 from pipeline.inspect.terminal import cuts, share, tokens
 from pipeline.inspect.token_text import Token
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --faint: #687076; --paper: #fbfcfd; --card: #fff; --line: #e2e6ea;
-  --prompt: #0b68cb; --prompt-paper: #eaf3fe; --good: #1a7f45; --good-paper: #e6f6ec; --bad: #b25d00; --bad-paper: #fdf1e1;
-  --masked-paper: #f1f3f5; --special: #6e45c9; --special-paper: #efe9fd; --cut: #c62a2f; --cut-paper: #ffe9e9; --bar: #6fa8ea; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --faint: #9ba1a6; --paper: #131517; --card: #1b1e21; --line: #2d3135;
-  --prompt: #7cb8ff; --prompt-paper: #14273d; --good: #6fd69a; --good-paper: #12301f; --bad: #f2b36b; --bad-paper: #35240f;
-  --masked-paper: #25292c; --special: #b9a1f7; --special-paper: #2b2243; --cut: #ff8a8e; --cut-paper: #3d1a1c; --bar: #3d77bd; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .8rem; }
-.path, .note { color: var(--faint); font-size: .9rem; overflow-wrap: anywhere; margin: .2rem 0 0; }
-.grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1.1rem; }
-.card b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-.card span { color: var(--faint); font-size: .88rem; }
 .chart { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .6rem; align-items: center;
   font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: .5rem; }
 .chart i { font-style: normal; color: var(--faint); text-align: right; }
@@ -57,20 +43,17 @@ def write_page(path: Path, overview: Overview, examples: Sequence[ShownExample],
 
 def page(overview: Overview, examples: Sequence[ShownExample], with_ids: bool) -> str:
     """The page as text."""
-    cards = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-        for value, label in _figures(overview)
-    )
+    cards = "".join(card(value, label) for value, label in _figures(overview))
     charts = "".join(_chart(histogram) for histogram in overview.histograms)
     shown = "".join(_example(example, with_ids) for example in examples)
     name = escape(overview.folder.name)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>\n'
+    return document(
+        overview.folder.name,
+        STYLE,
         f'<h1>{name}</h1><p class="path">{escape(str(overview.folder))}, tokenizer {escape(overview.tokenizer)}</p>\n'
         f'<h2>Rows and tokens</h2><div class="grid">{cards}</div>\n{_dropped(overview)}'
         f'<h2>Lengths in tokens</h2><div class="grid">{charts}</div>\n'
-        f"<h2>Examples</h2>{_legend()}{shown}\n</body></html>\n"
+        f"<h2>Examples</h2>{_legend()}{shown}\n",
     )
 
 

@@ -25,8 +25,8 @@ from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import build_pack, packed_length
+from stages.engine.packs import packed_length
+from stages.engine.row_logps import score_groups
 from stages.models.fit import check_rows_fit
 from stages.models.loading import ModelSource, load_model
 from stages.models.vocabulary import TokensInUse
@@ -157,15 +157,5 @@ def _score(
 
 def score_unit(unit: WorkUnit, scorer: "Scorer") -> tuple[list[np.ndarray], int]:
     """Token log-probs (float32, nats) of each row in the order of `unit.keys`, and the number of positions computed."""
-    lengths = [packed_length(unit.rows, group) for group in unit.groups]
-    packs = (
-        build_pack(unit.rows, [unit.groups[index] for index in indices])
-        for indices in pack_lengths(lengths, scorer.compute.tokens_per_batch)
-    )
-    # Values stay on the device until the unit is done, so that a GPU computes while the next pack is built.
-    scored = [(one.rows, scorer(one).completion_logps) for one in packs]
-    found: dict[int, np.ndarray] = {}
-    for numbers, token_logps in scored:
-        ends = np.cumsum(unit.rows.completion_lengths[numbers])
-        found.update(zip(numbers.tolist(), np.split(token_logps.cpu().numpy(), ends[:-1]), strict=True))
-    return [found[int(row)] for group in unit.groups for row in group], sum(lengths)
+    found, num_positions = score_groups(scorer, unit.rows, unit.groups)
+    return [found[int(row)] for group in unit.groups for row in group], num_positions

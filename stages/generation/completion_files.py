@@ -1,36 +1,41 @@
-"""Completions in files that people and evaluation tools read.
+"""Completions in a file of one line each, that people and the stages after `sample` read.
 
-In: `CompletionRecord`s and a path. Out: JSONL with all fields, or AlpacaEval's JSON, written whole or not at all.
+In: `CompletionRecord`s and a path. Out: JSONL with all fields, written whole or not at all.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cache.errors import DataError
 from cache.files import write_bytes
 from stages.data.messages import Message
+
+FILE = "completions.jsonl"
 
 
 @dataclass(frozen=True)
 class CompletionRecord:
     """One completion with its origin; the fields are the keys of a line in `completions.jsonl`.
 
-    `num_tokens` counts the stop token. `model` is a name for people (a leaderboard's "generator"); `side` is
-    policy, reference, or model where `sample.model` named it.
+    `prompt` is all that the model saw, the earlier turns included; `turn` counts the answers of a prompt from 1.
+    `num_tokens` counts the stop token. `finish_reason` is "not_asked" where an earlier answer left no room for this one or
+    spells a special token; this one is empty then. `model` is the model's short name. `keys` are the prompt's own ids and categories.
+    `token_ids` are what the model wrote, the stop token included: its text may have other ids when it is tokenized.
     """
 
     id: str
     prompt: list[Message] | str
     completion: str
+    turn: int
     sample_index: int
     seed: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "not_asked"]
     num_tokens: int
     model: str
-    side: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Sequence[int] = ()
 
 
 def write_jsonl(records: Iterable[CompletionRecord], path: Path) -> None:
@@ -43,30 +48,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that `write_jsonl` wrote; a line ends at a line feed and nowhere else."""
     with open(path, encoding="utf-8", newline="\n") as lines:
         return [json.loads(line) for line in lines]
-
-
-def write_alpaca_eval(records: Sequence[CompletionRecord], path: Path, dataset: str) -> None:
-    """Write what `alpaca_eval --model_outputs` reads: a JSON array of one generator's outputs.
-
-    AlpacaEval joins two files on the instruction, so it takes one output per prompt: sample 0.
-    Raises `DataError` when the records come from more than one model.
-    """
-    generators = sorted({record.model for record in records})
-    if len(generators) > 1:
-        raise DataError(
-            f"AlpacaEval's file has one generator, but these records have {', '.join(generators)}: write one file for each."
-        )
-    rows = [
-        {
-            "instruction": instruction(record.prompt),
-            "output": record.completion,
-            "generator": record.model,
-            "dataset": dataset,
-        }
-        for record in records
-        if record.sample_index == 0
-    ]
-    write_bytes(path, (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def instruction(prompt: list[Message] | str) -> str:

@@ -1,6 +1,7 @@
 """What a generation engine is given: models, prompts and requests, and how to sample."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ MAX_TEMPERATURE = 2.0
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to complete: its id, its text or messages for people to read, and its token ids."""
+    """A prompt to complete: its id, its text or messages for people to read, and its token ids.
+
+    `temperature` takes the place of the run's. `next_turns` are the user turns that follow, each after the answer to
+    the one before. `keys` are the prompt's own ids and categories, which its completions carry.
+    """
 
     id: str
     content: str | list[Message]
     ids: list[int]
+    temperature: float | None = None
+    next_turns: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class EngineOptions:
     dtype: float32 or bfloat16.
     max_model_length: prompt and completion together, in tokens; the model's own number of positions
         is the limit where that is smaller.
+    tensor_parallel_size: vLLM only: the number of GPUs that one copy of the model is spread over.
+    data_parallel_size: vLLM only: the number of copies of the model, each in a process and on GPUs of its own.
     kv_cache_bytes: vLLM on a CPU only; None means 512 MiB, or more where two sequences of full length need it.
     enforce_eager: vLLM on CUDA only: start faster without CUDA graphs. On a CPU vLLM always runs eagerly.
     gpu_memory_utilization: vLLM on CUDA only: the share of the device's memory that vLLM may take.
@@ -74,6 +84,7 @@ class EngineOptions:
     max_model_length: int
     kv_cache_bytes: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     enforce_eager: bool = False
     gpu_memory_utilization: float = 0.9
     trust_remote_code: bool = False
@@ -81,12 +92,13 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to generate: its place among the prompts and samples, its seed, and the prompt's ids."""
+    """One completion to generate: its place among the prompts and samples, its seed, the prompt's ids, the temperature."""
 
     prompt_index: int
     sample_index: int
     seed: int
     prompt_ids: list[int]
+    temperature: float
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,12 @@ padded to a width that depends on the request alone; a batch that is not full is
 of its first request. Then the shapes of a request are the same in every batch.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.generation.contract import EngineName
 from stages.generation.requests import EngineOptions, Model, Request, Sampling
 from stages.models.adapters import load_adapter
 from stages.models.loading import ModelSource, load_weights
@@ -22,64 +26,72 @@ NUM_ROWS = 16
 WIDTH_STEP = 32
 
 
-def run_transformers(
-    model: Model, requests: list[Request], sampling: Sampling, options: EngineOptions
-) -> list[list[int]]:
-    """Token ids of each request's completion, including its stop token; memory is released on return."""
+class TransformersEngine:
+    """Generates in this process, with one model loaded at a time."""
+
+    name: EngineName = "transformers"
+
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+        self._loaded: tuple[Path, Path | None] | None = None
+        self._network: Any = None
+
+    def __enter__(self) -> "TransformersEngine":
+        """Nothing to start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the memory of the model."""
+        self._release()
+
+    def complete(
+        self, model: Model, requests: Sequence[Request], sampling: Sampling, options: EngineOptions
+    ) -> Iterator[tuple[int, list[int]]]:
+        """As `Engine.complete`."""
+        if self._loaded != (model.path, model.adapter):
+            self._release()
+            self._network = _load(model, options)
+            self._loaded = (model.path, model.adapter)
+        for place, ids, _ in sample_network(self._network, model, requests, sampling):
+            yield place, ids
+
+    def _release(self) -> None:
+        import torch
+
+        self._loaded = self._network = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load(model: Model, options: EngineOptions) -> Any:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = ModelSource(str(model.path), model.path, runs_code=options.trust_remote_code)
     network = load_weights(source, getattr(torch, options.dtype))
     if model.adapter is not None:
         network = load_adapter(network, model.adapter)
-    completions, _ = sample_network(network.to(device).eval(), model, requests, sampling)
-    del network
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return completions
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def sample_network(
-    network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool = False
-) -> tuple[list[list[int]], list[bool]]:
-    """As `run_transformers`, with a loaded network; also whether all scores of each completion were finite.
+    network: Any, model: Model, requests: Sequence[Request], sampling: Sampling, in_step: bool = False
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Yield the place of each request, its token ids, and whether all its scores were finite, a batch at a time.
 
     `in_step`: all ranks sample the same requests, and none stops before the others.
     """
-    from transformers import GenerationConfig
-
-    # `generate` takes what its argument leaves open from here, such as the model's own temperature or penalties.
-    own_config, network.generation_config = network.generation_config, GenerationConfig()
-    try:
-        return _sample_groups(network, model, requests, sampling, in_step)
-    finally:
-        network.generation_config = own_config
-
-
-def _sample_groups(
-    network: Any, model: Model, requests: list[Request], sampling: Sampling, in_step: bool
-) -> tuple[list[list[int]], list[bool]]:
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int, float], list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(_shape(len(request.prompt_ids), model.max_length, sampling.max_tokens), []).append(
-            index
-        )
-
-    completions: dict[int, list[int]] = {}
-    finite: dict[int, bool] = {}
-    for (width, budget), members in sorted(groups.items()):
+        shape = _shape(len(request.prompt_ids), model.max_length, sampling.max_tokens)
+        groups.setdefault((*shape, request.temperature), []).append(index)
+    for (width, budget, temperature), members in sorted(groups.items()):
+        how = replace(sampling, temperature=temperature)
         for start in range(0, len(members), NUM_ROWS):
             batch = members[start : start + NUM_ROWS]
             full = [requests[index] for index in batch + batch[:1] * (NUM_ROWS - len(batch))]
             watch = FiniteScores(len(full))
-            sampled = _sample_batch(
-                network, full, width, budget, model.stop_token_ids, sampling, watch, in_step
-            )
-            completions.update(zip(batch, sampled, strict=False))
-            finite.update(zip(batch, watch.finite, strict=False))
-    places = range(len(requests))
-    return [completions[index] for index in places], [finite[index] for index in places]
+            sampled = _sample_batch(network, full, width, budget, model.stop_token_ids, how, watch, in_step)
+            yield from zip(batch, sampled, watch.finite, strict=False)
 
 
 def _shape(prompt_length: int, max_length: int, max_tokens: int) -> tuple[int, int]:
@@ -117,16 +129,21 @@ def _sample_batch(
     noise = (
         [] if sampling.temperature == 0 else [SeededNoise([request.seed for request in requests], sampling)]
     )
-    with (
-        torch.no_grad()
-    ):  # not inference_mode: tensors that a forward pass leaves in the model may be trained on
-        whole = network.generate(
-            ids.to(network.device),
-            attention_mask=mask.to(network.device),
-            generation_config=config,
-            logits_processor=[watch, *noise],
-            synced_gpus=in_step,
-        )
+    # `generate` takes what its argument leaves open from here, such as the model's own temperature or penalties.
+    own_config, network.generation_config = network.generation_config, GenerationConfig()
+    try:
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: tensors that a forward leaves in the model may be trained on
+            whole = network.generate(
+                ids.to(network.device),
+                attention_mask=mask.to(network.device),
+                generation_config=config,
+                logits_processor=[watch, *noise],
+                synced_gpus=in_step,
+            )
+    finally:
+        network.generation_config = own_config
     return [_up_to_stop(row, stop) for row in whole[:, width:].tolist()]
 
 

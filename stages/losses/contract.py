@@ -24,7 +24,9 @@ CARRY_GRADIENT = ("logps", "shared_logps", "prompt_logps")
 
 @dataclass(frozen=True)
 class Rows:
-    """Log-probs of completions and their data: (rows,) each, float32; log-probs in nats.
+    """Log-probs of completions and their data: (rows,) each, float64; log-probs in nats.
+
+    Float64, because losses subtract sums of up to 1e5 nats from each other, and a tenth of a nat matters.
 
     Sums and numbers are over the tokens whose completion mask is 1, unless said otherwise.
 

@@ -157,12 +157,14 @@ def load_model(source: ModelSource, compute: Compute) -> Any:
     return model
 
 
-def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> Any:
+def load_weights(
+    source: ModelSource, dtype: "torch.dtype", kind: str = "AutoModelForCausalLM", **options: Any
+) -> Any:
     """A model on the CPU with torch's attention, or with its own if it has no other.
 
-    `options` are further arguments of `from_pretrained`. Raises `DataError` as `load_model` does.
+    `kind` is the class of transformers that loads it, `options` are further arguments of `from_pretrained`. Raises `DataError` as `load_model` does.
     """
-    model, found = _read_weights(source, dtype, options)
+    model, found = _read_weights(source, dtype, kind, options)
     missing = sorted(found["missing_keys"])
     if missing:
         raise DataError(
@@ -172,12 +174,12 @@ def load_weights(source: ModelSource, dtype: "torch.dtype", **options: Any) -> A
     return model
 
 
-def _read_weights(source: ModelSource, dtype: "torch.dtype", options: dict[str, Any]) -> Any:
+def _read_weights(source: ModelSource, dtype: "torch.dtype", kind: str, options: dict[str, Any]) -> Any:
     """The model, and transformers' report on its weights."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     def load(**attention: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return getattr(transformers, kind).from_pretrained(
             source.folder,
             dtype=dtype,
             output_loading_info=True,

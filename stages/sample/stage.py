@@ -1,222 +1,228 @@
-"""Stage 4 of 4: a policy -> completions, in files that people and evaluation tools read.
+"""Stage 4 of 4: models -> completions, in files that people and evaluation tools read.
 
-Prompts are those of the held-out rows, with the token ids of the evaluation, or come from a file, rendered with the
-same template. Writes `completions/<model>-<fingerprint>` with `completions.jsonl`
-(every completion) and for each model an `alpaca_eval-<side>.json`. Run it with `align sample`.
+Each model has an artifact of its own, `completions/<model>-<fingerprint>`, so that those of the reference are made once
+for all policies of a sweep. It holds `completions.jsonl` (every completion) and the file of the evaluation tool that the
+prompts belong to (`prompt_sets.py`). An interrupted run continues where it stopped. Run it with `align sample`.
 """
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
-from cache.artifacts import Artifact
-from cache.errors import DataError
-from cache.fingerprint import canonical_json
-from stages.generation.completion_files import CompletionRecord, write_alpaca_eval, write_jsonl
-from stages.generation.generate import Completion, Engine, auto_engine, generate, open_model
-from stages.generation.requests import EngineOptions, Prompt, Sampling
-from stages.models.adapters import base_of, is_adapter
-from stages.models.fit import num_positions
-from stages.models.identity import model_identity
-from stages.models.loading import ModelSource
-from stages.models.vocabulary import TokensInUse, tokenizer_sha256
-from stages.runtime.compute import Compute
-from stages.runtime.context import Context
+from cache.artifacts import Artifact, Draft
+from cache.files import disk_errors_named
+from cache.ownership import claim
+from stages.data.source_row import BadRow
+from stages.generation.completion_files import FILE, CompletionRecord, write_jsonl
+from stages.generation.contract import Engine, EngineError, EngineName
+from stages.generation.engines import auto_engine, open_engine
+from stages.generation.generate import as_completion, request_seed, requests_of
+from stages.generation.requests import Model, Prompt, Request
+from stages.runtime.context import Context, progress
 from stages.runtime.limits import using_memory
-from stages.sample.prompts import file_prompts, heldout_prompts
-from stages.settings.fields import SampleSettings
-from stages.tokenization.template import Template
+from stages.sample.job import SampleJob
+from stages.sample.journal import FILE as JOURNAL
+from stages.sample.journal import Journal
+from stages.sample.prompt_sets import conversation
 
-STAGE_VERSION = 1
+KIND = "completions"
 
 
-@dataclass(frozen=True)
-class SampleJob:
-    """What is sampled and how: models by side (policy, reference, or model for a named one), prompts, settings.
+def find_completions(job: SampleJob, context: Context) -> dict[str, Artifact]:
+    """The finished completions of this job by side, all made by one engine; empty if those of a side are missing.
 
-    `too_long` has the ids of prompts that are left out, because one of the models has too few positions for them,
-    `unusable` what is wrong with rows of the file that have no prompt.
+    Under `auto` those of transformers count where vLLM did not run when they were made.
     """
-
-    models: Mapping[str, ModelSource]
-    prompts: list[Prompt]
-    settings: SampleSettings
-    compute: Compute
-    stop_token_ids: tuple[int, ...]
-    too_long: tuple[str, ...] = ()
-    unusable: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        models: Mapping[str, ModelSource],
-        rows: Artifact,
-        template: Template,
-        settings: SampleSettings,
-        compute: Compute,
-    ) -> "SampleJob":
-        """Collect the prompts; raises `DataError` when there are none."""
-        prompts, unusable = (
-            (heldout_prompts(rows, template), [])
-            if settings.prompts is None
-            else file_prompts(settings.prompts, template)
-        )
-        chosen = prompts[: settings.num_prompts]
-        if not chosen:
-            raise DataError(
-                f"{rows.path} has no held-out prompts. Give a file with --set sample.prompts=FILE, or raise prepare.heldout_fraction."
-            )
-        most = min(filter(None, map(_positions, models.values())), default=None)
-        too_long = tuple(prompt.id for prompt in chosen if most is not None and len(prompt.ids) >= most)
-        fitting = [prompt for prompt in chosen if most is None or len(prompt.ids) < most]
-        if not fitting:
-            raise DataError(
-                f"All {len(chosen)} prompts have {most} tokens or more, and {' and '.join(m.name for m in models.values())} has {most} positions. Give shorter ones with --set sample.prompts=FILE."
-            )
-        return cls(
-            models, fitting, settings, compute, tuple(rows.counts["turn_end_ids"]), too_long, tuple(unusable)
-        )
-
-    @property
-    def name(self) -> str:
-        """Readable part of the artifact's folder name, from the first model."""
-        return next(iter(self.models.values())).short_name
-
-    @property
-    def sampling(self) -> Sampling:
-        """The sampling parameters."""
-        settings = self.settings
-        return Sampling(
-            settings.temperature,
-            settings.top_p,
-            settings.top_k,
-            settings.max_tokens,
-            settings.seed,
-            settings.num_samples,
-            self.stop_token_ids,
-        )
-
-    @property
-    def options(self) -> EngineOptions:
-        """How the engine runs."""
-        longest = max(len(prompt.ids) for prompt in self.prompts)
-        return EngineOptions(
-            self.compute.dtype_name,
-            max_model_length=longest + self.settings.max_tokens,
-            trust_remote_code=any(model.runs_code for model in self.models.values()),
-        )
-
-    def check_tokens(self, tokenizer: Any, say: Callable[[str], None]) -> None:
-        """Raise `UsageError` if the prompts, which `tokenizer` made, are other tokens to a model."""
-        used = TokensInUse(
-            tokenizer, lambda: sorted({token for prompt in self.prompts for token in prompt.ids})
-        )
-        for model in self.models.values():
-            remedy = f"Sample it with prompts of its own: prepare them with --set policy.model={model.name}"
-            used.check(model, "The model", remedy, say)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Everything that changes the completions."""
-        return self.identity_with(self.settings.engine)
-
-    def identity_with(self, engine: Engine) -> dict[str, Any]:
-        """The identity of the same job with `sample.engine` set to `engine`."""
-        effective = self.sampling.effective
-        unused = {"engine": engine, "top_p": effective.top_p, "top_k": effective.top_k}
-        return {
-            "stage_version": STAGE_VERSION,
-            "models": self._model_identities,
-            "prompts": hashlib.sha256(
-                canonical_json([[prompt.id, prompt.ids] for prompt in self.prompts])
-            ).hexdigest(),
-            "sample": self.settings.model_dump(exclude={"prompts", "num_prompts", "compare", "model"})
-            | unused,
-            "stop_token_ids": list(self.stop_token_ids),
-            "dtype": self.compute.dtype_name,
-        }
-
-    @cached_property
-    def _model_identities(self) -> dict[str, Any]:
-        return {side: self._identity_of(model) for side, model in self.models.items()}
-
-    def _identity_of(self, model: ModelSource) -> dict[str, Any]:
-        """Weights and architecture, and what its folder says about the end of a completion and about its text."""
-        opened = open_model(model.folder, self.sampling, self.options)
-        return {
-            **model_identity(model),
-            "stop_token_ids": opened.stop_token_ids,
-            "tokenizer": tokenizer_sha256(opened.tokenizer),
-        }
-
-
-def _positions(model: ModelSource) -> int | None:
-    return num_positions(base_of(model) if is_adapter(model.folder) else model)
-
-
-def find_completions(job: SampleJob, context: Context) -> Artifact | None:
-    """The finished completions of this job, if there are any; `auto` and the engine it takes make the same ones."""
-    asked, auto = job.settings.engine, auto_engine()
-    engines: tuple[Engine, ...] = (asked, "auto", auto)
+    asked = job.settings.engine
+    engines: tuple[EngineName, ...] = (auto_engine(), "transformers") if asked == "auto" else (asked,)
     for engine in dict.fromkeys(engines):
-        found = context.store.find("completions", job.name, job.identity_with(engine))
-        wanted = auto if asked == "auto" else asked
-        if found is not None and (engine == asked or found.counts["engine"] == wanted):
-            return found
-    return None
+        found = {side: _find(job, side, engine, context) for side in job.models}
+        if all(found.values()) and (
+            engine == engines[0] or all(one.counts["instead_of_vllm"] for one in found.values() if one)
+        ):
+            return {side: one for side, one in found.items() if one}
+    return {}
 
 
-def sample(job: SampleJob, context: Context) -> Artifact:
-    """Generate and write all completions."""
-    draft = context.store.draft("completions", job.name, "sample", job.identity)
+def sample(job: SampleJob, context: Context) -> dict[str, Artifact]:
+    """Generate the completions that are missing and write them; returns those of every side.
+
+    `auto` takes vLLM and falls back to transformers, for all models, so that compared completions come from one engine.
+    """
+    return sample_all([job], context)[0]
+
+
+def sample_all(jobs: Sequence[SampleJob], context: Context) -> list[dict[str, Artifact]]:
+    """As `sample`, for jobs with the same `sample.engine`, which one engine does."""
+    for problems in (job.left_out for job in jobs):
+        for problem in problems[:3]:
+            context.say(f"Left out: {problem}")
+        if len(problems) > 3:
+            context.say(f"Left out {len(problems):,} prompts in all, listed in the manifest.")
+    asked = jobs[0].settings.engine
+    if asked != "auto":
+        return _sample_all(jobs, asked, context, None)
     try:
-        if job.too_long:
-            context.say(f"Left out, because the model has too few positions: {', '.join(job.too_long)}")
-        if job.unusable:
-            context.say(f"Left out {len(job.unusable):,} rows without a prompt, the first: {job.unusable[0]}")
-        context.say(f"Sampling {len(job.prompts)} prompts from {', '.join(job.models)}")
-        folders = [model.folder for model in job.models.values()]
-        with using_memory(f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."):
-            engine, completions = generate(
-                job.settings.engine, folders, job.prompts, job.sampling, job.options, context.say
-            )
-        records = []
-        for (side, model), own in zip(job.models.items(), completions, strict=True):
-            part = _records(job.prompts, own, model, side)
-            write_alpaca_eval(part, draft.path / f"alpaca_eval-{side}.json", "align")
-            records += part
-        write_jsonl(records, draft.path / "completions.jsonl")
-        names = {side: model.name for side, model in job.models.items()}
-        counts = {
-            "engine": engine,
-            "num_prompts": len(job.prompts),
-            "prompts_too_long": list(job.too_long),
-            "prompts_unusable": list(job.unusable),
-            "num_completions": len(records),
-            "finished": sum(record.finish_reason == "stop" for record in records),
-            "models": names,
-        }
-        return context.store.publish(draft, counts, names, context.config_text)
+        return _sample_all(jobs, "vllm", context, None)
+    except EngineError as error:
+        context.say(f"Sampling with transformers, which is slower: {error}")
+        return _sample_all(jobs, "transformers", context, str(error))
+
+
+def _find(job: SampleJob, side: str, engine: EngineName, context: Context) -> Artifact | None:
+    return context.store.find(KIND, job.models[side].short_name, job.identity(side, engine))
+
+
+def _sample_all(
+    jobs: Sequence[SampleJob], name: EngineName, context: Context, instead_of_vllm: str | None
+) -> list[dict[str, Artifact]]:
+    done = []
+    with ExitStack() as stack:
+        engine: Engine | None = None  # opened for the first completions that are missing
+        for job in jobs:
+            made = {}
+            for side in job.models:
+                artifact = _find(job, side, name, context)
+                if artifact is None:
+                    engine = engine or stack.enter_context(open_engine(name))
+                    artifact = _sample_model(job, side, engine, context, instead_of_vllm)
+                made[side] = artifact
+            done.append(made)
+    return done
+
+
+def _sample_model(
+    job: SampleJob, side: str, engine: Engine, context: Context, instead_of_vllm: str | None
+) -> Artifact:
+    """Sample one model and publish its completions."""
+    model = job.models[side]
+    identity = job.identity(side, engine.name)
+    draft = context.store.draft(KIND, model.short_name, "sample", identity, keep=True)
+    with disk_errors_named(draft.path):
+        draft.claim = claim(draft.path, context.say)
+    try:
+        context.say(f"Sampling {len(job.prompts):,} prompts from {model.name} with {engine.name}")
+        opened = job.open(model)
+        advice = f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."
+        with using_memory(advice), Journal(draft.path) as journal:
+            records = _complete(job, side, opened, engine, journal)
+        return _publish(job, side, records, draft, context, engine.name, instead_of_vllm)
     finally:
-        draft.discard()
+        draft.release()
 
 
-def _records(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], model: ModelSource, side: str
+def _complete(
+    job: SampleJob, side: str, model: Model, engine: Engine, journal: Journal
 ) -> list[CompletionRecord]:
-    return [
-        CompletionRecord(
-            id=prompts[completion.prompt_index].id,
-            prompt=prompts[completion.prompt_index].content,
-            completion=completion.text,
-            sample_index=completion.sample_index,
-            seed=completion.seed,
-            finish_reason=completion.finish_reason,
-            num_tokens=len(completion.token_ids),
-            model=model.name,
-            side=side,
+    """The completions of all turns, in prompt order, then sample order, then turn order."""
+    name = job.models[side].short_name
+    total = sum(1 + len(prompt.next_turns) for prompt in job.prompts) * job.settings.num_samples
+    records: dict[tuple[int, int], list[CompletionRecord]] = {}
+    first = {(one.prompt_index, one.sample_index): one for one in requests_of(job.prompts, job.sampling)}
+    with progress(f"sample {name}", total, "completions") as advance:
+        advance(len(journal.finished), "")
+        began, tokens = time.monotonic(), 0
+        for turn in range(1, job.num_turns + 1):
+            requests = first if turn == 1 else _next_turn(job, records, model, turn)
+            todo = [one for place, one in requests.items() if (turn, *place) not in journal.finished]
+            for place, ids in engine.complete(model, todo, job.sampling, job.options):
+                journal.add((turn, todo[place].prompt_index, todo[place].sample_index), ids)
+                tokens += len(ids)
+                advance(1, f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
+            for place, request in requests.items():
+                ids = journal.finished[(turn, *place)]
+                record = _record(job.prompts[place[0]], model, request, turn, ids, name)
+                if turn > 1:
+                    record = replace(record, prompt=_conversation(job.prompts[place[0]], records[place]))
+                records.setdefault(place, []).append(record)
+    return [record for place in sorted(records) for record in _with_all_turns(records[place], job, place[0])]
+
+
+def _next_turn(
+    job: SampleJob, records: dict[tuple[int, int], list[CompletionRecord]], model: Model, turn: int
+) -> dict[tuple[int, int], Request]:
+    """The requests of a later turn, each conditioned on the answers before; those that can be asked."""
+    requests = {}
+    for (index, sample), own in records.items():
+        prompt = job.prompts[index]
+        if len(own) != turn - 1 or len(prompt.next_turns) < turn - 1:
+            continue
+        try:
+            ids = job.encode(_conversation(prompt, own))
+        except BadRow:  # the answer spells a special token
+            continue
+        if len(ids) < model.max_length:
+            seed = request_seed(job.settings.seed, f"{prompt.id} turn {turn}", sample)
+            temperature = job.settings.temperature if prompt.temperature is None else prompt.temperature
+            requests[index, sample] = Request(index, sample, seed, ids, temperature)
+    return requests
+
+
+def _conversation(prompt: Prompt, own: list[CompletionRecord]) -> list:
+    answers = [record.completion for record in own]
+    return conversation(prompt.content, list(zip(answers, prompt.next_turns, strict=False)))
+
+
+def _with_all_turns(own: list[CompletionRecord], job: SampleJob, index: int) -> list[CompletionRecord]:
+    """The answers of one sample, with empty ones for the turns that could not be asked."""
+    prompt = job.prompts[index]
+    while len(own) < 1 + len(prompt.next_turns):
+        asked = _conversation(prompt, own)
+        own.append(
+            replace(
+                own[0],
+                prompt=asked,
+                turn=len(own) + 1,
+                completion="",
+                num_tokens=0,
+                token_ids=(),
+                finish_reason="not_asked",
+            )
         )
-        for completion in completions
-    ]
+    return own
+
+
+def _record(
+    prompt: Prompt, model: Model, request: Request, turn: int, ids: list[int], name: str
+) -> CompletionRecord:
+    completion = as_completion(model, request, ids)
+    return CompletionRecord(
+        id=prompt.id,
+        prompt=prompt.content,
+        completion=completion.text,
+        turn=turn,
+        sample_index=completion.sample_index,
+        seed=completion.seed,
+        finish_reason=completion.finish_reason,
+        num_tokens=len(ids),
+        model=name,
+        keys=prompt.keys,
+        token_ids=ids,
+    )
+
+
+def _publish(
+    job: SampleJob,
+    side: str,
+    records: list[CompletionRecord],
+    draft: Draft,
+    context: Context,
+    engine: EngineName,
+    instead_of_vllm: str | None,
+) -> Artifact:
+    write_jsonl(records, draft.path / FILE)
+    job.set.write(records, draft.path)
+    (draft.path / JOURNAL).unlink()
+    counts = {
+        "engine": engine,
+        "instead_of_vllm": instead_of_vllm,
+        "model": job.models[side].short_name,
+        "prompt_set": job.set.name,
+        "num_prompts": len(job.prompts),
+        "left_out": list(job.left_out),
+        "num_completions": len(records),
+        "finished": sum(record.finish_reason == "stop" for record in records),
+        "not_asked": sum(record.finish_reason == "not_asked" for record in records),
+    }
+    return context.store.publish(draft, counts, {side: job.models[side].name}, context.config_text)

@@ -73,7 +73,7 @@ class SampleSettings(Settings):
     )
     prompts: str | None = Field(
         default=None,
-        description="file of prompts (.jsonl, .json, .parquet; a column 'prompt', 'instruction', 'question', 'messages' or MT-bench's 'turns'); null takes the held-out prompts",
+        description="prompts to sample: a file, folder or hub dataset with a column 'prompt', 'instruction', 'question', 'messages' or 'turns', any preferences that `prepare` reads, or rows that it has made (a folder in the store); null takes the held-out prompts",
     )
     num_prompts: PositiveInt | None = Field(
         default=64, description="number of prompts, from the first on; null means all"
@@ -93,6 +93,17 @@ class SampleSettings(Settings):
     )
     compare: Flag = Field(
         default=False, description="also sample from the reference, with the same prompts and seeds"
+    )
+    on_bad_prompt: Literal["skip", "error"] = Field(
+        default="skip",
+        description="a prompt that cannot be completed (empty, too long for the model): leave it out, listed and counted, or stop",
+    )
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="vLLM: number of GPUs that one copy of the model is spread over"
+    )
+    data_parallel: PositiveInt = Field(
+        default=1,
+        description="vLLM: number of copies of the model, each in a process and on GPUs of its own, that share the prompts",
     )
 
 

@@ -157,6 +157,10 @@ class TrainSettings(Settings):
         default=None,
         description="checkpoint folder to continue from, possibly of another run; null means the newest checkpoint of this run",
     )
+    begin_from: str | None = Field(
+        default=None,
+        description="checkpoint folder of another run of the same model, whose weights and optimizer state a new run begins with, at step 0 of its own data, rates and steps; the reference stays that of the model",
+    )
     resume_override: list[str] = Field(
         default=[],
         description="keys that may differ from the run that resume continues, for example [train.learning_rate]",

@@ -25,7 +25,7 @@ from stages.train.data_order import num_steps
 from stages.train.samples import PromptPool
 from stages.train.without_effect import effective_adapter, effective_train
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 NUM_DEFAULT_EVALS = 5
 # Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
 ADAPTER_LEARNING_RATE = 10
@@ -43,6 +43,7 @@ NOT_HASHED = {
     "sample_strategy",
     "resume",
     "resume_override",
+    "begin_from",
 }
 
 
@@ -81,8 +82,8 @@ class Job:
     """The inputs of a training run.
 
     `start` is the identity of the starting weights; `reference` is None exactly if the loss needs none; `eval_sets` are
-    evaluation sets by name, besides the held-out rows; `origin` is the checkpoint that `train.resume` names; `pool` has
-    the prompts to sample while training, if `train.sample_steps` is set.
+    evaluation sets by name, besides the held-out rows; `origin` is the checkpoint that `train.resume` names, `beginning`
+    that of `train.begin_from`; `pool` has the prompts to sample while training, if `train.sample_steps` is set.
     """
 
     rows: Artifact
@@ -95,6 +96,7 @@ class Job:
     adapter: AdapterSettings
     eval_sets: Mapping[str, Artifact] = field(default_factory=dict)
     origin: Checkpoint | None = None
+    beginning: Checkpoint | None = None
     pool: PromptPool | None = None
 
     @property
@@ -131,6 +133,7 @@ class Job:
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
             "samples": self.pool.identity if self.pool else None,
+            **({"begins_from": self.beginning.sha256} if self.beginning else {}),
         }
 
     @property

@@ -142,12 +142,20 @@ class Run:
         tracker.begin(None if self.checkpoint is None else self.checkpoint.folder)
         if self.checkpoint is None:
             self.audit_difference = audit_difference
+            if self.job.beginning is not None:
+                self._begin_from(self.job.beginning)
             first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
             self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
             self._restore(self.checkpoint)
         check_metric(self.history, self.settings.best_metric, "train.best_metric")
         check_metric(self.history, self.settings.early_stopping_metric, "train.early_stopping_metric")
+
+    def _begin_from(self, beginning: Checkpoint) -> None:
+        """Take over weights, optimizer and loss of another run, after the audit, which is about the model itself."""
+        self.say(f"Beginning with the weights and the optimizer of {beginning.folder}")
+        self.policy.load_state(beginning.folder, self.optimizer)
+        self.loss_state = dict(beginning.state.loss_state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.say(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")

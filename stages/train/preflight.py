@@ -50,6 +50,8 @@ def preflight(job: Job, rows: RowSet, eval_rows: Mapping[str, RowSet], context: 
     check_settings(job)
     if job.origin is not None:
         _check_origin(job, context)
+    if job.beginning is not None:
+        _check_beginning(job)
     make_schedule(settings, job.resolved.learning_rate, job.resolved.steps)
     check_rows(job, [rows, *eval_rows.values()], job.source, context)
 
@@ -190,6 +192,21 @@ def _check_origin(job: Job, context: Context) -> None:
     if differing:
         changes = "; ".join(differing.values())
         context.say(f"Continuing {job.origin.folder} with other settings: {changes}")
+
+
+def _check_beginning(job: Job) -> None:
+    """Raise `StaleError` for a checkpoint of another model, adapter or optimizer, whose state does not fit."""
+    assert job.beginning is not None, "a run without train.begin_from has no other beginning"
+    differing = differing_settings(job.beginning.state.identity or {}, job.own_identity)
+    parts = ("start", "adapter", "train.optimizer")
+    refused = [
+        line for name, line in differing.items() if any(f"{name}.".startswith(f"{part}.") for part in parts)
+    ]
+    if refused:
+        raise StaleError(
+            f"train.begin_from={job.beginning.folder} is a checkpoint of another model or optimizer: {'; '.join(refused)}. "
+            f"Name one of the same policy.model, adapter and train.optimizer."
+        )
 
 
 def _without(names: Iterable[str], allowed: Iterable[str]) -> list[str]:

@@ -27,19 +27,19 @@ from stages.train.checkpoints import (
 from stages.train.job import Job
 
 
-def open_origin(path: str, context: Context) -> Checkpoint:
-    """The checkpoint that `train.resume` names: a `checkpoint-<step>` folder, or the newest valid one in a folder."""
+def open_origin(path: str, context: Context, key: str = "train.resume") -> Checkpoint:
+    """The checkpoint that the setting `key` names: a `checkpoint-<step>` folder, or the newest valid one in a folder."""
     folder = Path(path).expanduser()
     found = _named(folder, context)
     if found is None:
         raise StaleError(
-            f"train.resume={path} holds no valid checkpoint. Expected a folder checkpoint-<step> written by "
+            f"{key}={path} holds no valid checkpoint. Expected a folder checkpoint-<step> written by "
             f"`align train`, or a folder of such folders."
         )
     if found.state.identity is None:
         raise StaleError(
             f"{found.folder} was written by an older version and does not name its run, so it cannot be continued. "
-            f"Leave train.resume out."
+            f"Leave {key} out."
         )
     return found
 

@@ -29,6 +29,7 @@ def test_row_key_depends_on_values_alone():
 token_lists = st.lists(st.integers(0, 2**31 - 1), max_size=4)
 
 
+@pytest.mark.slow
 @given(token_lists, token_lists, token_lists, token_lists)
 def test_row_keys_differ_wherever_prompt_or_completion_differ(prompt, completion, other_prompt, other):
     same_key = row_key(ids(*prompt), ids(*completion)) == row_key(ids(*other_prompt), ids(*other))

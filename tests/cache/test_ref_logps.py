@@ -236,6 +236,7 @@ def test_rounding_just_above_zero_is_stored_as_zero(folder):
     assert reference.get(KEYS[0]).tolist() == np.array([0, -1e-6, 0, -1e-42], dtype=np.float32).tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.lists(st.lists(st.floats(-(2.0**99), 0, width=32), max_size=4), min_size=1, max_size=5))
 def test_any_log_probs_survive(tmp_path_factory, rows):

@@ -13,17 +13,21 @@ from pipeline.quickstart_world import is_preferred
 ROOT = Path(__file__).resolve().parents[2]
 # Greedy, so that two engines can be compared token for token.
 GREEDY = ["--set", "sample.temperature=0"]
+JUDGE = ["--set", "judge.function=pipeline.quickstart_world:politeness"]
 
 
 def completions(result: dict) -> dict[tuple[str, str], str]:
-    lines = [json.loads(line) for line in Path(result["output"]).read_text().splitlines()]
-    return {(line["side"], line["id"]): line["completion"] for line in lines}
+    found = {}
+    for side, made in result["completions"].items():
+        lines = [json.loads(line) for line in Path(made["output"]).read_text().splitlines()]
+        found |= {(side, line["id"]): line["completion"] for line in lines}
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed on this system")
 def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_path) -> None:
-    command = [sys.executable, "-m", "pipeline", "run", *GREEDY, "--store", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "pipeline", "run", *GREEDY, *JUDGE, "--store", str(tmp_path), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
@@ -35,7 +39,7 @@ def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_
     assert cached["rows_scored"] == cached["rows_needed"]
     assert trained["step0"]["rewards/accuracies"] == 0.5
     assert trained["final"]["rewards/accuracies"] > 0.9
-    assert sampled["engine"] == "vllm"
+    assert {made["engine"] for made in sampled["completions"].values()} == {"vllm"}
 
     by_vllm = completions(sampled)
     shares = {
@@ -45,6 +49,10 @@ def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_
     share = {side: sum(values) / len(values) for side, values in shares.items()}
     assert share["policy"] > 0.9
     assert share["policy"] > share["reference"]
+
+    judged = first["judge"]
+    assert judged["wins"] + judged["ties"] + judged["losses"] == judged["pairs"] == len(by_vllm) / 2
+    assert judged["wins"] - judged["losses"] == sum(shares["policy"]) - sum(shares["reference"])
 
     by_transformers = [*GREEDY, "--set", "sample.engine=transformers"]
     code, out, err = align("sample", *by_transformers, "--store", tmp_path, "--json")

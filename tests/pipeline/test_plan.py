@@ -39,6 +39,7 @@ def test_steps_and_tokens_are_those_of_the_run(session_of, tmp_path):
     assert plan["steps"] == trained["steps"]
 
 
+@pytest.mark.slow
 def test_a_measured_plan_has_time_and_peak(session_of):
     plan = session_of(adapter={"name": "lora"}).run("plan", measure=True)
     measured = plan["measured"]

@@ -1,6 +1,6 @@
 """The table of what a loss may need of its rows: for each field of `Rows`, the function that computes it.
 
-In: a pack, its token log-probs, and the data of the rows.  Out: one float32 value for each row of the pack. Two names
+In: a pack, its token log-probs, and the data of the rows.  Out: one float64 value for each row of the pack. Two names
 in `Loss.needs` are not in the table: `kl` belongs to the whole step (`step.py`), and `desirable` is given to every
 loss and is listed only for the checks in `stages/train/preflight.py`.
 """
@@ -27,23 +27,35 @@ class RowSource:
     density_ratios: np.ndarray | None  # (rows of the split,), float32
 
 
+def device_of_fields(device: torch.device) -> torch.device:
+    """Where fields and losses are computed: beside the model; on a CPU for Apple's GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class ScoredPack:
     """A pack with its log-probs, and the intermediate values of its fields, each computed on first use."""
 
     def __init__(self, source: RowSource, pack: Pack, logps: PackLogps) -> None:
-        """`logps` is what `Scorer` returned for `pack`; the fields are computed on its device."""
-        self.source, self.pack, self.logps = source, pack, logps
-        self.device = logps.completion_logps.device
+        """`logps` is what `Scorer` returned for `pack`; the fields are computed on `device_of_fields` of its device."""
+        self.source, self.pack = source, pack
+        self.device = device_of_fields(logps.completion_logps.device)
+        completion, prompt, collision = logps
+        self.logps = PackLogps(
+            completion.to(self.device),
+            prompt.to(self.device),
+            None if collision is None else collision.to(self.device),
+        )
         self._token_rows = pack.token_rows.to(self.device)  # (completion tokens,)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """Sum of the values of each row's tokens, float32: (completion tokens,) -> (rows,)."""
-        zeros = torch.zeros(len(self.pack.rows), device=self.device)
-        return zeros.index_add(0, self._token_rows, values)
+        """Sum of the values of each row's tokens, float64: (completion tokens,) -> (rows,)."""
+        # A float32 log-ratio of 32,768 tokens, the difference of two sums of 1e5 nats, would be off by half a nat.
+        zeros = torch.zeros(len(self.pack.rows), dtype=torch.float64, device=self.device)
+        return zeros.index_add(0, self._token_rows, values.double())
 
     def column(self, values: np.ndarray) -> Tensor:
-        """The values of the pack's rows in a column of the split, float32: (rows of the split,) -> (rows,)."""
-        return torch.from_numpy(values[self.pack.rows]).float().to(self.device)
+        """The values of the pack's rows in a column of the split, float64: (rows of the split,) -> (rows,)."""
+        return torch.from_numpy(values[self.pack.rows]).double().to(self.device)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -99,13 +111,12 @@ def _collision_logps(scored: ScoredPack) -> Tensor:
 
 def _prompt_logps(scored: ScoredPack) -> Tensor:
     parts = scored.logps.prompt_logps.split([tokens for tokens, _ in scored.prompts])
-    return scored.repeat_for_rows(torch.stack([part.sum() for part in parts]))
+    return scored.repeat_for_rows(torch.stack([part.double().sum() for part in parts]))
 
 
 def _num_prompt_tokens(scored: ScoredPack) -> Tensor:
-    return scored.repeat_for_rows(
-        torch.tensor([float(tokens) for tokens, _ in scored.prompts], device=scored.device)
-    )
+    tokens = [tokens for tokens, _ in scored.prompts]
+    return scored.repeat_for_rows(torch.tensor(tokens, dtype=torch.float64, device=scored.device))
 
 
 def _density_ratios(scored: ScoredPack) -> Tensor:

@@ -19,6 +19,7 @@ def scored_by(tree: dict, store: Path, *shards: str | None) -> tuple[list[str], 
     return names, [result["rows_scored"] for result in results]
 
 
+@pytest.mark.slow
 def test_independent_jobs_write_the_bytes_of_one(tiny_model, preferences, tmp_path, monkeypatch):
     """Some rows are in several units: the preferences are given twice, with the second half reversed."""
     monkeypatch.setattr(work_units, "UNIT_EXAMPLES", 5)

@@ -49,6 +49,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("config", [None, "small"])
 def test_the_rows_of_every_split_are_those_of_load_dataset(tmp_path, name, config):

@@ -132,6 +132,7 @@ def test_a_pair_of_equal_scores_stays_a_pair() -> None:
     assert pairs.summary() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block",
     [{"name": name} for name in ("dpo", "odpo", "aot", "kto", "bco", "simpo", "sft", "wpo")]
@@ -149,6 +150,7 @@ def test_best_worst_of_a_list_is_the_pair_of_its_ends_to_the_bit(block, lists_an
     assert found[1:] == wanted[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "odpo", "aot", "sft"])
 def test_the_split_changes_nothing_with_all_pairs(name, lists_and_pairs) -> None:
     lists, _, reference = lists_and_pairs
@@ -161,6 +163,7 @@ def test_the_split_changes_nothing_with_all_pairs(name, lists_and_pairs) -> None
     assert BUDGETS["1x8"] == 4096
 
 
+@pytest.mark.slow
 def test_a_step_of_all_pairs_is_the_mean_over_pairs(lists_and_pairs) -> None:
     """Each of the five pairs of a list as an example of its own gives the same gradient and metrics."""
     lists, _, reference = lists_and_pairs

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ def example_lists(draw):
     ]
 
 
+@pytest.mark.slow
 @given(example_lists(), st.integers(1, 4))
 def test_examples_survive_whatever_the_shards(examples, per_shard):
     cycles = [number // 2 for number in range(len(examples))]

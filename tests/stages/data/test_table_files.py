@@ -150,6 +150,7 @@ def test_the_quickstart_s_own_data_can_be_a_table(tmp_path):
     assert preferences(tmp_path / "rows.csv") == preferences(tmp_path / "rows.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pairs/llamafactory_dpo_en_demo", "kto/llamafactory_kto_en_demo"])
 @pytest.mark.parametrize("write", [write_csv, write_pandas])
 def test_real_data_can_be_a_table(shared_data, tmp_path, name, write):

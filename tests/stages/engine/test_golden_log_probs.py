@@ -13,6 +13,7 @@ from stages.models.loading import load_model, load_tokenizer, resolve_model
 from stages.runtime.compute import Compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stories260K-hf-hd32", "babyllama105-hf-hd32"])
 def test_stories_have_the_published_log_probs(name: str, shared_data) -> None:
     golden = json.loads((shared_data / "reference" / "tinystories_golden.json").read_text())["models"][name]

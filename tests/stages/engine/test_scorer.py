@@ -97,6 +97,7 @@ def expected_logps(model: torch.nn.Module, rows: RowSet, row: int) -> torch.Tens
     return torch.log_softmax(logits.double(), -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_scores_and_gradients_are_those_of_separate_forwards(name: str) -> None:
     model, rows = make_model(name), make_rows()

@@ -298,6 +298,7 @@ columns = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(columns, json_values), st.sampled_from(FORMATS))
 def test_any_row_is_a_preference_or_a_reason(row, format_):
     try:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cache.errors import DataError, MachineError, UsageError
-from stages.generation.generate import Completion, generate, open_model, request_seed
+from cache.errors import DataError, UsageError
+from stages.generation.contract import EngineError
+from stages.generation.engines import auto_engine, open_engine
+from stages.generation.generate import Completion, generate, request_seed
+from stages.generation.open_model import open_model
 from stages.generation.requests import EngineOptions, Prompt, Request, Sampling
 from stages.generation.transformers_engine import keep_likeliest, sample_network
 from stages.generation.vllm_process import failure_cause, kv_cache_bytes
@@ -32,8 +35,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample(engine, model: Path, prompts, sampling: Sampling, options=OPTIONS) -> list[Completion]:
-    [completions] = generate(engine, [model], prompts, sampling, options, say=print)[1]
-    return completions
+    with open_engine(engine) as running:
+        return generate(running, open_model(model, sampling, options), prompts, sampling, options)
 
 
 def prompt(*ids: int, id: str = "a") -> Prompt:
@@ -101,7 +104,7 @@ def test_a_failed_generation_leaves_the_generation_config_of_the_model(tiny: Pat
     own = network.generation_config
     model = open_model(tiny, GREEDY, EngineOptions("float32", 64))
     with pytest.raises(IndexError):
-        sample_network(network, model, [Request(0, 0, 0, [VOCAB_SIZE])], GREEDY)
+        list(sample_network(network, model, [Request(0, 0, 0, [VOCAB_SIZE], 0.0)], GREEDY))
     assert network.generation_config is own
     assert own.temperature == 9.0
 
@@ -150,7 +153,7 @@ def test_context_limits_the_completion(tiny: Path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([], "Row bad has an empty prompt"),
+        ([], "Row bad: the prompt is empty"),
         ([5] * 96, "Row bad: the prompt has 96 tokens; at most 95"),
         ([5, VOCAB_SIZE], "Row bad: token id 512 is not in the vocabulary"),
         ([5, -1], "Row bad: token id -1 is not in the vocabulary"),
@@ -162,9 +165,7 @@ def test_bad_prompt_is_named_before_anything_starts(tiny: Path, engine, ids, mes
         sample(engine, tiny, [prompt(5, id="good"), prompt(*ids, id="bad")], GREEDY)
 
 
-def test_no_prompt_and_no_model_are_errors(tiny: Path, tmp_path: Path):
-    with pytest.raises(DataError, match="no prompt to sample"):
-        sample("transformers", tiny, [], GREEDY)
+def test_no_model_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match=r"nothing/config\.json is not the configuration of a model"):
         sample("transformers", tmp_path / "nothing", [prompt(5)], GREEDY)
 
@@ -185,21 +186,32 @@ def test_without_vllm(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(
-        MachineError, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
+        EngineError, match=r"vLLM is not installed\. Install it with: pip install -e '\.\[vllm"
     ):
         sample("vllm", tiny, [prompt(5)], GREEDY)
-    said: list[str] = []
-    used, [completions] = generate("auto", [tiny], [prompt(5)], GREEDY, OPTIONS, said.append)
-    assert (used, len(completions), len(said)) == ("transformers", 1, 1)
-    assert "pip install" in said[0]
+    assert auto_engine() == "transformers"
 
 
-def test_several_models_are_sampled_on_the_same_prompts(tiny: Path, other: Path):
+def test_several_models_are_sampled_by_one_engine(tiny: Path, other: Path):
     prompts = random_prompts(3)
-    used, both = generate("transformers", [tiny, other], prompts, SAMPLED, OPTIONS, print)
-    assert used == "transformers"
-    assert both == [sample("transformers", model, prompts, SAMPLED) for model in (tiny, other)]
+    alone = [sample("transformers", model, prompts, SAMPLED) for model in (tiny, other)]
+    with open_engine("transformers") as engine:
+        both = [
+            generate(engine, open_model(model, SAMPLED, OPTIONS), prompts, SAMPLED, OPTIONS)
+            for model in (tiny, other)
+        ]
+    assert both == alone
     assert both[0] != both[1]
+
+
+def test_each_prompt_may_have_its_own_temperature(tiny: Path):
+    """MT-bench's categories: the same completions as with that temperature for all."""
+    prompts = random_prompts(4)
+    cold = [replace(one, temperature=0.0) if number % 2 else one for number, one in enumerate(prompts)]
+    mixed = sample("transformers", tiny, cold, SAMPLED)
+    warm = sample("transformers", tiny, prompts, SAMPLED)
+    greedy = sample("transformers", tiny, prompts, replace(SAMPLED, temperature=0.0))
+    assert mixed == [(greedy if one.prompt_index % 2 else warm)[place] for place, one in enumerate(mixed)]
 
 
 @pytest.mark.parametrize(

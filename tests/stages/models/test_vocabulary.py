@@ -94,6 +94,7 @@ def test_a_reference_of_fewer_tokens_is_refused(base_tokenizer, rows, tmp_path):
     assert any("has no tokenizer, so its vocabulary is not compared" in line for line in said)
 
 
+@pytest.mark.slow
 def test_padding_and_further_tokens_are_allowed(chat_tokenizer, changed, rows, tmp_path):
     from tests.tiny_llama import random_llama
 

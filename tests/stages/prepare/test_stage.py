@@ -148,6 +148,7 @@ def test_text_that_spells_a_mark_of_the_template_is_listed_and_stops_nothing(
     assert (artifact.counts["rows_kept"], artifact.counts["dropped"]) == (4, {"spells_turn_mark": 1})
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_batch_and_a_shard_hold(tmp_path, base, context):
     """2,200 rows; rows are read 512 at a time and shards hold about 2,048 examples."""
     rows = pairs(2200)

@@ -17,7 +17,7 @@ from stages.models.adapters import attach_adapter, save_adapter
 from stages.models.identity import reference_identity
 from stages.models.loading import ModelSource, load_model
 from stages.runtime.compute import Compute
-from stages.sample.stage import SampleJob
+from stages.sample.job import SampleJob
 from stages.settings.fields import SampleSettings
 from stages.settings.train import AdapterSettings
 
@@ -28,7 +28,7 @@ def identity(folder: Path) -> dict[str, Any]:
     job = SampleJob(
         {"policy": ModelSource("m", folder)}, [Prompt("a", "", [5, 6])], SampleSettings(), COMPUTE, ()
     )
-    return job.identity
+    return job.identity("policy", "transformers")
 
 
 def set_key(name: str, key: str, value: object) -> Callable[[Path], None]:

@@ -10,8 +10,8 @@ import torch
 from cache.errors import DataError
 from stages.models.loading import ModelSource
 from stages.runtime.compute import Compute
+from stages.sample.job import SampleJob
 from stages.sample.prompts import file_prompts
-from stages.sample.stage import SampleJob
 from stages.settings.fields import SampleSettings
 from stages.tokenization.template import Template
 
@@ -31,7 +31,7 @@ def prompts_file(tmp_path, *rows):
 
 def prompts(tmp_path, template, *rows):
     path = prompts_file(tmp_path, *rows)
-    return [template.tokenizer.decode(prompt.ids) for prompt in file_prompts(str(path), template)[0]]
+    return [template.tokenizer.decode(prompt.ids) for prompt in file_prompts(str(path), template).prompts]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_cannot_be_asked_is_named_and_the_rest_go_on(tmp_path, chat, row):
     with pytest.raises(DataError, match=r"prompts\.jsonl:1: .*No row of .* has a prompt"):
         prompts(tmp_path, chat, row)
     assert prompts(tmp_path, chat, {"prompt": "fine"}, row) == prompts(tmp_path, chat, {"prompt": "fine"})
-    [problem] = file_prompts(str(prompts_file(tmp_path, {"prompt": "fine"}, row)), chat)[1]
+    [problem] = file_prompts(str(prompts_file(tmp_path, {"prompt": "fine"}, row)), chat).problems
     assert problem.startswith("prompts.jsonl:2: ")
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_asked_is_named_and_the_rest_go_on(tmp_path, chat, row):
     ("name", "number"), [("mt_bench_question", 80), ("vicuna_bench_question", 80), ("ifeval_input_data", 541)]
 )
 def test_real_benchmarks(shared_data, chat, name, number):
-    assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat)[0]) == number
+    assert len(file_prompts(str(shared_data / "eval" / f"{name}.jsonl"), chat).prompts) == number
 
 
 def test_a_prompt_that_the_model_has_no_positions_for_is_left_out_and_named(
@@ -98,11 +98,15 @@ def test_a_prompt_that_the_model_has_no_positions_for_is_left_out_and_named(
     models = {"model": ModelSource("tiny", tiny_model)}
     rows: Any = SimpleNamespace(counts={"turn_end_ids": [0]}, path=tmp_path)
     compute = Compute(torch.device("cpu"), torch.float32, 2048)
-    every, _ = file_prompts(str(path), chat)
+    every = file_prompts(str(path), chat).prompts
     long = [prompt.id for prompt in every if len(prompt.ids) >= 256]
     job = SampleJob.of(models, rows, chat, SampleSettings(prompts=str(path)), compute)
-    assert list(job.too_long) == long == ["prompts_one_long.jsonl:2"]
+    assert long == ["prompts_one_long.jsonl:2"]
+    [problem] = job.left_out
+    assert problem.startswith("prompts_one_long.jsonl:2: the prompt has ")
     assert [prompt.id for prompt in job.prompts] == [prompt.id for prompt in every if prompt.id not in long]
     (tmp_path / "long.jsonl").write_text(path.read_text().splitlines()[1] + "\n")
-    with pytest.raises(DataError, match="All 1 prompts have 256 tokens or more, and tiny has 256 positions"):
+    with pytest.raises(
+        DataError, match=r"long\.jsonl:1: the prompt has .*at most 255 .*None of 1 prompts can be"
+    ):
         SampleJob.of(models, rows, chat, SampleSettings(prompts=str(tmp_path / "long.jsonl")), compute)

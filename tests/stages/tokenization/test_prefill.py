@@ -176,12 +176,12 @@ def test_sampling_goes_on_inside_the_turn(tmp_path, chat_tokenizer):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": [ASK, BEGUN]}) + "\n" + json.dumps({"messages": [ASK, BEGUN]}))
     own = made(chat_tokenizer, TRIMS)
-    prompts, problems = file_prompts(str(path), own)
-    assert [own.tokenizer.decode(prompt.ids) for prompt in prompts] == [
+    found = file_prompts(str(path), own)
+    assert [own.tokenizer.decode(prompt.ids) for prompt in found.prompts] == [
         "<|user|>\n2+2?<|end|><|assistant|>\nIt is",
         "<|user|>\n2+2?<|end|><|assistant|>\n",
     ]
-    assert not problems
+    assert not found.problems
 
 
 def test_assistant_turns_alone_ask_nothing():

@@ -97,6 +97,7 @@ def made(chat_tokenizer):
     }
 
 
+@pytest.mark.slow
 @given(conversation=conversations())
 @pytest.mark.parametrize("name", WRITTEN)
 def test_any_conversation_keeps_its_text_and_trains_exactly_the_assistants_turns(made, name, conversation):
@@ -307,6 +308,7 @@ def stopped(source, time_limit_seconds=10.0):
     return "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_never_ends_is_stopped_and_named(name):
     said = stopped(HOSTILE[name], time_limit_seconds=0.3)
@@ -314,6 +316,7 @@ def test_a_template_that_never_ends_is_stopped_and_named(name):
     assert said.endswith("was stopped. Fix the template, or choose another with --set prepare.template=NAME.")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_template_that_takes_too_much_memory_is_stopped_before_it_has_it(name, monkeypatch):

@@ -77,6 +77,7 @@ def chatml_like(turns):
     return "".join(f"<|{turn['role']}|>{turn['content']}{EOS}\n" for turn in turns)
 
 
+@pytest.mark.slow
 @given(conversation=conversations())
 @pytest.mark.parametrize("which", ["chat", "trimmed"])
 def test_any_conversation_keeps_its_text_and_trains_exactly_the_assistants(request, which, conversation):
@@ -368,6 +369,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "olmo2_dolma2", "tulu"])
 def test_real_tokenizers_keep_the_text_and_train_the_assistants(shared_data, name):
     from transformers import AutoTokenizer

@@ -62,6 +62,7 @@ def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_what_is_called_separate_has_the_ids_of_the_whole(name):
     tokenizer = trained(*KNOWN[name])
@@ -110,6 +111,7 @@ def test_a_tokenizer_the_argument_was_not_made_for_is_never_cut(change):
     assert not boundaries.can_split(boundaries.tail("a\n"), "a\n", "b")
 
 
+@pytest.mark.slow
 def test_real_chats_are_nearly_always_cut(shared_data):
     """So that the guard pays: of the first lines of hh-rlhf rendered by OLMo 2's own template, all but a few."""
     import gzip

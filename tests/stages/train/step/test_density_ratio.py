@@ -50,6 +50,7 @@ def test_classes_of_unequal_size_are_balanced() -> None:
     assert 0.7 < np.median(ratios) < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_prompts", [12, 60])
 def test_a_true_ratio_of_one_is_one(num_prompts) -> None:
     """Good and bad answers to prompts of one kind; training rows and new ones are judged alike.

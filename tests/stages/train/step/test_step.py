@@ -161,6 +161,7 @@ def assert_same(found, wanted) -> None:
     assert state == pytest.approx(expected_state, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
     rows, reference = made
@@ -177,6 +178,7 @@ def test_the_split_into_micro_batches_changes_nothing(name: str, made) -> None:
 LISTWISE = [name for name, cls in LOSSES.items() if cls.unit == "list"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LISTWISE, "dpo"])
 def test_the_split_of_ranked_lists_changes_nothing(name: str, tmp_path) -> None:
     rows = make_lists()
@@ -225,6 +227,21 @@ def test_the_budgets_make_the_numbers_of_packs_in_their_names() -> None:
     assert [len(pack_lengths(lengths, budget)) for budget in BUDGETS.values()] == [1, 2, 8]
 
 
+def test_sums_of_a_whole_step_are_those_of_its_packs_to_the_bit(made) -> None:
+    """Rounded to float32 on the way, the log-ratio of a long completion would be off."""
+    rows, reference = made
+    row_scorer = RowScorer(the_scorer(), rows, reference, parse_loss({"name": "aot"}), World())
+    groups = [rows.example_rows(example, mismatched=False) for example in range(NUM_EXAMPLES)]
+    found = row_scorer.score_all(groups)
+    assert found.logps.dtype == torch.float64
+    for pack in row_scorer.packs(groups):
+        places = [int(np.flatnonzero(np.concatenate(groups) == row)[0]) for row in pack.rows]
+        alone = row_scorer.score(pack)
+        for name in ("logps", "ref_logps"):
+            assert torch.equal(found.get(name)[places], alone.get(name))
+
+
+@pytest.mark.slow
 def test_evaluation_is_a_step_without_a_gradient(made) -> None:
     """Held-out metrics of a set of examples are those of a step on the same examples."""
     rows, reference = made

@@ -1,0 +1,1 @@
+"""`align compare`: from its arguments to figures, and how they are shown."""

@@ -1,0 +1,1 @@
+"""`align judge`: completions to verdicts. Begin at `stage.py`."""
