@@ -46,6 +46,8 @@ def check_prompt(prompt: list[Message], column: str) -> list[Message]:
 def prompt_column(row: Mapping[str, Any]) -> str:
     """The column of `PROMPT_COLUMNS` that holds the row's prompt; raises `BadRow` when none does."""
     column = next((name for name in PROMPT_COLUMNS if row.get(name)), None)
+    if column is None and (empty := [name for name in PROMPT_COLUMNS if name in row]):
+        raise BadRow(f"the prompt is empty: {', '.join(empty)}")
     if column is None:
         raise BadRow(
             f"expected a prompt in one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row))}"

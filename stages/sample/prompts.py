@@ -107,6 +107,8 @@ def file_prompts(path: str, template: Template, number: int | None = None) -> Pr
 
     A row has a prompt in a column of its own, or in any layout of preferences that `prepare` reads.
     """
+    if Path(path).suffix and not Path(path).expanduser().exists() and path.count("/") != 1:
+        raise DataError(f"No such file of prompts: {path}. Give one with --set sample.prompts=FILE.")
     source = read_source(DataSettings(path=path, max_samples=number))
     head = next(source, None)
     if head is None:

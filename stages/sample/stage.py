@@ -176,7 +176,7 @@ def _with_all_turns(own: list[CompletionRecord], job: SampleJob, index: int) -> 
                 turn=len(own) + 1,
                 completion="",
                 num_tokens=0,
-                token_ids=(),
+                token_ids=[],
                 finish_reason="not_asked",
             )
         )

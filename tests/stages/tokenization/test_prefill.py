@@ -182,6 +182,20 @@ def test_sampling_goes_on_inside_the_turn(tmp_path, chat_tokenizer):
         "<|user|>\n2+2?<|end|><|assistant|>\n",
     ]
     assert not found.problems
+<<<<<<< HEAD
+=======
+
+
+def test_template_arguments_of_a_prompt_reach_the_template(tmp_path, chat_tokenizer):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": [ASK]}, {"prompt": [ASK], "chat_template_kwargs": {"enable_thinking": False}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = made(chat_tokenizer, SWITCH)
+    for prompt, row in zip(file_prompts(str(path), own).prompts, rows, strict=True):
+        given = row.get("chat_template_kwargs", {})
+        theirs = own.tokenizer.apply_chat_template([ASK], add_generation_prompt=True, **given)
+        assert prompt.ids == theirs["input_ids"]
+>>>>>>> rest13
 
 
 def test_assistant_turns_alone_ask_nothing():
