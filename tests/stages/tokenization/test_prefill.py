@@ -182,8 +182,6 @@ def test_sampling_goes_on_inside_the_turn(tmp_path, chat_tokenizer):
         "<|user|>\n2+2?<|end|><|assistant|>\n",
     ]
     assert not found.problems
-<<<<<<< HEAD
-=======
 
 
 def test_template_arguments_of_a_prompt_reach_the_template(tmp_path, chat_tokenizer):
@@ -195,7 +193,6 @@ def test_template_arguments_of_a_prompt_reach_the_template(tmp_path, chat_tokeni
         given = row.get("chat_template_kwargs", {})
         theirs = own.tokenizer.apply_chat_template([ASK], add_generation_prompt=True, **given)
         assert prompt.ids == theirs["input_ids"]
->>>>>>> rest13
 
 
 def test_assistant_turns_alone_ask_nothing():
