@@ -42,8 +42,9 @@ def main() -> None:
     notes = (
         f"stories260K continues the prompts of tinystories_graded_synthetic, {SAMPLES} samples each, 48 tokens, temperature 1; the judge is the "
         f"share of cheerful words (`benchmarks/rewards.py`); best against worst, dpo (beta 0.1), learning rate {RATE:g}, batches of {BATCH} pairs, "
-        "optimizer state carried on. All campaigns sample as many prompts and train as many examples; offline samples all of "
-        "them from the untrained model. Prompts are drawn without repetition as long as there are any. "
+        "optimizer state carried on. All campaigns sample as many prompts; offline samples all of them from the untrained model, which answers "
+        "a prompt that comes again alike, so it has fewer pairs: compare it with the round of as many. Prompts are drawn without "
+        "repetition as long as there are any. "
         "`reward`, `wins` (against the untrained model, with 95 % interval), `kl` (nats a completion, to the reference) and "
         "`tokens` are of the held-out prompts. `reference rows` counts the rows that the reference scored; each "
         "was new."
