@@ -79,7 +79,7 @@ class Inputs:
 
     @cached_property
     def _quickstart(self) -> quickstart.Quickstart:
-        return quickstart.build(self.context.store.root, self.context.say)
+        return quickstart.build(self.context.store.root, self.context.log)
 
     def model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
@@ -250,7 +250,7 @@ class Inputs:
         if compare:
             models["reference"] = self.model(*config.reference_model)
         job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
-        job.check_tokens(self.template.tokenizer, self.context.say)
+        job.check_tokens(self.template.tokenizer, self.context.log)
         return job
 
     @property

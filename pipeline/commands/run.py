@@ -54,7 +54,7 @@ def run(inputs: "Inputs") -> RunResult:
         if stage in needed:
             results[stage.name] = stage.work(inputs)
         elif stage is CACHE_REF:
-            inputs.context.say(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
+            inputs.context.log(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
     return RunResult(results)
 
 

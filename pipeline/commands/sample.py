@@ -96,7 +96,7 @@ def sample(inputs: "Inputs") -> Sampled:
     job, context = inputs.sample_job, inputs.context
     found = find_completions(job, context)
     if found:
-        context.say(f"sample: already done, {', '.join(str(one.path) for one in found.values())}")
+        context.log(f"sample: already done, {', '.join(str(one.path) for one in found.values())}")
     return Sampled(found or make_completions(job, context), bool(found), inputs.is_quickstart)
 
 

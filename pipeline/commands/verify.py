@@ -177,7 +177,7 @@ def _rescored(inputs: "Inputs", number: int) -> Rescored:
     drawn = random.Random(0).sample(places, min(number, len(places)))
     if not drawn:
         inputs.job  # noqa: B018  raises the error that says how to make the store
-    scorer = Scorer(load_model(source, inputs.compute), inputs.compute, inputs.context.say)
+    scorer = Scorer(load_model(source, inputs.compute), inputs.compute, inputs.context.log)
     token = whole = 0.0
     with torch.inference_mode():
         for which, rows in enumerate(row_sets):

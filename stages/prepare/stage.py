@@ -137,13 +137,13 @@ def prepare(
         gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
         filters = Filters(filter_)
         for note in filters.notes():
-            context.say(note)
+            context.log(note)
         maker = ExampleMaker(converts, settings, template, filters, gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
         _refuse_no_training_row(counts, settings, draft)
         if counts.chat_rows and (note := template.renderer.fallback_note()):
-            context.say(note)
+            context.log(note)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
@@ -246,7 +246,7 @@ def _announce(
         format_ = formats[source.name]
         note = files_note(source.data)
         if note is not None:
-            context.say(note)
+            context.log(note)
         where = f"{source.name}: " if len(sources) > 1 else ""
         _, guessed = labels_of(format_, renamed(heads[source.name], source.data.columns), source.data)
         refuse_sides_by_position(heads[source.name], source.data)
@@ -264,13 +264,13 @@ def _announce(
         if guessed:
             parts.append(f"{guessed}; other meanings with --set data.labels")
         if parts:
-            context.say("; ".join(parts))
+            context.log("; ".join(parts))
     if len({format_.holds_ids for format_ in formats.values()}) > 1:
-        context.say(
+        context.log(
             "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
         )
     for note in template.renderer.notes():
-        context.say(note)
+        context.log(note)
 
 
 def _stream(data: DataSettings, format_: type[Format]) -> Iterator[SourceRow]:
