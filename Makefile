@@ -28,8 +28,8 @@ $(READY): pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) --compile-bytecode -e '.[$(EXTRA)]'
 	touch $(READY)
 
-demo: $(READY) ## the four stages on the embedded quickstart, about two minutes
-	$(BIN)/align run
+demo: $(READY) ## the four stages on the embedded quickstart, and a judge of the result; about two minutes
+	$(BIN)/align run --set judge.function=pipeline.quickstart_world:politeness
 
 test: check ## lint, types and every test
 	$(PYTEST)

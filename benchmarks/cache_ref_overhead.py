@@ -76,7 +76,7 @@ def measure(pairs: Path, model: Path, store: Path, dtype: str) -> dict[str, Any]
         "prepare": {"max_length": 512, "template": "plain"},
         "compute": {"dtype": dtype},
     }
-    session = Session(build_config(blocks), store, say=lambda line: None)
+    session = Session(build_config(blocks), store, log=lambda line: None)
     session.run("prepare")
     clock = Clock()
     patches = (

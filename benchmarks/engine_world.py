@@ -85,7 +85,7 @@ def build_world(
             "prepare": {**settings, "template": "plain"},
         }
     )
-    session = Session(config, WORLD / "artifacts", say=lambda line: None)
+    session = Session(config, WORLD / "artifacts", log=lambda line: None)
     session.run("prepare")
     return World(dataset, max_length, vocabulary, RowSet.of(session.inputs.rows, "train"), model_folder)
 

@@ -89,7 +89,7 @@ def run(data: Path, loss: str, rate: float, judge: Judge, store: Path) -> dict[s
         "sample": SAMPLE,
     }
     said: list[str] = []
-    session = Session(build_config(tree), store, say=said.append)
+    session = Session(build_config(tree), store, log=said.append)
     for stage in ("prepare", "cache-ref"):
         session.run(stage)
     trained = session.run("train").as_json()

@@ -97,7 +97,7 @@ def run(data: Path, block: dict, seed: int, store: Path) -> dict:
             },
         }
     )
-    session = Session(config, store, say=lambda line: None)
+    session = Session(config, store, log=lambda line: None)
     session.run("prepare")
     forwards = session.run("cache-ref").as_json()["forwards"] if config.loss.needs_reference else 0
     began = time.monotonic()

@@ -4,7 +4,7 @@ In: a folder with the model `models/stories260K-hf-hd32` and the stories `graded
 prompts are continued; the judge is `benchmarks.rewards:cheerfulness`. Out: `results/online.json` and `.md`. Run from the
 repository root:
 
-    python benchmarks/online.py --data FOLDER [--rounds 8]
+    python benchmarks/online.py --data FOLDER [--rounds 6]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.stories import stories
 from pipeline.config import build_config
 from pipeline.session import Session
 
-PROMPTS, SAMPLES, BATCH, RATE = 64, 4, 16, 1e-3
+PROMPTS, SAMPLES, BATCH, RATE = 64, 4, 16, 3e-4
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=6)
     arguments = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -40,10 +40,11 @@ def main() -> None:
         ):
             rows += campaign(arguments.data, name, rounds, prompts, Path(folder) / str(rounds))
     notes = (
-        f"stories260K continues the prompts of tinystories_graded_synthetic, {SAMPLES} samples each, 64 tokens, temperature 1; the judge is the "
+        f"stories260K continues the prompts of tinystories_graded_synthetic, {SAMPLES} samples each, 48 tokens, temperature 1; the judge is the "
         f"share of cheerful words (`benchmarks/rewards.py`); best against worst, dpo (beta 0.1), learning rate {RATE:g}, batches of {BATCH} pairs, "
-        "optimizer state carried on. All campaigns sample as many prompts and train as many examples; offline samples all of "
-        "them from the untrained model. Prompts are drawn without repetition as long as there are any. "
+        "optimizer state carried on. All campaigns sample as many prompts; offline samples all of them from the untrained model, which answers "
+        "a prompt that comes again alike, so it has fewer pairs: compare it with the round of as many. Prompts are drawn without "
+        "repetition as long as there are any. "
         "`reward`, `wins` (against the untrained model, with 95 % interval), `kl` (nats a completion, to the reference) and "
         "`tokens` are of the held-out prompts. `reference rows` counts the rows that the reference scored; each "
         "was new."
@@ -60,13 +61,13 @@ def campaign(data: Path, name: str, rounds: int, prompts: int, store: Path) -> l
             "num_epochs": 1,
             "lr_scheduler_type": "constant",
         },
-        "sample": {"engine": "transformers", "num_prompts": None, "max_tokens": 64, "temperature": 1.0},
+        "sample": {"engine": "transformers", "num_prompts": None, "max_tokens": 48, "temperature": 1.0},
         "judge": {"function": "benchmarks.rewards:cheerfulness"},
         "online": {
             "rounds": rounds,
             "prompts_per_round": prompts,
             "num_samples": SAMPLES,
-            # The model was trained on stories of several hundred tokens: hardly one ends within 64.
+            # The model was trained on stories of several hundred tokens: hardly one ends within 48.
             "unfinished": "keep",
         },
     }

@@ -56,7 +56,7 @@ def tokenizers(folder: Path) -> list[tuple[str, Any]]:
 
 def prepared(path: Path, template: Template, folder: str) -> dict[str, Any]:
     """What became of one file with no option but its path."""
-    settings, context = PrepareSettings(max_length=1024), Context(Store(Path(folder)), say=lambda _: None)
+    settings, context = PrepareSettings(max_length=1024), Context(Store(Path(folder)), log=lambda _: None)
     try:
         artifact = prepare(DataSettings(path=str(path)), settings, template, context)
     except DataError as error:

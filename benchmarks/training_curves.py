@@ -72,7 +72,7 @@ def tree(data: Path, rate: float, **blocks: dict) -> dict:
 
 def train(settings: dict, store: Path) -> list[dict]:
     """The metrics of one training, by the stages in this process."""
-    session = Session(build_config(settings), store, say=lambda line: None)
+    session = Session(build_config(settings), store, log=lambda line: None)
     for stage in ("prepare", "cache-ref"):
         session.run(stage)
     result = session.run("train").as_json()
@@ -83,7 +83,7 @@ def train(settings: dict, store: Path) -> list[dict]:
 def train_on_ranks(settings: dict, store: Path, ranks: int) -> list[dict]:
     """The same under torchrun."""
     for stage in ("prepare", "cache-ref"):
-        Session(build_config(settings), store, say=lambda line: None).run(stage)
+        Session(build_config(settings), store, log=lambda line: None).run(stage)
     config = store / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

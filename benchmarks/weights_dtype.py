@@ -61,7 +61,7 @@ def main() -> None:
 
 def prepare(data: Path, store: Path):
     config = build_config(stories(data, mismatched=False))
-    session = Session(config, store, say=lambda line: None)
+    session = Session(config, store, log=lambda line: None)
     session.run("prepare")
     session.run("cache-ref")
     job = session.inputs.job

@@ -52,17 +52,17 @@ class Claim:
                 os.utime(self._path)
 
 
-def claim(folder: Path, say: Callable[[str], None] = lambda line: None) -> Claim:
+def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim:
     """Make this process the only one that writes into `folder`, which is created; raises `BusyError` for another one.
 
-    `say` is told before the wait for an owner on another machine.
+    `log` is told before the wait for an owner on another machine.
     """
     path = folder / OWNER
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _lock(handle) or _lives_elsewhere(path, say):
+            if not _lock(handle) or _lives_elsewhere(path, log):
                 raise BusyError(_who(path))
             if _is_at(handle, path):
                 _write_record(handle)
@@ -140,12 +140,12 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _lives_elsewhere(path: Path, say: Callable[[str], None]) -> bool:
+def _lives_elsewhere(path: Path, log: Callable[[str], None]) -> bool:
     """Whether an owner on another machine, whose lock this one may not see, touches its file."""
     record = _record(path)
     if record is None or record["host"] == host():
         return False
-    say(f"{_who(path)} Looking for {SILENT_SECONDS:.0f} s whether it is alive.")
+    log(f"{_who(path)} Looking for {SILENT_SECONDS:.0f} s whether it is alive.")
     before, end = path.stat().st_mtime_ns, time.monotonic() + SILENT_SECONDS
     while time.monotonic() < end:
         time.sleep(min(1.0, SILENT_SECONDS / 10))

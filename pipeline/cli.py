@@ -51,6 +51,10 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
             _print(result, options.json_)
             if not options.json_ and not options.dry_run:
                 tables.print_cuts(tables.console(), session.inputs.found_rows)
+        if (
+            failure := getattr(result, "failure", None)
+        ) is not None:  # a check that was carried out and failed
+            raise failure
     except AlignError as error:
         if options.debug:
             raise

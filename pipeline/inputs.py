@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
 from cache.errors import StaleError
+from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
 from pipeline.config import RunConfig
@@ -78,7 +79,7 @@ class Inputs:
 
     @cached_property
     def _quickstart(self) -> quickstart.Quickstart:
-        return quickstart.build(self.context.store.root, self.context.say)
+        return quickstart.build(self.context.store.root, self.context.log)
 
     def model(self, name: str, revision: str | None, or_adapter: bool = False) -> ModelSource:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
@@ -204,7 +205,8 @@ class Inputs:
         """The prompts and sampling settings for `train.sample_steps`, from the block `sample`."""
         job = SampleJob.of({}, self.rows, self.template, self.config.sample, self.compute)
         settings = self.config.train
-        return PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+        pool = PromptPool(job.prompts, settings.sample_prompts, settings.sample_strategy, job.sampling)
+        return pool if self.config.judge.function is None else _judged(pool, self.config.judge.function)
 
     @property
     def policy(self) -> ModelSource:
@@ -248,7 +250,7 @@ class Inputs:
         if compare:
             models["reference"] = self.model(*config.reference_model)
         job = SampleJob.of(models, self.rows, self.template, config.sample, self.compute)
-        job.check_tokens(self.template.tokenizer, self.context.say)
+        job.check_tokens(self.template.tokenizer, self.context.log)
         return job
 
     @property
@@ -262,3 +264,11 @@ class Inputs:
         """Whether the configuration uses the embedded model or data and these are not built yet."""
         used = self.is_quickstart or self.config.policy.model == QUICKSTART
         return used and not quickstart.folder_of(self.context.store.root).is_dir()
+
+
+def _judged(pool: PromptPool, function: str) -> PromptPool:
+    """The pool with the scores of a function judge."""
+    from stages.judge.function import FunctionJudge
+
+    judge = FunctionJudge.of(function)
+    return replace(pool, score=judge.score, judge=fingerprint(judge.identity))

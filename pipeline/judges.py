@@ -12,11 +12,10 @@ from cache.errors import StaleError, UsageError
 from stages.compare.completions import Completed, Paired, completions_of, paired
 from stages.judge.contract import Judge
 from stages.judge.stage import Asking, JudgeJob
+from stages.settings.judge import KINDS
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
-
-KINDS = ("function", "reward_model", "endpoint", "implicit", "answers")
 
 
 def judge_kind(inputs: "Inputs") -> str | None:
@@ -53,7 +52,7 @@ def _reward_model(inputs: "Inputs") -> Judge:
     from stages.judge.reward_model import RewardModelJudge
 
     source = inputs.model(inputs.config.judge.reward_model or "", None)
-    return RewardModelJudge.of(source, inputs.compute, inputs.context.say)
+    return RewardModelJudge.of(source, inputs.compute, inputs.context.log)
 
 
 def _answers(inputs: "Inputs") -> Judge:
@@ -70,7 +69,7 @@ def _implicit(inputs: "Inputs") -> Judge:
     policy = inputs.policy if name is None else inputs.model(name, None, or_adapter=True)
     reference = inputs.model(*inputs.config.reference_model)
     return ImplicitJudge(
-        policy, reference, settings.beta, inputs.template, inputs.compute, inputs.context.say
+        policy, reference, settings.beta, inputs.template, inputs.compute, inputs.context.log
     )
 
 
@@ -90,7 +89,7 @@ def judge_job(inputs: "Inputs", judge: Judge, found: Paired) -> JudgeJob:
         (found.baseline_alone, "completions of the baseline"),
     ):
         if number:
-            inputs.context.say(f"judge: left out {number:,} {whose} without a partner")
+            inputs.context.log(f"judge: left out {number:,} {whose} without a partner")
     settings = inputs.config.judge
     return JudgeJob(
         judge,

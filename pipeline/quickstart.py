@@ -89,7 +89,7 @@ def folder_of(root: Path, recipe: Recipe = Recipe()) -> Path:
     return root / "quickstart" / f"v1-{short(fingerprint(identity))}"
 
 
-def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> Quickstart:
+def build(root: Path, log: Callable[[str], None], recipe: Recipe = Recipe()) -> Quickstart:
     """Return the quickstart under `root`; the first call builds it in about 15 s on one core.
 
     Raises `CorruptError` if a file of an earlier build is missing or was changed.
@@ -98,7 +98,7 @@ def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> 
     if final.is_dir():
         _check(final)
     else:
-        say(
+        log(
             "Building the quickstart: preference data, tokenizer and model (once, about 15 seconds on one core)."
         )
         prefix = f"{TEMPORARY_PREFIX}{final.name}."
@@ -107,7 +107,7 @@ def build(root: Path, say: Callable[[str], None], recipe: Recipe = Recipe()) -> 
             staging = final.with_name(f"{prefix}{temporary_suffix()}")
             owned = claim(staging)
         try:
-            _write(staging, recipe, say)
+            _write(staging, recipe, log)
             owned.release()
             publish_folder(staging, final)
         finally:
@@ -125,12 +125,12 @@ def _check(folder: Path) -> None:
             )
 
 
-def _write(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+def _write(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # `say` reports progress
+    logging.disable_progress_bar()  # `log` reports progress
     tokenizer = make_tokenizer(recipe)
-    model = pretrain(tokenizer, recipe, say)
+    model = pretrain(tokenizer, recipe, log)
     with disk_errors_named(folder):
         lines = [json.dumps(pair, ensure_ascii=False) for pair in preference_pairs(recipe.seed)]
         (folder / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -174,7 +174,7 @@ def make_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
 
 
 def pretrain(
-    tokenizer: "PreTrainedTokenizerFast", recipe: Recipe, say: Callable[[str], None]
+    tokenizer: "PreTrainedTokenizerFast", recipe: Recipe, log: Callable[[str], None]
 ) -> "LlamaForCausalLM":
     """Train a Llama from scratch on every answer in both tones, equally often."""
     import torch
@@ -211,7 +211,7 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-    say(
+    log(
         f"Trained the quickstart model: {model.num_parameters():,} parameters, {len(batches)} steps, loss {loss.item():.3f}."
     )
     return model.eval()

@@ -12,7 +12,7 @@ from pipeline.commands import COMMANDS
 from pipeline.commands.command import Result
 from pipeline.config import RunConfig
 from pipeline.inputs import Inputs
-from stages.runtime.context import Context, say_on_stderr
+from stages.runtime.context import Context, log_to_stderr
 
 
 class Session:
@@ -24,12 +24,12 @@ class Session:
         store: Path,
         arguments: str = "",
         loss: str | None = None,
-        say: Callable[[str], None] = say_on_stderr,
+        log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Load nothing. `arguments` and `loss` are the command line's, for the commands that errors suggest."""
         self.config = config
         takes_loss = frozenset(name for name, command in COMMANDS.items() if command.takes_loss)
-        self.context = Context(Store(store), config.to_yaml(), arguments, loss, takes_loss, say)
+        self.context = Context(Store(store), config.to_yaml(), arguments, loss, takes_loss, log)
         self.inputs = Inputs(config, self.context)
 
     def run(self, name: str, **options: Any) -> Result:

@@ -64,7 +64,7 @@ def evaluate_model(
         model,
         "The model",
         f"Evaluate it on rows of its own: prepare them with --set policy.model={model.name}",
-        context.say,
+        context.log,
     )
     check_rows(job, sets.values(), base_of(model) if is_adapter(model.folder) else model, context)
     check_base(model)
@@ -77,7 +77,7 @@ def _metrics_of(
 ) -> dict[str, dict[str, float]]:
     from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
-    scorer = Scorer(load_any(model, job.compute), job.compute, context.say)
+    scorer = Scorer(load_any(model, job.compute), job.compute, context.log)
     row_scorers = make_row_scorers(
         scorer,
         sets.values(),

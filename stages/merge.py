@@ -44,9 +44,9 @@ def merge(
     exact = Compute(compute.device, torch.float32, compute.tokens_per_batch)
     adapted = load_adapter(load_model(base, exact), policy.path)
     sample = _sample(rows)
-    before = _score(Scorer(adapted.get_base_model(), exact, context.say), sample)
+    before = _score(Scorer(adapted.get_base_model(), exact, context.log), sample)
     merged = adapted.merge_and_unload(safe_merge=True)
-    after = _score(Scorer(merged, exact, context.say), sample)
+    after = _score(Scorer(merged, exact, context.log), sample)
     difference = float((after - before).abs().max()) if len(before) else 0.0
     if not difference <= TOLERANCE:
         raise CorruptError(

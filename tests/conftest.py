@@ -242,7 +242,7 @@ def said() -> list[str]:
 @pytest.fixture
 def context(store, said) -> Context:
     """The surroundings of a stage run, over `store`; what it says goes to `said`."""
-    return Context(store, say=said.append)
+    return Context(store, log=said.append)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ LEVELS = (
     ("stages/tokenization", "stages/generation", "stages/train/step", "stages/train/monitoring"),
     ("stages/compare",),
     ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge"),
-    ("stages/plan", "stages/evaluate.py", "stages/merge.py"),
+    ("stages/plan", "stages/evaluate.py", "stages/merge.py", "stages/verify.py"),
     ("pipeline",),
 )
 STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge")

@@ -12,7 +12,22 @@ from pipeline.commands.prepare import PREPARE
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
 from pipeline.commands.train import TRAIN
+from pipeline.commands.verify import VERIFY
 
 # In the order of `align --help`.
-LISTED = (PREPARE, CACHE_REF, TRAIN, SAMPLE, RUN, JUDGE, COMPARE, ONLINE, EVALUATE, MERGE, PLAN, INSPECT)
+LISTED = (
+    PREPARE,
+    CACHE_REF,
+    TRAIN,
+    SAMPLE,
+    RUN,
+    JUDGE,
+    COMPARE,
+    ONLINE,
+    EVALUATE,
+    MERGE,
+    PLAN,
+    INSPECT,
+    VERIFY,
+)
 COMMANDS = {command.name: command for command in LISTED}

@@ -65,7 +65,7 @@ def cache_ref(
     folder = done.reference.folder
     if not done.rows_scored:
         whose = f" of shard {shard}" if shard else ""
-        inputs.context.say(f"cache-ref: all {done.rows_needed:,} rows{whose} are already in {folder}")
+        inputs.context.log(f"cache-ref: all {done.rows_needed:,} rows{whose} are already in {folder}")
     return Scored(
         folder, done.reference.fingerprint, done.rows_needed, done.rows_scored, done.forwards, done.seconds
     )

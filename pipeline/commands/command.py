@@ -125,10 +125,10 @@ def flag(name: str, help: str) -> Any:
 
 
 def found_or_made(
-    name: str, found: Artifact | None, make: Callable[[], Artifact], say: Callable[[str], None]
+    name: str, found: Artifact | None, make: Callable[[], Artifact], log: Callable[[str], None]
 ) -> tuple[Artifact, bool]:
     """The artifact of a stage, made unless it was `found`; whether it was."""
     if found is None:
         return make(), False
-    say(f"{name}: already done, {found.path}")
+    log(f"{name}: already done, {found.path}")
     return found, True

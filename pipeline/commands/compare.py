@@ -54,7 +54,7 @@ def compare(
     found = compare_paths(inputs, completions or [])
     if html is not None:
         write_page(html, found)
-        inputs.context.say(f"compare: wrote {html}")
+        inputs.context.log(f"compare: wrote {html}")
     return ComparedModels(found)
 
 

@@ -67,7 +67,7 @@ def evaluate(
     state = saved_state(model.folder, job.loss)
     if job.loss.keeps_state:
         start = f"continues from {model.name}" if state else "starts at 0, as before the first step"
-        context.say(f"The running mean of {inputs.loss_name} {start}: {model.folder}")
+        context.log(f"The running mean of {inputs.loss_name} {start}: {model.folder}")
     sets = evaluate_model(job, model, state, context)
     judged = judge_run(inputs) if judge else None
     return Evaluated(model.name, inputs.loss_name, state if job.loss.keeps_state else None, sets, judged)

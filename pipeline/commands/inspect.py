@@ -79,7 +79,7 @@ def inspect(
     overview, examples = rows.overview(), rows.chosen(row, random, longest)
     if html is not None:
         write_page(html, overview, examples, ids)
-        inputs.context.say(f"inspect: wrote {html}")
+        inputs.context.log(f"inspect: wrote {html}")
     return Inspected(overview, examples, ids)
 
 

@@ -59,7 +59,7 @@ def judge(inputs: "Inputs") -> JudgedRun:
     context = inputs.context
     job = judge_job(inputs, open_judge(inputs), run_pairs(inputs))
     make = partial(make_verdicts, job, context)
-    artifact, reused = found_or_made("judge", find_verdicts(job, context), make, context.say)
+    artifact, reused = found_or_made("judge", find_verdicts(job, context), make, context.log)
     return JudgedRun(artifact, reused, Against.of(read_verdicts(artifact.path)))
 
 

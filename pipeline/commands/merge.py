@@ -38,7 +38,7 @@ def merge(inputs: "Inputs") -> Merged:
     policy, context = inputs.policy_artifact, inputs.context
     found = find_merged(policy, context)
     make = partial(make_model, policy, inputs.policy_source, inputs.rows, inputs.compute, context)
-    return Merged(*found_or_made("merge", found, make, context.say))
+    return Merged(*found_or_made("merge", found, make, context.log))
 
 
 def would_merge(inputs: "Inputs") -> Intent:

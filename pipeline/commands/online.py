@@ -83,7 +83,7 @@ def online(inputs: "Inputs") -> OnlineResult:
         one, policy, heldout = run.round(number, policy, first)
         first = first or heldout
         done.append(one)
-        inputs.context.say(
+        inputs.context.log(
             f"online: round {number} of {run.settings.rounds}: {one.pairs} pairs of {one.prompts} prompts, "
             f"{'' if one.reward is None else f'mean score {one.reward:.3f}, '}{one.seconds:.0f} s"
         )

@@ -136,7 +136,7 @@ def plan(
     """
     from stages.plan.stage import plan_training
 
-    return Planned(plan_training(inputs.job_without_reference, measure, inputs.context.say))
+    return Planned(plan_training(inputs.job_without_reference, measure, inputs.context.log))
 
 
 PLAN = Command("plan", plan, examples=("align plan", "align plan -c configs/dpo.yaml --measure"))

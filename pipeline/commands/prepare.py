@@ -78,7 +78,7 @@ def prepare(inputs: "Inputs") -> Prepared:
 
     def rows(source: "RowsSource") -> tuple[Artifact, bool]:
         make = partial(make_rows, *source)
-        return found_or_made("prepare", find_rows(*source), make, inputs.context.say)
+        return found_or_made("prepare", find_rows(*source), make, inputs.context.log)
 
     artifact, reused = rows(inputs.rows_source)
     sets = {name: StageResult(*rows(source)) for name, source in inputs.eval_sources.items()}

@@ -1,4 +1,4 @@
-"""`align run`: runs the four stages in order."""
+"""`align run`: runs the four stages in order, and the judge if the configuration names one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.command import Command, Result
+from pipeline.commands.judge import JUDGE
 from pipeline.commands.prepare import PREPARE
 from pipeline.commands.sample import SAMPLE
 from pipeline.commands.train import TRAIN
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.inputs import Inputs
 
-STAGES = (PREPARE, CACHE_REF, TRAIN, SAMPLE)
+STAGES = (PREPARE, CACHE_REF, TRAIN, SAMPLE, JUDGE)
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,24 @@ class RunResult:
 
 
 def needed_stages(config: "RunConfig") -> list[Command]:
-    """The stages that a configuration needs: a loss without a reference needs no cache-ref."""
-    return [stage for stage in STAGES if stage is not CACHE_REF or config.loss.needs_reference]
+    """The stages that a configuration needs: cache-ref for a loss with a reference, judge where there is one and two models."""
+    unneeded = set[str]()
+    if not config.loss.needs_reference:
+        unneeded.add(CACHE_REF.name)
+    if not (config.sample.compare and config.judge.is_named):
+        unneeded.add(JUDGE.name)
+    return [stage for stage in STAGES if stage.name not in unneeded]
 
 
 def run(inputs: "Inputs") -> RunResult:
-    """Run stages 1 to 4 in order; results that exist are reused."""
+    """Run stages 1 to 4 in order, and the judge if the block judge names one; results that exist are reused."""
     needed = needed_stages(inputs.config)
     results = {}
     for stage in STAGES:
         if stage in needed:
             results[stage.name] = stage.work(inputs)
-        else:
-            inputs.context.say(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
+        elif stage is CACHE_REF:
+            inputs.context.log(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
     return RunResult(results)
 
 

@@ -52,8 +52,8 @@ class Sampled:
             counts = artifact.counts
             of = "" if counts["prompt_set"] == "prompts" else f" of {counts['prompt_set']}"
             what = (
-                f"{side}: {counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts{of} with "
-                f"{counts['engine']}, {counts['finished']:,} finished before sample.max_tokens"
+                f"{side}: {counts['num_completions']:,} completions of {counts['num_prompts']:,} prompts{of} by "
+                f"{counts['engine']}, {counts['finished']:,} ended"
             )
             tables.headline(console, "sample", what, artifact.path, self.reused)
             lines[side] = read_jsonl(artifact.path / FILE)
@@ -96,7 +96,7 @@ def sample(inputs: "Inputs") -> Sampled:
     job, context = inputs.sample_job, inputs.context
     found = find_completions(job, context)
     if found:
-        context.say(f"sample: already done, {', '.join(str(one.path) for one in found.values())}")
+        context.log(f"sample: already done, {', '.join(str(one.path) for one in found.values())}")
     return Sampled(found or make_completions(job, context), bool(found), inputs.is_quickstart)
 
 

@@ -78,7 +78,7 @@ def train(inputs: "Inputs") -> Trained:
     if found:
         remove_leftovers(found)
     make = partial(make_policy, job, inputs.config.track, context)
-    return Trained(*found_or_made("train", found, make, context.say))
+    return Trained(*found_or_made("train", found, make, context.log))
 
 
 def would_train(inputs: "Inputs") -> Intent:

@@ -127,10 +127,10 @@ def _score(
     # Brings transformers' modelling code: only when there is something to score.
     from stages.engine.scorer import Scorer
 
-    context.say(
+    context.log(
         f"Scoring {missing:,} rows with {source.name} ({compute.arithmetic} on {compute.device.type})"
     )
-    scorer = Scorer(load_model(source, compute), compute, context.say)
+    scorer = Scorer(load_model(source, compute), compute, context.log)
     checked_logps(scorer, longest, longest_example(longest))
     scorer.forwards = 0
     with (

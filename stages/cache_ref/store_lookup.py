@@ -92,7 +92,7 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
 def check_tokens(used: TokensInUse, source: ModelSource, context: Context) -> None:
     """Raise `UsageError` if the rows' tokens are others to the reference."""
     remedy = "Its log-probs of these rows mean nothing; use a reference with the policy's tokenizer: --set reference.model=NAME"
-    used.check(source, "The reference", remedy, context.say)
+    used.check(source, "The reference", remedy, context.log)
 
 
 def _compare_tokens(
@@ -134,7 +134,7 @@ def _compare_files(name: str, place: Place, noted: dict[str, list[int]], context
         )
     if now != noted:
         gone = ", ".join(sorted(noted.keys() - now))
-        context.say(f"The reference {name} is gone ({gone}); its stored log-probs are used as they are.")
+        context.log(f"The reference {name} is gone ({gone}); its stored log-probs are used as they are.")
 
 
 def _read_note(path: Path, context: Context) -> dict[str, Any]:

@@ -31,21 +31,23 @@ PROMPT_COLUMNS = ("prompt", "instruction", "messages", "conversations", "questio
 
 
 def prompt_of(row: Mapping[str, Any], column: str = "prompt") -> str | list[Message]:
-    """A column with a prompt: text, or messages that do not end with an assistant turn."""
+    """A column with a prompt: text, or messages; where they end with an assistant turn, the completion continues it."""
     prompt = text_or_messages(row, column)
     return prompt if isinstance(prompt, str) else check_prompt(prompt, column)
 
 
 def check_prompt(prompt: list[Message], column: str) -> list[Message]:
-    """The prompt; raises `BadRow` when it ends with an assistant turn."""
-    if prompt[-1]["role"] == "assistant":
-        raise BadRow(f"{column}: ends with an assistant turn, so there is nothing to answer")
+    """The prompt; raises `BadRow` when it has assistant turns alone."""
+    if all(turn["role"] == "assistant" for turn in prompt):
+        raise BadRow(f"{column}: expected a turn of a user in the prompt, found assistant turns alone")
     return prompt
 
 
 def prompt_column(row: Mapping[str, Any]) -> str:
     """The column of `PROMPT_COLUMNS` that holds the row's prompt; raises `BadRow` when none does."""
     column = next((name for name in PROMPT_COLUMNS if row.get(name)), None)
+    if column is None and (empty := [name for name in PROMPT_COLUMNS if name in row]):
+        raise BadRow(f"the prompt is empty: {', '.join(empty)}")
     if column is None:
         raise BadRow(
             f"expected a prompt in one of the columns {', '.join(PROMPT_COLUMNS)}, found {', '.join(sorted(row))}"

@@ -23,10 +23,17 @@ def transcript(value: str, column: str) -> list[Message]:
 
 
 def transcript_prompt(value: str) -> list[Message] | None:
-    """The turns before the answer of a transcript that ends where the assistant's turn begins; None for another text."""
-    if not value.startswith("\n\nHuman:") or not value.rstrip().endswith("\n\nAssistant:"):
+    """The turns of a transcript that ends where the assistant's turn begins, or inside it; None for another text."""
+    if not value.startswith("\n\nHuman:"):
         return None
-    return transcript(value, "prompt")[:-1]
+    turns = transcript(value, "prompt")
+    if turns[-1]["role"] != "assistant":
+        return None
+    if not turns[-1]["content"]:
+        return turns[:-1]
+    # The completion goes on behind the text as it is, with the white space at its end.
+    begun = value.rpartition("\n\nAssistant:")[2].lstrip()
+    return [*turns[:-1], {"role": "assistant", "content": begun}]
 
 
 def expected_transcript(value: str) -> str:

@@ -42,7 +42,7 @@ class Scorer(nn.Module):
         self,
         model: Any,
         compute: Compute,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         gradient_checkpointing: bool = False,
         activation_offload: bool = False,
         backends: Sequence[str] | None = None,
@@ -71,9 +71,9 @@ class Scorer(nn.Module):
         names = backends or BACKENDS.get(compute.device.type, (segment_attention.NAME,))
         self.way = checked or Way()
         if not checked:
-            self.way = choose_way(self, names, say)
+            self.way = choose_way(self, names, log)
             if gradient_checkpointing:
-                self.way = replace(self.way, checkpoints=can_checkpoint(self, say))
+                self.way = replace(self.way, checkpoints=can_checkpoint(self, log))
         if gradient_checkpointing and self.way.checkpoints:
             enable_checkpointing(model)
 

@@ -54,7 +54,7 @@ class Way:
         return np.ones(len(pack.rows), bool) if self.longest is None else pack.row_lengths <= self.longest
 
 
-def choose_way(scorer: Scorer, names: Sequence[str], say: Callable[[str], None]) -> Way:
+def choose_way(scorer: Scorer, names: Sequence[str], log: Callable[[str], None]) -> Way:
     """The first backend of `names` that reproduces the model's own log-probs, or none, and for which rows.
 
     Raises `UsageError` for a model that is not causal or cannot be scored, `DataError` where log-probs are not finite.
@@ -81,18 +81,18 @@ def choose_way(scorer: Scorer, names: Sequence[str], say: Callable[[str], None])
                 break
     unpacked = "in right-padded batches" if way.padded else "one completion at a time"
     if way.backend is None:
-        say(f"{name_of_model} is scored {unpacked} (slower): {problems[-1]}.")
+        log(f"{name_of_model} is scored {unpacked} (slower): {problems[-1]}.")
     elif problems[0]:
-        say(f"{name_of_model} attends by {way.backend}: {problems[0]} with {names[0]}.")
+        log(f"{name_of_model} attends by {way.backend}: {problems[0]} with {names[0]}.")
     if way.longest is not None:
-        say(
+        log(
             f"{name_of_model} packs rows of up to {way.longest:,} tokens, longer ones are scored {unpacked} (slower): "
             f"beyond that length a pack does not reproduce its own log-probs."
         )
     return way
 
 
-def can_checkpoint(scorer: Scorer, say: Callable[[str], None]) -> bool:
+def can_checkpoint(scorer: Scorer, log: Callable[[str], None]) -> bool:
     """Whether the model's layers can be checkpointed without noise: the same log-probs twice, and those without.
 
     To the bit on a CPU, but for rounding on a GPU, where sums over experts have no fixed order.
@@ -105,14 +105,14 @@ def can_checkpoint(scorer: Scorer, say: Callable[[str], None]) -> bool:
             enable_checkpointing(model)
             found = [scorer(pack).completion_logps for _ in range(2)]
         except ValueError as error:
-            say(f"Gradient checkpointing is off: {failure_text(error)}")
+            log(f"Gradient checkpointing is off: {failure_text(error)}")
             return False
         finally:
             disable_checkpointing(model)
     noise = max(float((logps - expected).abs().max()) for logps in found)
     if noise <= (0.0 if expected.device.type == "cpu" else ROUNDING):
         return True
-    say(
+    log(
         f"Gradient checkpointing is off: {type(model).__name__} draws random numbers under it, "
         f"which moves log-probs by up to {noise:.3g} nats."
     )

@@ -5,7 +5,7 @@ first rows: where not exactly one format matches them, the user has to choose.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cache.errors import DataError
@@ -46,6 +46,7 @@ from stages.formats.llama_factory import (
 )
 from stages.formats.one_response_per_row import Prometheus, ScoredRows, TokenizedPair, TokenizedUnpaired
 from stages.formats.ties_and_rankings import conversion
+from stages.formats.trees import OpenAssistant, spread
 from stages.formats.trl import (
     Explicit,
     Graded,
@@ -123,6 +124,7 @@ FAMILIES: dict[str, tuple[type[Format], ...]] = {
         Prometheus,
         RankedAnswers,
         NeMo,
+        OpenAssistant,
         Nectar,
         OnPolicyScores,
     ),
@@ -144,12 +146,19 @@ __all__ = [
     "Preference",
     "Tokens",
     "Unusable",
+    "arranged",
     "choose_format",
     "conversion",
     "detect_format",
-    "gather",
     "renamed",
 ]
+
+
+def arranged(rows: Iterable[SourceRow], format_: type[Format]) -> Iterator[SourceRow]:
+    """The rows of a source as its format converts them: those of one prompt gathered, trees spread, most as they are."""
+    if format_.gathered_by:
+        return gather(rows, format_.gathered_by)
+    return spread(rows) if format_.has_trees else iter(rows)
 
 
 def detect_format(name: str, rows: Sequence[SourceRow]) -> type[Format]:

@@ -42,13 +42,15 @@ class Candidate:
     """One completion: plain text, messages (assistant turns, possibly others between them), or token ids.
 
     `role` is chosen, rejected, desirable, undesirable or ranked, or 'scored' for a single response that
-    `data.threshold` makes desirable or undesirable.
+    `data.threshold` makes desirable or undesirable. Where `ends_turn` is false, it is one step of an answer, and gets no
+    end token.
     """
 
     completion: str | list[Message] | Tokens
     role: str
     score: float | None = None
     weight: float = 1.0
+    ends_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Format:
     ranked: ClassVar[bool] = False
     # Rows are single responses; those with the same values in these columns are gathered first.
     gathered_by: ClassVar[tuple[str, ...]] = ()
+    # A row is a tree of messages, which becomes a row for every message with ranked replies.
+    has_trees: ClassVar[bool] = False
     # Columns whose values mean good or bad, or which of two answers; `data.labels` maps them.
     label_columns: ClassVar[tuple[str, ...]] = ()
     # What they may mean.
@@ -155,9 +159,10 @@ def assembled(
     turns = transcript_prompt(prompt) if isinstance(prompt, str) else None
     if turns:
         prompt = turns
-        sides = [
-            (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
-        ]
+        if turns[-1]["role"] != "assistant":  # a completion that continues a turn keeps its white space
+            sides = [
+                (side.strip() if isinstance(side, str) else side, role, score) for side, role, score in sides
+            ]
     all_text = all(isinstance(value, str) for value in (prompt, *(side[0] for side in sides)))
     if tools or system or arguments or not all_text:
         prompt = as_messages(prompt, "user")

@@ -5,12 +5,13 @@ documented schema" were not tried on a file of that data set.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from stages.data.columns import entries, finite_number, is_absent, one_of, shown, text
-from stages.data.messages import Message, as_messages, check_prompt, messages, prompt_of
+from stages.data.messages import Message, as_messages, messages, prompt_of
 from stages.data.source_row import BadRow
-from stages.data.transcript import transcript
+from stages.data.transcript import transcript, transcript_prompt
 from stages.formats.contract import Format, Preference, assembled, pair, ranked
 from stages.formats.llama_factory import instruction_of
 from stages.formats.trl import is_text, listed, split_shared
@@ -19,7 +20,11 @@ TIES = ("tie", "tie (bothbad)", "tie (inconsistent)", "both_bad")
 
 
 class StepDPO(Format):
-    """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps; the steps end the prompt."""
+    """Step-DPO (2406.18629): `prompt`, the steps already taken, and two next steps.
+
+    As in the paper's code, the steps are the beginning of the assistant's turn (train.py), and a next step goes on from there
+    without an end token behind it (stepdpo_trainer.py).
+    """
 
     name: ClassVar[str] = "step_dpo"
     origin: ClassVar[str] = "Step-DPO †"
@@ -34,8 +39,12 @@ class StepDPO(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        prompt = f"{text(row, 'prompt')}\n{text(row, 'initial_reason_steps')}"
-        return pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
+        prompt, steps = _user(text(row, "prompt")), text(row, "initial_reason_steps")
+        if steps:
+            prompt.append({"role": "assistant", "content": steps})
+        preference = pair(row, prompt, text(row, "chosen"), text(row, "rejected"))
+        sides = [replace(candidate, ends_turn=False) for candidate in preference.candidates]
+        return replace(preference, candidates=sides)
 
 
 class Arena(Format):
@@ -213,10 +222,8 @@ class Nectar(Format):
 
     @classmethod
     def convert(cls, row: Mapping[str, Any]) -> Preference:
-        turns = transcript("\n\n" + text(row, "prompt").lstrip(), "prompt")
-        if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
-            turns = turns[:-1]
-        check_prompt(turns, "prompt")
+        prompt = "\n\n" + text(row, "prompt").lstrip()
+        turns = transcript_prompt(prompt) or transcript(prompt, "prompt")
         answers = entries(row, "answers")
         if not all(isinstance(answer, Mapping) for answer in answers):
             raise BadRow("answers: expected objects with answer and rank")

@@ -157,5 +157,5 @@ class V1Messages(Format):
 
 
 def prompt_messages(row: Mapping[str, Any], column: str) -> list[Message]:
-    """A conversation that does not end with an assistant turn."""
+    """A conversation; where it ends with an assistant turn, the completion continues it."""
     return check_prompt(messages(row, column), column)

@@ -256,7 +256,8 @@ class Bedrock(Format):
             sides[label] = [_turn({**candidate, "role": "assistant"}, "content")]
         if not len(sides) == len(candidates) == 2:
             raise BadRow("candidates: expected one that is preferred and one that is non-preferred")
-        plain = {"weight": row.get("weight")}
+        # The system text is in the prompt.
+        plain = {name: row.get(name) for name in ("weight", "tools", "chat_template_kwargs")}
         return pair(plain, prompt, sides["preferred"], sides["non-preferred"])
 
 

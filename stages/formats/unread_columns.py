@@ -27,8 +27,13 @@ MEANINGFUL = PICTURES | {
     "initial_reason_steps",
     "passages",
     "system",
+    "systemInstruction",
+    "system_instruction",
     "system_message",
     "system_prompt",
+    "toolConfig",
+    "tool_config",
+    "tools",
     "turn",
 }
 

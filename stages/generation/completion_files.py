@@ -4,7 +4,7 @@ In: `CompletionRecord`s and a path. Out: JSONL with all fields, written whole or
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ class CompletionRecord:
     num_tokens: int
     model: str
     keys: Mapping[str, Any] = field(default_factory=dict)
-    token_ids: Sequence[int] = ()
+    token_ids: list[int] = field(default_factory=list)
 
 
 def write_jsonl(records: Iterable[CompletionRecord], path: Path) -> None:

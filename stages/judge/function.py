@@ -14,6 +14,7 @@ from typing import Any
 
 from cache.errors import UsageError
 from cache.files import sha256_file
+from stages.data.messages import Message
 from stages.judge.contract import Answer, Keep, Question
 
 BATCH = 256
@@ -64,21 +65,27 @@ class FunctionJudge:
         return {"kind": "function", "function": self.path, "source": self.source_sha256}
 
     def answer(self, questions: Sequence[Question], keep: Keep) -> None:
-        """Score every text; raises `UsageError` where the function raises or returns no number."""
+        """Score every text; raises `UsageError` as `score`."""
         for start in range(0, len(questions), BATCH):
             places = range(start, min(start + BATCH, len(questions)))
-            keep([(place, Answer(self._score(questions[place]))) for place in places])
+            keep(
+                [
+                    (place, Answer(self.score(questions[place].prompt, questions[place].texts[0])))
+                    for place in places
+                ]
+            )
 
-    def _score(self, question: Question) -> float:
+    def score(self, prompt: str | list[Message], completion: str) -> float:
+        """The score of one completion; raises `UsageError` where the function raises or returns no number."""
         try:
-            score = self.function(question.prompt, *question.texts)
+            score = self.function(prompt, completion)
         except Exception as error:  # whatever the user's code raises
             raise UsageError(
-                f"judge.function {self.path} raised {type(error).__name__}: {error}, for the completion {_brief(question)}. See where with --debug."
+                f"judge.function {self.path} raised {type(error).__name__}: {error}, for the completion {_brief(completion)}. See where with --debug."
             ) from error
         if not isinstance(score, Real) or not math.isfinite(score):
             raise UsageError(
-                f"judge.function {self.path} returned {score!r} for the completion {_brief(question)}; expected a finite number."
+                f"judge.function {self.path} returned {score!r} for the completion {_brief(completion)}; expected a finite number."
             )
         return float(score)
 
@@ -99,6 +106,5 @@ def _imported(module_name: str, path: str) -> Any:
         ) from error
 
 
-def _brief(question: Question) -> str:
-    text = question.texts[0]
+def _brief(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -37,7 +37,7 @@ class ImplicitJudge:
     beta: float
     template: Template
     compute: Compute
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     compares: bool = False
 
     @property
@@ -113,10 +113,10 @@ class ImplicitJudge:
         from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
         used = TokensInUse(self.template.tokenizer, lambda: rows.token_ids())
-        used.check(source, "The model", "Name one with the vocabulary of the policy.", self.say)
+        used.check(source, "The model", "Name one with the vocabulary of the policy.", self.log)
         advice = f"Lower compute.tokens_per_batch (now {self.compute.tokens_per_batch})."
         with using_memory(advice), torch.inference_mode():
-            scorer = Scorer(load_any(source, self.compute), self.compute, self.say)
+            scorer = Scorer(load_any(source, self.compute), self.compute, self.log)
             found, _ = score_groups(scorer, rows, [np.array([row]) for row in range(len(rows))])
         return np.array([found[row][rows.mask(row) == 1].sum(dtype=np.float64) for row in range(len(rows))])
 

@@ -34,18 +34,18 @@ class RewardModelJudge:
 
     source: ModelSource
     compute: Compute
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     compares: bool = False
 
     @classmethod
-    def of(cls, source: ModelSource, compute: Compute, say: Callable[[str], None]) -> "RewardModelJudge":
+    def of(cls, source: ModelSource, compute: Compute, log: Callable[[str], None]) -> "RewardModelJudge":
         """The judge of a model folder; raises `DataError` if it has not one output, or no way to read a conversation."""
         config = open_config(source)
         if config.num_labels != 1:
             raise DataError(
                 f"{source.name} has {config.num_labels} outputs ({', '.join(map(str, config.architectures or []))}); judge.reward_model needs a sequence classifier with one, the score."
             )
-        judge = cls(source, compute, say)
+        judge = cls(source, compute, log)
         if not judge._is_chat and not judge.tokenizer.sep_token:
             raise DataError(
                 f"The tokenizer of {source.name} has no chat template, by which its reward model would read a conversation. Put the template that it was trained with there."
@@ -137,7 +137,7 @@ class RewardModelJudge:
         padded = _scores(model, [shortest, longest], padding)[0]
         agree = abs(alone - padded) <= TOLERANCE[self.compute.dtype] * max(1.0, abs(alone))
         if not agree:
-            self.say(
+            self.log(
                 f"{self.name} scores a row {alone:.4g} alone and {padded:.4g} beside a longer one, so rows are scored one at a time"
             )
         return agree

@@ -210,7 +210,7 @@ def judge(job: JudgeJob, context: Context) -> Artifact:
     """Ask the judge what it has not answered yet, and write all verdicts."""
     draft = context.store.draft(KIND, job.judge.name, "judge", job.identity)
     try:
-        context.say(f"{job.judge.name} judges {len(job.pairs):,} pairs")
+        context.log(f"{job.judge.name} judges {len(job.pairs):,} pairs")
         judged = judge_pairs(job.judge, job.pairs, job.asking, context)
         write_verdicts(judged.verdicts, draft.path / VERDICTS)
         models = {"completion": job.pairs[0].completion.model, "baseline": job.pairs[0].baseline.model}

@@ -36,7 +36,7 @@ class TokensInUse:
     tokenizer: Any
     read_ids: Callable[[], Iterable[int]]
 
-    def check(self, model: ModelSource, role: str, remedy: str, say: Callable[[str], None]) -> None:
+    def check(self, model: ModelSource, role: str, remedy: str, log: Callable[[str], None]) -> None:
         """Raise `UsageError` if an id in use is another token to `model`, or to the base of this adapter.
 
         `role` and `remedy` are for the message: what the model is used as, and what to type.
@@ -51,7 +51,7 @@ class TokensInUse:
             if has_tokenizer(source.folder):
                 self._compare(source, role, remedy)
             else:
-                say(
+                log(
                     f"{source.folder} has no tokenizer, so its vocabulary is not compared with that of the rows."
                 )
 

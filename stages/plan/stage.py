@@ -81,19 +81,19 @@ class TrainingPlan:
         return plain
 
 
-def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> TrainingPlan:
+def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> TrainingPlan:
     """Predict a run from tensor shapes and, with `measured`, from real passes.
 
     Raises `UsageError` or `MachineError` for settings that this machine cannot train with.
     """
     check_settings(job)
     packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
-    say(f"Predicting the memory of {job.source.name} from tensor shapes")
+    log(f"Predicting the memory of {job.source.name} from tensor shapes")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
     tokens = tokens_per_step * job.resolved.steps
     table = _table(job)
     if measured:
-        say(f"Measuring {len(packs)} forward and backward passes of {job.source.name}")
+        log(f"Measuring {len(packs)} forward and backward passes of {job.source.name}")
     return TrainingPlan(
         steps=job.resolved.steps,
         batch_size=job.resolved.batch_size,
@@ -103,7 +103,7 @@ def plan_training(job: Job, measured: bool, say: Callable[[str], None]) -> Train
         predicted=predicted,
         positions=packs[0].input_ids.shape[1],
         table=table,
-        measured=_measure(job, packs, predicted.total, tokens, say) if measured else None,
+        measured=_measure(job, packs, predicted.total, tokens, log) if measured else None,
     )
 
 
@@ -138,11 +138,11 @@ def _table(job: Job) -> list[Cell]:
 
 
 def _measure(
-    job: Job, packs: list[Pack], predicted: int, tokens: int, say: Callable[[str], None]
+    job: Job, packs: list[Pack], predicted: int, tokens: int, log: Callable[[str], None]
 ) -> MeasuredRun:
     if job.compute.device.type == "cpu":
         give_back_freed_memory()
-    policy = load_trainable(job, World(), say)
+    policy = load_trainable(job, World(), log)
     optimizer = make_optimizer(policy.parameters, job.settings)
     found = measure(policy, optimizer, packs)
     rate = found.positions / found.seconds

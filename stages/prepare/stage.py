@@ -21,7 +21,7 @@ from stages.data.mixing import Source, mixture, sources_identity, sources_of
 from stages.data.readers import files_note, read_source, source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
-from stages.formats import DETECTION_ROWS, Format, conversion, detect_format, gather, renamed
+from stages.formats import DETECTION_ROWS, Format, arranged, conversion, detect_format, renamed
 from stages.formats.labels import labels_of
 from stages.formats.positions import refuse_sides_by_position
 from stages.formats.unread_columns import columns_not_read
@@ -38,7 +38,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 7
+STAGE_VERSION = 8
 BATCH_ROWS = 512
 # Settings of which the identity of the template has the effect.
 PART_OF_THE_TEMPLATE = {"template", "append_eos", "thinking", "chat_template_kwargs", "system"}
@@ -137,13 +137,13 @@ def prepare(
         gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
         filters = Filters(filter_)
         for note in filters.notes():
-            context.say(note)
+            context.log(note)
         maker = ExampleMaker(converts, settings, template, filters, gathered)
         counts = _write_rows(data, maker, sources, formats, draft)
         _refuse_columns_of_no_text(counts, sources, draft)
         _refuse_no_training_row(counts, settings, draft)
         if counts.chat_rows and (note := template.renderer.fallback_note()):
-            context.say(note)
+            context.log(note)
         if counts.chat_rows:
             (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
         names = {name: format_.name for name, format_ in formats.items()}
@@ -169,9 +169,7 @@ def _write_rows(
     """Read, make and write all examples; returns the counts of all rows."""
     counts, duplicates = RowCounts(), Duplicates(maker.filters.settings)
     writers = {split: SplitWriter(draft, split, maker.settings, counts) for split in SPLITS}
-    streams = {
-        source.name: partial(_stream, source.data, formats[source.name].gathered_by) for source in sources
-    }
+    streams = {source.name: partial(_stream, source.data, formats[source.name]) for source in sources}
     batches = _batches(mixture(sources, streams, data))
     for outcome in outcomes(batches, maker, maker.settings.num_workers):
         counts.add(outcome.counts)
@@ -248,7 +246,7 @@ def _announce(
         format_ = formats[source.name]
         note = files_note(source.data)
         if note is not None:
-            context.say(note)
+            context.log(note)
         where = f"{source.name}: " if len(sources) > 1 else ""
         _, guessed = labels_of(format_, renamed(heads[source.name], source.data.columns), source.data)
         refuse_sides_by_position(heads[source.name], source.data)
@@ -266,16 +264,15 @@ def _announce(
         if guessed:
             parts.append(f"{guessed}; other meanings with --set data.labels")
         if parts:
-            context.say("; ".join(parts))
+            context.log("; ".join(parts))
     if len({format_.holds_ids for format_ in formats.values()}) > 1:
-        context.say(
+        context.log(
             "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
         )
     for note in template.renderer.notes():
-        context.say(note)
+        context.log(note)
 
 
-def _stream(data: DataSettings, gathered_by: tuple[str, ...]) -> Iterator[SourceRow]:
-    """The rows of a source with the column names of its format; gathered into lists where the format needs it."""
-    rows = renamed(read_source(data), data.columns)
-    return gather(rows, gathered_by) if gathered_by else rows
+def _stream(data: DataSettings, format_: type[Format]) -> Iterator[SourceRow]:
+    """The rows of a source with the column names of its format, and arranged as it needs them."""
+    return arranged(renamed(read_source(data), data.columns), format_)

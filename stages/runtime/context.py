@@ -11,7 +11,7 @@ from cache.artifacts import Store
 PLAIN_LINE_SECONDS = 10.0
 
 
-def say_on_stderr(line: str) -> None:
+def log_to_stderr(line: str) -> None:
     """Print one line for people; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
@@ -30,7 +30,7 @@ class Context:
     arguments: str = ""
     loss: str | None = None
     takes_loss: frozenset[str] = frozenset()
-    say: Callable[[str], None] = field(default=say_on_stderr)
+    log: Callable[[str], None] = field(default=log_to_stderr)
 
     def command(self, stage: str, extra: str = "") -> str:
         """The command line that runs `stage` with this configuration."""

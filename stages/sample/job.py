@@ -124,14 +124,14 @@ class SampleJob:
         """The model's configuration, tokenizer and end tokens."""
         return open_model(model.folder, self.sampling, self.options)
 
-    def check_tokens(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+    def check_tokens(self, tokenizer: Any, log: Callable[[str], None]) -> None:
         """Raise `UsageError` if the prompts, which `tokenizer` made, are other tokens to a model."""
         used = TokensInUse(
             tokenizer, lambda: sorted({token for prompt in self.prompts for token in prompt.ids})
         )
         for model in self.models.values():
             remedy = f"Sample it with prompts of its own: prepare them with --set policy.model={model.name}"
-            used.check(model, "The model", remedy, say)
+            used.check(model, "The model", remedy, log)
 
     def identity(self, side: str, engine: EngineName) -> dict[str, Any]:
         """Everything that changes the completions of the model on that side; the other model is no part of it."""

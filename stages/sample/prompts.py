@@ -4,6 +4,7 @@ In: an artifact of rows or a path, and the policy's template. Out: `Prompts` wit
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -61,15 +62,44 @@ def _own_rows(rows: Artifact, template: Template) -> Artifact:
 
 
 def row_prompts(rows: Artifact, splits: Iterable[str], template: Template) -> list[Prompt]:
-    """Each different prompt of the splits once, in the order of the rows."""
+    """Each different prompt of the splits once, in the order of the rows.
+
+    Rows hold ids. A prompt of one user turn is a message again; others are their text without special tokens.
+    """
     prompts: dict[tuple[int, ...], Prompt] = {}
+    around = _around_a_question(template)
     for row_set in (RowSet.of(rows, split) for split in splits):
         for start in row_set.starts:
             ids = row_set.prompt(start).tolist()
             if tuple(ids) not in prompts:
-                text = template.tokenizer.decode(ids, skip_special_tokens=True)
-                prompts[tuple(ids)] = Prompt(row_set.example_ids[start], text, ids)
+                prompts[tuple(ids)] = Prompt(row_set.example_ids[start], _content(ids, template, around), ids)
     return list(prompts.values())
+
+
+def _around_a_question(template: Template) -> tuple[str, str] | None:
+    """What the chat template writes before and behind the text of one user turn; None for plain text."""
+    if not template.renderer.uses_chat:
+        return None
+    marker = "a question"
+    text = text_of(Preference([{"role": "user", "content": marker}], []), template).text
+    before, _, behind = text.partition(marker)
+    return before, behind
+
+
+def _content(ids: list[int], template: Template, around: tuple[str, str] | None) -> str | list[Message]:
+    tokenizer = template.tokenizer
+    if around is not None:
+        before, behind = around
+        whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if whole.startswith(before) and whole.endswith(behind) and len(whole) > len(before) + len(behind):
+            asked: list[Message] = [
+                {"role": "user", "content": whole[len(before) : len(whole) - len(behind)]}
+            ]
+            with suppress(BadRow):
+                [again] = template.encoder.encode_texts([text_of(Preference(asked, []), template)])
+                if again.tolist() == ids:  # the text of several turns lies between the marks, too
+                    return asked
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def file_prompts(path: str, template: Template, number: int | None = None) -> Prompts:
@@ -77,6 +107,8 @@ def file_prompts(path: str, template: Template, number: int | None = None) -> Pr
 
     A row has a prompt in a column of its own, or in any layout of preferences that `prepare` reads.
     """
+    if Path(path).suffix and not Path(path).expanduser().exists() and path.count("/") != 1:
+        raise DataError(f"No such file of prompts: {path}. Give one with --set sample.prompts=FILE.")
     source = read_source(DataSettings(path=path, max_samples=number))
     head = next(source, None)
     if head is None:

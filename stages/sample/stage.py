@@ -57,16 +57,16 @@ def sample_all(jobs: Sequence[SampleJob], context: Context) -> list[dict[str, Ar
     """As `sample`, for jobs with the same `sample.engine`, which one engine does."""
     for problems in (job.left_out for job in jobs):
         for problem in problems[:3]:
-            context.say(f"Left out: {problem}")
+            context.log(f"Left out: {problem}")
         if len(problems) > 3:
-            context.say(f"Left out {len(problems):,} prompts in all, listed in the manifest.")
+            context.log(f"Left out {len(problems):,} prompts in all, listed in the manifest.")
     asked = jobs[0].settings.engine
     if asked != "auto":
         return _sample_all(jobs, asked, context, None)
     try:
         return _sample_all(jobs, "vllm", context, None)
     except EngineError as error:
-        context.say(f"Sampling with transformers, which is slower: {error}")
+        context.log(f"Sampling with transformers, which is slower: {error}")
         return _sample_all(jobs, "transformers", context, str(error))
 
 
@@ -100,9 +100,9 @@ def _sample_model(
     identity = job.identity(side, engine.name)
     draft = context.store.draft(KIND, model.short_name, "sample", identity, keep=True)
     with disk_errors_named(draft.path):
-        draft.claim = claim(draft.path, context.say)
+        draft.claim = claim(draft.path, context.log)
     try:
-        context.say(f"Sampling {len(job.prompts):,} prompts from {model.name} with {engine.name}")
+        context.log(f"Sampling {len(job.prompts):,} prompts from {model.name} with {engine.name}")
         opened = job.open(model)
         advice = f"Lower sample.max_tokens (now {job.settings.max_tokens}) or shorten the prompts."
         with using_memory(advice), Journal(draft.path) as journal:
@@ -176,7 +176,7 @@ def _with_all_turns(own: list[CompletionRecord], job: SampleJob, index: int) -> 
                 turn=len(own) + 1,
                 completion="",
                 num_tokens=0,
-                token_ids=(),
+                token_ids=[],
                 finish_reason="not_asked",
             )
         )

@@ -16,6 +16,9 @@ from stages.settings.fields import (
 # A key itself, which is never so short of small letters, must not be taken for the name of its variable.
 VariableName = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")]
 
+# The keys that name a judge.
+KINDS = ("function", "reward_model", "endpoint", "implicit", "answers")
+
 
 class JudgeSettings(Settings):
     """Who judges completions: one of function, reward_model, endpoint, implicit, answers."""
@@ -86,3 +89,8 @@ class JudgeSettings(Settings):
         default="exact",
         description="how a completion agrees with a reference answer: 'exact' but for white space; 'number': equal numbers, those after #### or the last ones; 'ifeval': it follows all instructions of IFEval's row (extra 'ifeval')",
     )
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the block names a judge."""
+        return any(getattr(self, kind) for kind in KINDS)

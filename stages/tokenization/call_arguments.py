@@ -11,6 +11,15 @@ from stages.data.messages import ArgumentsText, Message
 from stages.formats.contract import Preference
 
 
+def has_calls(preference: Preference) -> bool:
+    """Whether a turn calls tools."""
+    for side in (preference.prompt, *(candidate.completion for candidate in preference.candidates)):
+        for turn in side if isinstance(side, list) else ():
+            if "tool_calls" in turn:
+                return True
+    return False
+
+
 def texts_of_arguments(preference: Preference) -> list[ArgumentsText]:
     """The arguments that the row has as texts."""
     sides = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]

@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 from jinja2 import TemplateSyntaxError
+from jinja2.runtime import Context
 
 from cache.errors import DataError
 from stages.data.messages import Message
@@ -26,11 +28,14 @@ from stages.tokenization.memory_limit import MemoryLimit
 TIME_LIMIT_SECONDS = 10.0
 # Characters of a rendering.
 SIZE_LIMIT = 1 << 27
+Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 # Between two looks at time and memory.
 WATCH_SECONDS = 0.1
-# Pieces of a rendering (each a few characters or a message) between two checks of the clock.
+# Pieces of a rendering (each a few characters or a message) between two checks of the clock and of the size.
 PIECES_BETWEEN_CHECKS = 64
+# A text that no template has by itself.
+PROBE = "\ufdecb\ufded"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -60,11 +65,12 @@ class ChatTemplate:
         sandbox = Sandbox((f"\0{mark}(", f"\0{mark})"))
         try:
             with self.guarded():  # because constant expressions are computed here
-                self._template = self._limited(lambda: sandbox.from_string(source))
+                self._template = self._limited(sandbox.from_string, source)
         except TemplateSyntaxError as error:
             raise DataError(f"{name} is not a template: {error}, line {error.lineno}.") from error
-        # Merged once; Jinja would chain its globals again for every rendering.
+        # One for all renderings, with new variables in each; Jinja would copy its globals for every one.
         self._variables = {**self._template.globals, **self.variables, "documents": None}
+        self._context = Context(sandbox, self._variables, self._template.name, self._template.blocks)
 
     def mentions(self, word: str) -> bool:
         """Whether the template reads a variable or a key of this name."""
@@ -85,21 +91,36 @@ class ChatTemplate:
 
         Raises `BadRow` when the template refuses the messages, `DataError` when it exceeds its bounds.
         """
-        if not self._is_guarded:
-            with self.guarded():
-                return self.render(messages, add_generation_prompt, tools, given)
-        context = self._template.new_context(
-            {
-                **self._variables,
-                **(given or {}),
-                "messages": messages,
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-            },
-            shared=True,
-        )
+        if self.takes_parts:
+            messages = [{**turn, "content": _as_parts(turn["content"])} for turn in messages]
+        if self._is_guarded:
+            return self._rendered(messages, add_generation_prompt, tools, given)
+        with self.guarded():
+            return self._rendered(messages, add_generation_prompt, tools, given)
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template shows a text as a list of parts and not as a text, as those of models that see do."""
+        for content in (PROBE, _as_parts(PROBE)):
+            with suppress(BadRow), self.guarded():
+                if PROBE in self._rendered([{"role": "user", "content": content}], True, None, None)[0]:
+                    return content != PROBE
+        return False
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None,
+        given: Mapping[str, Any] | None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and spans of messages whose contents are as the template reads them."""
+        context = self._context
+        context.parent = {**self._variables, **given} if given else self._variables
+        context.vars = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        context.exported_vars = set()
         try:
-            text = self._limited(lambda: self._write(context))
+            text = self._limited(self._write, context)
         except DataError:
             raise
         except Exception as error:
@@ -108,23 +129,24 @@ class ChatTemplate:
 
     def _write(self, context: Any) -> str:
         """The rendering, with its marks; raises `Excess` when it exceeds its bounds."""
-        pieces, size = [], 0
-        for piece in self._template.root_render_func(context):
-            size += len(piece)
+        stream, written, size = self._template.root_render_func(context), [], 0
+        while pieces := list(islice(stream, PIECES_BETWEEN_CHECKS)):
+            size += sum(map(len, pieces))
             if size > SIZE_LIMIT:
                 raise Excess(f"wrote more than {SIZE_LIMIT:,} characters")
-            pieces.append(piece)
-            if not len(pieces) % PIECES_BETWEEN_CHECKS:
+            written += pieces
+            if len(pieces) == PIECES_BETWEEN_CHECKS:
                 self._check_time()
-        return "".join(pieces)
+        return "".join(written)
 
-    def _limited(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`; raises `DataError` where it takes too much time or memory."""
-        self._memory.begin()
-        self._deadline = time.monotonic() + self.time_limit_seconds
+    def _limited(self, work: Callable[[Subject], Result], subject: Subject) -> Result:
+        """The result of `work` on a subject; raises `DataError` where it takes too much time or memory."""
+        now = time.monotonic()
+        self._memory.begin(now)
+        self._deadline = now + self.time_limit_seconds
         try:
             try:
-                return work()
+                return work(subject)
             finally:
                 self._deadline = math.inf  # or the timer could raise while the error is handled
         except (Excess, MemoryError) as error:
@@ -177,6 +199,10 @@ class ChatTemplate:
                 spans.append((start, len(text)))
             text += piece
         return text, spans
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 @contextmanager

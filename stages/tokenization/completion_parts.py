@@ -5,7 +5,7 @@ text from there on in parts. Where the template has `{% generation %}` blocks, t
 elsewhere all of it is. A turn ends at the first token that generation stops at.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,7 +40,8 @@ class CompletionParts:
     """Makes the parts of the completions of one prompt.
 
     `head` is the prompt with its generation prompt, of which `opened` is the end that the template writes behind the text
-    of a user. `notes` collects what is counted.
+    of a user. `notes` collects what is counted. With `continues`, the head ends inside the first turn of each completion,
+    of which only the text behind the head is the completion.
     """
 
     apply: Apply
@@ -49,9 +50,10 @@ class CompletionParts:
     head: str
     opened: str
     notes: set[str] = field(default_factory=set)
+    continues: bool = False
 
     def __post_init__(self) -> None:
-        self._places = TurnPlaces(self.apply, self.ends)
+        self._places = TurnPlaces(self.apply, self.ends, self.continues)
 
     def of(
         self, turns: list[Message], whole: str, spans: Spans | None, needs_reasoning: bool
@@ -65,12 +67,12 @@ class CompletionParts:
         added, start = self._added(places[0], answers[0], whole)
         if needs_reasoning and not split_reasoning(answers[0])[0].strip():
             raise Flagged("no_reasoning", "the turn has no reasoning, and prepare.thinking is on")
-        parts, position = [TextPart(added, answers[0].get("weight") != 0)], start
+        parts, position = [TextPart(added, answers[0].get("weight") != 0)] if added else [], start
         for place, answer in zip(places, answers, strict=True):
             is_trained = answer.get("weight") != 0
             first = place.start + (self._header_length(whole, place) if place is not places[0] else 0)
             for begin, end in self._trained(max(position, first), place.end, whole, spans):
-                parts += [TextPart(whole[position:begin], False), TextPart(whole[begin:end], is_trained)]
+                parts += TextPart(whole[position:begin], False), TextPart(whole[begin:end], is_trained)
                 position = end
             parts.append(TextPart(whole[position : place.end], False))
             position = place.end
@@ -78,18 +80,23 @@ class CompletionParts:
                 self.notes.add(NOT_OPENED)
             if is_trained and answer is not answers[-1] and not self.ends.length_of(whole[:position]):
                 self.notes.add(NO_END)
-        return [part for part in [*parts, TextPart(whole[position:], False)] if part.text]
+        parts.append(TextPart(whole[position:], False))
+        return [part for part in parts if part.text]
 
     def _added(self, place: Place, turn: Message, whole: str) -> tuple[str, int]:
         """What the model writes in a thinking block and the rendering lacks, and where the rendering goes on from there."""
+        if self.continues:
+            return "", place.start
         opened = place.opened or self.opened
         block, start = open_block(opened), place.start
         if block is None:
             if not place.missing.strip():
                 return "", start
-            if not holds_block(opened):
+            # The generation prompt has closed the block; or the rendering has no mark in front of the answer.
+            is_unmarked = place.answer and not whole[start : place.answer].strip()
+            if not holds_block(opened) and not (is_unmarked and self.ends.are_marks(place.missing)):
                 raise BadRow(REWRITES)
-            return "", place.answer or start  # the generation prompt has closed the block
+            return "", place.answer or start
         written = whole[start : place.answer or place.end]
         if block[1] in written or not self.head.endswith(opened):
             return "", start
@@ -108,15 +115,12 @@ class CompletionParts:
         ].lstrip()
         return len(header) if header and whole.startswith(header, place.start) else 0
 
-    def _trained(self, start: int, end: int, whole: str, spans: Spans | None) -> Iterator[tuple[int, int]]:
+    def _trained(self, start: int, end: int, whole: str, spans: Spans | None) -> Spans:
         """The trained stretches of a turn: all of it, or its `{% generation %}` blocks and its end token."""
         if spans is None:
-            yield start, end
-            return
+            return ((start, end),)
         own = [(max(first, start), min(last, end)) for first, last in spans if first < end and last >= start]
         if not own:
             raise BadRow("the chat template has {% generation %} blocks and marks none of an assistant turn")
-        yield from own
         token = end - self.ends.length_of(whole[start:end])
-        if token > own[-1][1] or token == own[-1][1] < end:
-            yield token, end
+        return [*own, (token, end)] if token > own[-1][1] or token == own[-1][1] < end else own

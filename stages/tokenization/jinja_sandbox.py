@@ -7,6 +7,7 @@ limited by whoever renders (`chat_template.py`).
 
 import json
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -16,10 +17,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # The date for templates that write today's; Llama 3's templates fall back to the same day.
 DATE = datetime(2024, 7, 26)
-# Attributes of a loop that templates read.
-LOOP_ATTRIBUTES = frozenset(
-    {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
-)
+# Attributes of a loop that templates read, with what reads them.
+LOOP_ATTRIBUTES = {
+    name: getattr(LoopContext, name).fget
+    for name in ("first", "last", "index", "revindex", "revindex0", "length", "previtem", "nextitem")
+} | {"index0": attrgetter("index0")}
 
 
 class _GenerationBlock(Extension):
@@ -50,8 +52,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         """An attribute, as a template reads it."""
         # The sandbox would inspect the loop again, several times for each message.
-        if type(obj) is LoopContext and attribute in LOOP_ATTRIBUTES:
-            return getattr(obj, attribute)
+        if type(obj) is LoopContext and (read := LOOP_ATTRIBUTES.get(attribute)) is not None:
+            return read(obj)
         return super().getattr(obj, attribute)
 
 

@@ -30,7 +30,7 @@ class MemoryLimit:
             import resource
 
             self._before = resource.getrlimit(resource.RLIMIT_DATA)
-            self.begin()
+            self.begin(time.monotonic())
         return self
 
     def __exit__(
@@ -43,9 +43,8 @@ class MemoryLimit:
             resource.setrlimit(resource.RLIMIT_DATA, self._before)
         self._before, self._followed = None, 0.0
 
-    def begin(self) -> None:
-        """Count from now on, for a new piece of work."""
-        now = time.monotonic()
+    def begin(self, now: float) -> None:
+        """Count from `now` on (seconds of `time.monotonic`), for a new piece of work."""
         if self._before is None or now - self._followed < FOLLOW_SECONDS:
             return
         import resource

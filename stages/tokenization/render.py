@@ -4,28 +4,26 @@ With a chat template, the prompt is what the model will see, and only what it ha
 (`completion_parts.py`). Special tokens in a row's text stay text (`special_token_text.py`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
 from typing import Any
 
 from cache.errors import DataError
 from cache.fingerprint import canonical_json
 from stages.data.messages import Message, as_messages, without_weight
-from stages.data.source_row import BadRow
+from stages.data.source_row import BadRow, Flagged
 from stages.formats.contract import Preference, Tokens
-from stages.tokenization.call_arguments import prints_objects, texts_of_arguments, with_texts
+from stages.tokenization.call_arguments import has_calls, prints_objects, texts_of_arguments, with_texts
 from stages.tokenization.chat_template import ChatTemplate
 from stages.tokenization.completion_parts import CompletionParts, TextPart
 from stages.tokenization.named_templates import NAMED, PLAIN_MARKS, choose_source, marks_of
+from stages.tokenization.prefill import CONTINUED, NOT_ENDED, begun_text, begun_turn, continued, without_end
+from stages.tokenization.roles import Roles
 from stages.tokenization.shown_text import are_in_order, check_shown
 from stages.tokenization.special_token_text import SpecialTokenText
-from stages.tokenization.thinking import LEFT_OUT, arguments, open_block, without_reasoning
+from stages.tokenization.template_arguments import arguments, with_defaults
+from stages.tokenization.thinking import LEFT_OUT, open_block, without_reasoning
 from stages.tokenization.turn_ends import END, START, TurnEnds
-
-# The name under which `align prepare` counts rows.
-FOLDED = "system_text_folded_into_the_user_turn"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ class Renderer:
             raise DataError(
                 f"{name[0].upper()}{name[1:]} opens a thinking block and has no argument that switches thinking off. Use --set prepare.thinking=empty, or the template's own argument in prepare.chat_template_kwargs."
             )
-        self.ends = TurnEnds(self._declared_ends(), self._special.tokens, lambda turns: self._apply(turns)[0])
+        self.ends = TurnEnds(self._declared_ends(), self._special.tokens, self._text_of)
+        self._roles = Roles(self._text_of, self.options.system == "fold", self.chat.name)
 
     def _declared_ends(self) -> list[str]:
         """The end tokens of tokenizer and model that the template can write; others can end no turn of a rendering."""
@@ -100,7 +99,7 @@ class Renderer:
         if self.chat.mentions("leading_bos"):
             value = "bos_token" if self.chat.variables["leading_bos"] else "''"
             source = f"{{% set leading_bos = {value} %}}{source}"
-        return _with_defaults(self.arguments, source)
+        return with_defaults(self.arguments, source)
 
     def fallback_note(self) -> str | None:
         """What a person should know where conversations were written without a chat template of the model's own."""
@@ -126,10 +125,22 @@ class Renderer:
             return Rendered("", [], False, pretokenized=preference)
         if isinstance(preference.prompt, str):
             return self.render(_as_turns(preference)) if self.uses_chat else self._plain(preference)
+        try:
+            return self._conversation(preference)
+        except Flagged:
+            raise
+        except BadRow as problem:
+            raise self._roles.explained(preference, problem) from problem
+
+    def _conversation(self, preference: Preference) -> Rendered:
+        """A conversation as text, with the changes that the settings want, and tool calls in the form that the template reads."""
         preference, escape = self._special.escaped(preference, self._marks)
         preference, notes = self._changed(preference)
-        self._check_tools_are_read(preference)
-        arguments = texts_of_arguments(preference)
+        calls = has_calls(preference)
+        for key, is_used in (("tool_calls", calls), ("tools", preference.tools)):
+            if is_used and not self.chat.mentions(key):
+                raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
+        arguments = texts_of_arguments(preference) if calls else []
         if not arguments:
             return self._chat(preference, notes, escape)
         try:
@@ -144,34 +155,46 @@ class Renderer:
 
     def _chat(self, preference: Preference, notes: set[str], escape: str) -> Rendered:
         """A conversation as text, as it is."""
-        own = preference.chat_template_kwargs
+        own, tools = preference.chat_template_kwargs, preference.tools
         given = {**self.arguments, **own} if own else self.arguments
-        apply = partial(self._apply, tools=preference.tools, given=given)
+
+        def text_of(turns: list[Message], opens: bool) -> str:
+            return self._apply(turns, opens, tools, given)[0]
+
         prompt = _turns(preference.prompt)
-        head, _ = apply(prompt, True)
+        begun = begun_turn(prompt)
+        head = text_of(prompt, True) if begun is None else begun_text(text_of, prompt)
+        if begun is not None:
+            notes.add(CONTINUED)
+            prompt = prompt[:-1]
         maker = CompletionParts(
-            lambda turns, opens: apply(turns, opens)[0],
+            text_of,
             self.ends,
             prompt,
             head,
             self._opened_by(given),
             notes,
+            begun is not None,
         )
         parts = []
         for candidate in preference.candidates:
-            turns = _turns(candidate.completion)
-            whole, spans = apply(prompt + turns)
+            own_turns = _turns(candidate.completion)
+            turns = own_turns if begun is None else continued(begun, own_turns)
+            whole, spans = self._apply(prompt + turns, False, tools, given)
             spans = spans if self.chat.marks_generation else None
-            parts.append(self._ended(maker.of(turns, whole, spans, self.options.thinking == "on"), notes))
-        hidden = {f"{name}_not_in_template" for name in self._hidden(preference, head, parts)}
-        return Rendered(head, parts, False, frozenset(notes | hidden), escape)
+            found = maker.of(turns, whole, spans, self.options.thinking == "on")
+            if not candidate.ends_turn:
+                notes.add(NOT_ENDED)
+            parts.append(
+                self._ended(found, notes) if candidate.ends_turn else without_end(found, own_turns[-1])
+            )
+        notes.update(f"{name}_not_in_template" for name in self._hidden(preference, head, parts))
+        return Rendered(head, parts, False, frozenset(notes), escape)
 
     def _changed(self, preference: Preference) -> tuple[Preference, set[str]]:
         """The preference as the settings want it, and the names under which the changes are counted."""
         notes: set[str] = set()
-        if self._folds_system and (folded := _folded(preference.prompt)) is not None:
-            notes.add(FOLDED)
-            preference = replace(preference, prompt=folded)
+        preference = self._roles.arranged(preference, notes)
         if self.options.thinking in ("off", "empty"):
             bare = [without_reasoning(_turns(candidate.completion)) for candidate in preference.candidates]
             if any(had for _, had in bare):
@@ -180,17 +203,6 @@ class Renderer:
                 candidates = [replace(candidate, completion=turns) for candidate, (turns, _) in sides]
                 preference = replace(preference, candidates=candidates)
         return preference, notes
-
-    @cached_property
-    def _folds_system(self) -> bool:
-        """Whether system turns are folded: the setting says so, and the template has no place for them."""
-        if self.options.system != "fold":
-            return False
-        try:
-            text, _ = self._apply([{"role": "system", "content": START}, {"role": "user", "content": "a"}])
-        except BadRow:
-            return True
-        return START not in text
 
     def _opened_by(self, given: Mapping[str, Any]) -> str:
         """The generation prompt: what the template writes behind the text of a user for the model to go on from."""
@@ -203,17 +215,17 @@ class Renderer:
             self._opened[key] = text.rpartition(END)[2]
         return self._opened[key]
 
-    def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> frozenset[str]:
+    def _hidden(self, preference: Preference, head: str, completions: list[list[TextPart]]) -> set[str]:
         """The names of reasoning that the texts leave out; raises `BadRow` where they leave out something else."""
         prompt, tools, name = _turns(preference.prompt), preference.tools, self.chat.name
         hidden: set[str] = set()
         if tools or not are_in_order(prompt, head):
             hidden |= check_shown(prompt, tools, head, name)
         for candidate, parts in zip(preference.candidates, completions, strict=True):
-            text, turns = "".join(part.text for part in parts), _turns(candidate.completion)
+            text, turns = "".join([part.text for part in parts]), _turns(candidate.completion)
             if not are_in_order(turns, text):
                 hidden |= check_shown([*prompt, *turns], tools, head + text, name)
-        return frozenset(hidden)
+        return hidden
 
     def _plain(self, preference: Preference) -> Rendered:
         preference, escape = self._special.escaped(preference, self._special.tokens)
@@ -222,16 +234,21 @@ class Renderer:
 
     def _ended(self, parts: list[TextPart], notes: set[str]) -> list[TextPart]:
         """Let the last assistant turn end with exactly one end token: cut what follows it, or append one."""
-        last = next((number for number in reversed(range(len(parts))) if parts[number].is_trained), None)
-        if last is None or not parts[last].text.strip():
+        last = len(parts) - 1
+        while last >= 0 and not parts[last].is_trained:
+            last -= 1
+        text = parts[last].text if last >= 0 else ""
+        if not text or text.isspace():
             return parts
-        text = parts[last].text
         closes = self.ends.closes(text)
         if self.append_eos and not closes:
             text += self.tokenizer.eos_token
         elif closes and not self.ends.length_of(text):
             notes.add(f"ends_with_{self.ends.closing(text)}_where_generation_does_not_stop")
         return [*parts[:last], TextPart(text, True)]
+
+    def _text_of(self, turns: list[Message]) -> str:
+        return self._apply(turns)[0]
 
     def _apply(
         self,
@@ -240,7 +257,7 @@ class Renderer:
         tools: list[Any] | None = None,
         given: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        turns = [without_weight(turn) for turn in turns]
+        turns = [without_weight(turn) if "weight" in turn else turn for turn in turns]
         return self.chat.render(
             turns, add_generation_prompt, tools, self.arguments if given is None else given
         )
@@ -251,22 +268,6 @@ class Renderer:
             return self._apply(turns)[0]
         except BadRow:
             return ""
-
-    def _check_tools_are_read(self, preference: Preference) -> None:
-        """Raise `BadRow` where the template reads no tools and the preference has some."""
-        sides = [preference.prompt, *(candidate.completion for candidate in preference.candidates)]
-        calls = any("tool_calls" in turn for side in sides for turn in _turns(side))
-        for key, is_used in (("tool_calls", calls), ("tools", bool(preference.tools))):
-            if is_used and not self.chat.mentions(key):
-                raise BadRow(f"{key}: {self.chat.name} does not show them; choose another prepare.template")
-
-
-def _folded(prompt: Any) -> list[Message] | None:
-    """The prompt with its system text in front of the first user turn's, as models without system turns have it."""
-    if [turn["role"] for turn in _turns(prompt)[:2]] != ["system", "user"]:
-        return None
-    system, user, *rest = _turns(prompt)
-    return [{**user, "content": f"{system['content'].strip()}\n\n{user['content']}"}, *rest]
 
 
 def _turns(value: Any) -> list[Message]:
@@ -279,16 +280,6 @@ def _as_turns(preference: Preference) -> Preference:
     candidates = [replace(c, completion=_turns(c.completion)) for c in preference.candidates]
     prompt = [{"role": "user", "content": preference.prompt}]
     return replace(preference, prompt=prompt, candidates=candidates)
-
-
-def _with_defaults(given: Mapping[str, Any], source: str) -> str:
-    """A template in which the arguments have these values unless others are given."""
-    values = {name: "none" if value is None else json.dumps(value) for name, value in given.items()}
-    sets = [
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {value} -%}}{{%- endif -%}}"
-        for name, value in values.items()
-    ]
-    return "".join(sets) + source
 
 
 def _leading_bos(tokenizer: Any) -> str:

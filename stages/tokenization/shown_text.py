@@ -29,10 +29,9 @@ def are_in_order(turns: Sequence[Message], rendering: str) -> bool:
         if len(turn) > 2 and not turn.keys() <= PLAIN_KEYS:
             return False
         text = turn["content"].strip()
-        start = rendering.find(text, end)
-        if start < 0:
+        end = rendering.find(text, end) + len(text)
+        if end < len(text):
             return False
-        end = start + len(text)
     return True
 
 

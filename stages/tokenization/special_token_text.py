@@ -9,6 +9,7 @@ occur at the template's tokens only. Rows without a special token in their text 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,25 @@ def _found(preference: Preference, marks: Sequence[str]) -> tuple[list[str], lis
     # Joined by a character that no mark holds, so that each mark is searched for once.
     prompt = "\0".join(_texts([preference.prompt, preference.tools]))
     completions = "\0".join(_texts(_completions(preference)))
+    signs = _signs(tuple(marks))
     return (
-        [mark for mark in marks if mark in prompt],
-        [mark for mark in marks if mark in completions and mark not in REASONING_MARKS],
+        [mark for mark in marks if mark in prompt] if any(map(prompt.__contains__, signs)) else [],
+        [mark for mark in marks if mark in completions and mark not in REASONING_MARKS]
+        if any(map(completions.__contains__, signs))
+        else [],
     )
+
+
+@lru_cache(maxsize=16)
+def _signs(marks: tuple[str, ...]) -> tuple[str, ...]:
+    """A few characters of which every mark has one, those first that texts seldom have; a text without them has no mark."""
+    signs: list[str] = []
+    for mark in marks:
+        if mark and not any(sign in mark for sign in signs):
+            signs.append(
+                min(mark, key=lambda sign: (sign.isalnum() or sign.isspace(), sign in ".,:;'!?-", sign))
+            )
+    return tuple(signs)
 
 
 def _completions(preference: Preference) -> list[Any]:
@@ -95,12 +111,16 @@ def _texts(value: Any) -> list[str]:
 def _collect(found: list[str], value: Any) -> None:
     if isinstance(value, str):
         found.append(value)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            found.append(key)
-            _collect(found, part)
-    elif isinstance(value, list):
-        for part in value:
+        return
+    if isinstance(value, dict):
+        found += value
+        value = value.values()
+    elif not isinstance(value, list):
+        return
+    for part in value:
+        if type(part) is str:  # nearly all are, and a call for each would take most of the time
+            found.append(part)
+        else:
             _collect(found, part)
 
 

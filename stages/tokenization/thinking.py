@@ -4,15 +4,11 @@ In: the end of a generation prompt, and what the template writes for the finishe
 to write from there: the reasoning of the row, or nothing, the end of the block, and the answer.
 """
 
-from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
 
 from stages.data.messages import Message
 from stages.tokenization.shown_text import REASONING_KEYS
 
-# The arguments by which templates switch thinking on and off.
-SWITCHES = ("enable_thinking", "thinking")
 # How blocks begin and end.
 BLOCKS = (
     ("<think>", "</think>"),
@@ -34,13 +30,6 @@ EMPTY_BLOCK, OWN_BLOCK, LEFT_OUT = (
     "thinking_block_written_from_the_row",
     "reasoning_left_out",
 )
-
-
-def switches(thinking: str, mentions: Callable[[str], bool]) -> dict[str, bool]:
-    """The template arguments for `prepare.thinking`; `mentions` says whether the template reads a name."""
-    if thinking not in ("on", "off"):
-        return {}
-    return {name: thinking == "on" for name in SWITCHES if mentions(name)}
 
 
 @lru_cache(maxsize=64)
@@ -84,8 +73,3 @@ def without_reasoning(turns: list[Message]) -> tuple[list[Message], bool]:
         had |= bool(thought.strip())
         found.append(bare)
     return found, had
-
-
-def arguments(given: Mapping[str, Any], thinking: str, mentions: Callable[[str], bool]) -> dict[str, Any]:
-    """The arguments of a rendering: those of the setting `prepare.thinking`, and over them those that are given."""
-    return {**switches(thinking, mentions), **given}

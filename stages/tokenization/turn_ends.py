@@ -29,6 +29,7 @@ class TurnEnds:
         self.tokens = list(dict.fromkeys(declared))
         if self._first(own, self.tokens) is None and (found := self._first(own, self._special)) is not None:
             self.tokens.append(found[1])
+        self._ends = tuple(self.tokens)
 
     def end_of(self, turn: str, start: int = 0) -> int:
         """Where the text of a turn ends: behind its first end token; without one behind the special token at its end, if any."""
@@ -38,9 +39,27 @@ class TurnEnds:
         stripped = turn.rstrip()
         return len(stripped) if stripped.endswith(self._special) else len(turn)
 
+    def last_end(self, text: str) -> int:
+        """Where the last end token of the text ends, 0 without one."""
+        return max((text.rfind(token) + len(token) for token in self.tokens if token in text), default=0)
+
+    def are_marks(self, text: str) -> bool:
+        """Whether the text is special tokens and white space alone."""
+        for token in self._special:
+            text = text.replace(token, "")
+        return not text.strip()
+
     def has_end(self, text: str) -> bool:
         """Whether the text holds an end token."""
         return self._first(text, self.tokens) is not None
+
+    def end_at(self, text: str, start: int, end: int) -> bool:
+        """Whether the text between two places ends with an end token."""
+        return text.endswith(self._ends, start, end)
+
+    def start_at(self, text: str, place: int) -> bool:
+        """Whether an end token starts at a place of the text."""
+        return text.startswith(self._ends, place)
 
     def closes(self, text: str) -> bool:
         """Whether the text ends with a token that can end a turn."""
@@ -52,14 +71,17 @@ class TurnEnds:
 
     def length_of(self, text: str) -> int:
         """Characters of the end token with which the text ends, 0 without one."""
-        found = [len(token) for token in self.tokens if text.endswith(token)]
-        return max(found) if found else 0
+        if not text.endswith(self._ends):
+            return 0
+        return max(len(token) for token in self.tokens if text.endswith(token))
 
     @staticmethod
     def _first(text: str, tokens: Sequence[str], start: int = 0) -> tuple[int, str] | None:
         """Place and token of the first of `tokens` in the text; of two at one place the longer."""
         found = [(place, token) for token in tokens if (place := text.find(token, start)) >= 0]
-        return min(found, key=lambda pair: (pair[0], -len(pair[1]))) if found else None
+        if len(found) < 2:
+            return found[0] if found else None
+        return min(found, key=lambda pair: (pair[0], -len(pair[1])))
 
 
 def _written_after_a_turn(apply: Apply) -> str:

@@ -20,6 +20,8 @@ BEFORE, BEHIND = "\ufdee", "\ufdef"
 MARKS = (START, END, BEFORE, BEHIND)
 BEGUN_TAG = re.compile(r"[<\[][^<>\[\]\n]*$")
 REWRITES = "the chat template rewrites earlier turns, so the prompt is not a prefix of the whole conversation"
+REWRITES_BEGUN = "the chat template writes the assistant turn that the prompt begins otherwise once it is complete, so it cannot be continued"
+OTHER_CONTEXT = "the chat template gives a turn behind the first another beginning than the conversation has; end the completion with its first assistant turn"
 # (messages, add_generation_prompt) to a rendering.
 Apply = Callable[[list[Message], bool], str]
 
@@ -42,9 +44,9 @@ class Place(NamedTuple):
 class TurnPlaces:
     """Finds turns with one template."""
 
-    def __init__(self, apply: Apply, ends: TurnEnds) -> None:
-        """`apply` renders messages, `ends` finds the end of a turn."""
-        self._apply, self._ends = apply, ends
+    def __init__(self, apply: Apply, ends: TurnEnds, continues: bool = False) -> None:
+        """`apply` renders messages, `ends` finds the end of a turn; with `continues`, the head ends inside the first turn."""
+        self._apply, self._ends, self._continues = apply, ends, continues
 
     def find(self, prompt: list[Message], head: str, turns: list[Message], whole: str) -> list[Place]:
         """The places of the assistant's turns in `whole`; `head` is the prompt with its generation prompt.
@@ -58,10 +60,10 @@ class TurnPlaces:
 
     def _with_end(self, place: Place, whole: str) -> Place:
         """The place with the end token behind it, where the template writes that before the next turn."""
-        if self._ends.length_of(whole[place.start : place.end]):
+        if not self._ends.start_at(whole, place.end) or self._ends.end_at(whole, place.start, place.end):
             return place
         behind = whole[place.end :]
-        found = max((len(token) for token in self._ends.tokens if behind.startswith(token)), default=0)
+        found = max(len(token) for token in self._ends.tokens if behind.startswith(token))
         return place._replace(end=place.end + found)
 
     def _by_prefix(
@@ -71,10 +73,13 @@ class TurnPlaces:
         places = []
         for number in numbers:
             opened = self._apply(prompt + turns[:number], True) if number else head
-            last = number + 1 == len(turns)
-            closed = whole if last else self._apply(prompt + turns[: number + 1], False)
-            if not whole.startswith(opened) or not closed.startswith(opened) or not whole.startswith(closed):
+            if not whole.startswith(opened):
                 return None
+            closed = whole
+            if number + 1 < len(turns):
+                closed = self._apply(prompt + turns[: number + 1], False)
+                if not closed.startswith(opened) or not whole.startswith(closed):
+                    return None
             added = closed[len(opened) :]
             said = max(added.rfind(_last_text(turns[number])), 0)
             places.append(Place(len(opened), len(opened) + self._ends.end_of(added, said)))
@@ -83,11 +88,36 @@ class TurnPlaces:
     def _by_marks(
         self, prompt: list[Message], head: str, turns: list[Message], whole: str, numbers: list[int]
     ) -> list[Place]:
+        if self._continues and not whole.startswith(head):
+            raise BadRow(REWRITES_BEGUN)
         places = [self._marked(prompt, turns, number, whole) for number in numbers]
         first = places[0]
+        if self._continues:
+            return [Place(len(head), first.end), *places[1:]]
         if len(numbers) > 1 and not _is_same(whole[: first.start] + first.missing, head):
-            raise BadRow(REWRITES)  # the first turn has another context than the prompt
+            self._check_contexts(prompt, head, turns, whole, list(zip(numbers, places, strict=True)))
         return places
+
+    def _check_contexts(
+        self,
+        prompt: list[Message],
+        head: str,
+        turns: list[Message],
+        whole: str,
+        places: list[tuple[int, Place]],
+    ) -> None:
+        """Raise `BadRow` where a turn behind the first would be trained in another context than it is written in.
+
+        The prompt differs from the beginning of the rendering, such as by instructions that come with a generation prompt.
+        """
+        first = places[0][1]
+        if not head.endswith(first.missing):
+            raise BadRow(REWRITES)
+        begin = head[: len(head) - len(first.missing)]
+        for number, place in places[1:]:
+            context = begin + whole[first.start : place.start] + place.missing
+            if not _is_same(context, self._apply(prompt + turns[:number], True)):
+                raise BadRow(OTHER_CONTEXT)
 
     def _marked(self, prompt: list[Message], turns: list[Message], number: int, whole: str) -> Place:
         everything, place = prompt + turns, len(prompt) + number
@@ -97,19 +127,42 @@ class TurnPlaces:
         text = self._apply(marked, False)
         opened = self._apply(marked[:place], True).rpartition(BEHIND)[2]
         before, _, after = text.rpartition(BEHIND)
-        if _bare(text) != whole or text.count(BEHIND) != 1 or text.count(START) != 1 or START not in after:
+        # The name of a called function may stand in its result too.
+        is_certain = START in after and text.count(BEHIND) == 1 and START not in before
+        if _bare(text) != whole or not is_certain or (_has_text(turns[number]) and after.count(START) != 1):
             raise BadRow(REWRITES)
         begin = len(_bare(before))
         had, shared = _shared(opened, after)
+        trailer = ""
+        if had < len(opened) and (found := self._inserted(opened, _bare(after[: after.index(START)]))):
+            had, (shared, trailer) = len(opened), found
         answer = begin + len(_bare(after[: after.index(START)]))
         inside, _, tail = after.partition(END)
         if place + 1 < len(everything):
             closed = self._apply(marked[: place + 1], False).rpartition(END)[2]
             tail = common_start(closed, tail)
+        elif trailer:
+            tail = tail.removesuffix(trailer)
         behind = begin + len(_bare(inside))
-        if "tool_calls" in turns[number] and not turns[number]["content"].strip():
+        if not _has_text(turns[number]):
             answer = 0  # the mark stands inside the call
         return Place(begin + shared, behind + self._ends.end_of(tail), opened, opened[had:], answer)
+
+    def _inserted(self, opened: str, before: str) -> tuple[int, str] | None:
+        """Where the turn starts in `before`, the text in front of its words, and what `opened` has more than that.
+
+        Some generation prompts have instructions in front of the mark of the turn, which a finished conversation has at its
+        end. None where the two differ otherwise.
+        """
+        header = opened[self._ends.last_end(opened) :].lstrip()
+        place = before.rfind(header) if header else -1
+        if place <= 0 or not opened.startswith(before[:place]):
+            return None
+        return place + len(header), opened[place : len(opened) - len(header)]
+
+
+def _has_text(message: Message) -> bool:
+    return bool(message["content"].strip())
 
 
 def _last_text(message: Message) -> str:

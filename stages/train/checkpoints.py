@@ -116,7 +116,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 
 
 def newest_checkpoint(
-    root: Path, say: Callable[[str], None], identity: Mapping[str, Any] | None = None
+    root: Path, log: Callable[[str], None], identity: Mapping[str, Any] | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; damaged newer ones are reported and skipped.
 
@@ -130,7 +130,7 @@ def newest_checkpoint(
             problem = "" if identity is None else _foreign(found, identity)
             if not problem:
                 return found
-        say(f"Skipping {folder}: {problem}")
+        log(f"Skipping {folder}: {problem}")
     return None
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
 
 
-def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[Any, Any | None, "Scorer"]:
+def load_sharded(job: Job, world: World, log: Callable[[str], None]) -> tuple[Any, Any | None, "Scorer"]:
     """The model, peft's wrapper (or None) and the scorer, with this rank's shards of the starting weights.
 
     Raises `UsageError` for a model that cannot be scored in packs.
@@ -40,7 +40,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
     if world.is_main:
         on_cpu = Compute(torch.device("cpu"), torch.float32, job.compute.tokens_per_batch)
         whole, _ = _with_adapter(job, load_model(job.source, on_cpu))
-        ways = [Scorer(whole, on_cpu, say, settings.gradient_checkpointing).way]
+        ways = [Scorer(whole, on_cpu, log, settings.gradient_checkpointing).way]
     dist.broadcast_object_list(ways, src=0)
     way = ways[0]
     if way.backend is None or (way.longest is not None and way.longest < _longest_row(job)):
@@ -53,7 +53,7 @@ def load_sharded(job: Job, world: World, say: Callable[[str], None]) -> tuple[An
     scorer = Scorer(
         model,
         job.compute,
-        say,
+        log,
         settings.gradient_checkpointing,
         settings.activation_offload,
         checked=way,

@@ -56,7 +56,7 @@ class Run:
         checkpoint: Checkpoint | None,
         folder: Path,
         world: World,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Load the starting weights. `eval_sets` are evaluation sets by name; the name of the held-out rows is ''."""
         settings = job.settings
@@ -67,10 +67,10 @@ class Run:
             settings,
             job.resolved,
         )
-        self.world, self.folder, self.say, self.checkpoint = world, folder, say, checkpoint
+        self.world, self.folder, self.log, self.checkpoint = world, folder, log, checkpoint
         self.schedule = make_schedule(settings, self.resolved.learning_rate, self.resolved.steps)
         self._order = DataOrder(rows.mismatch_groups, settings.seed, self.resolved.batch_size)
-        self.policy = load_trainable(job, world, say)
+        self.policy = load_trainable(job, world, log)
         filled = {name: split for name, split in eval_sets.items() if len(split)}
         self.train_scorer, *eval_scorers = make_row_scorers(
             self.policy.scorer,
@@ -83,7 +83,7 @@ class Run:
         )
         self.eval_scorers = dict(zip(filled, eval_scorers, strict=True))
         if summary := self.train_scorer.pairs.summary():
-            say(summary)
+            log(summary)
         self.optimizer = make_optimizer(self.policy.parameters, settings)
         self.weight_updates = WeightUpdates(self.policy.parameters)
         self.loss_state: dict[str, float] = {}
@@ -99,7 +99,7 @@ class Run:
         watch, begin = Watch(self.loss), self.last_step
         with (
             progress("train", self.resolved.steps - begin, "steps") as advance,
-            stop_at_a_step(self.say) as request,
+            stop_at_a_step(self.log) as request,
         ):
             for step in range(begin + 1, self.resolved.steps + 1):
                 if self._stops_early():
@@ -108,13 +108,13 @@ class Run:
                 if step % self.resolved.eval_steps == 0 or step == self.resolved.steps:
                     metrics.update(self._evaluate())
                 metrics.update(self._sample(tracker, step))
-                self._log(tracker, step, metrics)
+                self._log_metrics(tracker, step, metrics)
                 for warning in watch.new_warnings(self.history):
-                    self.say(warning)
+                    self.log(warning)
                 stop = self._must_stop(request)
                 self._save_if_due(step, stop)
                 if stop:
-                    self.say(
+                    self.log(
                         f"Stopped after step {step} of {self.resolved.steps}; its checkpoint is written."
                     )
                     request.end()
@@ -145,7 +145,7 @@ class Run:
             if self.job.beginning is not None:
                 self._begin_from(self.job.beginning)
             first = {} if audit_difference is None else {"audit/max_abs_diff": audit_difference}
-            self._log(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
+            self._log_metrics(tracker, 0, {**self._evaluate(), **first, **self._sample(tracker, 0)})
         else:
             self._restore(self.checkpoint)
         check_metric(self.history, self.settings.best_metric, "train.best_metric")
@@ -153,12 +153,12 @@ class Run:
 
     def _begin_from(self, beginning: Checkpoint) -> None:
         """Take over weights, optimizer and loss of another run, after the audit, which is about the model itself."""
-        self.say(f"Beginning with the weights and the optimizer of {beginning.folder}")
+        self.log(f"Beginning with the weights and the optimizer of {beginning.folder}")
         self.policy.load_state(beginning.folder, self.optimizer)
         self.loss_state = dict(beginning.state.loss_state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.say(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")
+        self.log(f"Continuing from step {checkpoint.step} of {self.resolved.steps} ({checkpoint.folder})")
         self.policy.load_state(checkpoint.folder, self.optimizer)
         self.loss_state = dict(checkpoint.state.loss_state)
         self.audit_difference = checkpoint.state.audit_max_abs_diff
@@ -202,7 +202,7 @@ class Run:
         )
         what += ", ...)" if len(examples) > 8 else ")"
         if self.settings.on_nonfinite == "skip":
-            self.say(f"{what}. The step is skipped: the weights stay as they are.")
+            self.log(f"{what}. The step is skipped: the weights stay as they are.")
             return
         raise TrainingDiverged(
             f"{what}. Lower train.learning_rate (now {self.resolved.learning_rate:g}), check these rows, or skip such "
@@ -227,11 +227,11 @@ class Run:
         records, metrics = sample_policy(
             self.policy.scorer, self.job.source, pool, step, round_index, synced_ranks=self.world.sharded
         )
-        self.say("\n".join([f"Samples at step {step}:", *console_lines(records)]))
+        self.log("\n".join([f"Samples at step {step}:", *console_lines(records)]))
         tracker.log_samples([vars(record) for record in records])
         return metrics
 
-    def _log(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
+    def _log_metrics(self, tracker: Tracker, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"step": step, **{name: _finite(value) for name, value in metrics.items()}}
         self.history.append(line)
         tracker.log(line)
@@ -243,7 +243,7 @@ class Run:
         best = best_evaluation(self.history, metric)
         if best is None or best.evaluations_since < self.settings.early_stopping_patience:
             return False
-        self.say(
+        self.log(
             f"Early stop after step {self.last_step}: {metric} was best at step {best.step} ({best.value:.4g}), "
             f"{best.evaluations_since} evaluations ago."
         )

@@ -129,19 +129,19 @@ def _own_hyperparameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(hyperparameters)
 
 
-def load_trainable(job: Job, world: World, say: Callable[[str], None]) -> Trainable:
+def load_trainable(job: Job, world: World, log: Callable[[str], None]) -> Trainable:
     """Load the starting weights, with a new adapter if the job has one."""
     from stages.engine.scorer import Scorer  # imports transformers' modelling code
 
     adapted = None
     if world.sharded:
-        model, adapted, scorer = load_sharded(job, world, say)
+        model, adapted, scorer = load_sharded(job, world, log)
     else:
         model = load_model(job.source, job.compute)
         if job.adapter.name != "none":
             adapted = attach_adapter(model, job.adapter, job.settings.seed, job.source)
         settings = job.settings
-        scorer = Scorer(model, job.compute, say, settings.gradient_checkpointing, settings.activation_offload)
+        scorer = Scorer(model, job.compute, log, settings.gradient_checkpointing, settings.activation_offload)
         if adapted is not None and job.compute.dtype == torch.bfloat16:
             halve_frozen_weights(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -191,7 +191,7 @@ def _check_origin(job: Job, context: Context) -> None:
         )
     if differing:
         changes = "; ".join(differing.values())
-        context.say(f"Continuing {job.origin.folder} with other settings: {changes}")
+        context.log(f"Continuing {job.origin.folder} with other settings: {changes}")
 
 
 def _check_beginning(job: Job) -> None:

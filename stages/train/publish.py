@@ -48,7 +48,7 @@ def _publish(run: Run, draft: Draft, finished: Draft, context: Context) -> None:
         checkpoint = _checkpoint_of(run, best.step, draft.path)
         run.policy.load_state(checkpoint, run.optimizer)
         loss_state = Checkpoint.read(checkpoint).state.loss_state
-        context.say(f"Publishing the weights of step {best.step}, the best by {run.settings.best_metric}.")
+        context.log(f"Publishing the weights of step {best.step}, the best by {run.settings.best_metric}.")
     run.policy.save(finished.path)
     if not run.world.is_main:
         return

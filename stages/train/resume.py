@@ -50,7 +50,7 @@ def _named(folder: Path, context: Context) -> Checkpoint | None:
         if problem:
             raise CorruptError(f"{folder} cannot be continued: {problem}. Name an older checkpoint.")
         return Checkpoint.read(folder)
-    return newest_checkpoint(folder, context.say) if folder.is_dir() else None
+    return newest_checkpoint(folder, context.log) if folder.is_dir() else None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ an uninterrupted one. The random state of training is not used.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from cache.fingerprint import fingerprint
+from stages.data.messages import Message
 from stages.generation.completion_files import instruction
 from stages.generation.generate import Completion, as_completion, request_seed
 from stages.generation.open_model import check_prompts, open_model
@@ -36,16 +37,22 @@ class SampleRecord:
     completion: str
     finish_reason: str
     num_tokens: int
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class PromptPool:
-    """Prompts, the number of prompts sampled each time, the strategy that chooses them, and sampling settings."""
+    """Prompts, the number of prompts sampled each time, the strategy that chooses them, and sampling settings.
+
+    `score` gives a completion of a prompt a score, `judge` identifies it; both None without one.
+    """
 
     prompts: Sequence[Prompt]
     number: int
     strategy: SampleStrategy
     sampling: Sampling
+    score: Callable[[str | list[Message], str], float] | None = None
+    judge: str | None = None
 
     @property
     def identity(self) -> str:
@@ -55,7 +62,8 @@ class PromptPool:
         prompts = [[prompt.id, prompt.ids] for prompt in used]
         sampling = asdict(replace(self.sampling.effective, num_samples=1))  # while training, always one
         how = {"sampling": sampling, "number": number, "strategy": self.strategy}
-        return fingerprint({"prompts": prompts, **how})
+        judged = {} if self.judge is None else {"judge": self.judge}
+        return fingerprint({"prompts": prompts, **how, **judged})
 
 
 def choose(strategy: SampleStrategy, pool: int, number: int, round_index: int, seed: int) -> list[int]:
@@ -103,11 +111,11 @@ def sample_policy(
     )
     sampled, is_finite = [ids for _, ids, _ in found], [finite for _, _, finite in found]
     completions = [as_completion(model, *pair) for pair in zip(requests, sampled, strict=True)]
-    records = [_record(step, *pair) for pair in zip(prompts, completions, strict=True)]
+    records = [_record(step, *pair, pool) for pair in zip(prompts, completions, strict=True)]
     return records, sample_metrics(records, sampled, is_finite)
 
 
-def _record(step: int, prompt: Prompt, completion: Completion) -> SampleRecord:
+def _record(step: int, prompt: Prompt, completion: Completion, pool: PromptPool) -> SampleRecord:
     return SampleRecord(
         step=step,
         id=prompt.id,
@@ -115,14 +123,17 @@ def _record(step: int, prompt: Prompt, completion: Completion) -> SampleRecord:
         completion=completion.text,
         finish_reason=completion.finish_reason,
         num_tokens=len(completion.token_ids),
+        score=None if pool.score is None else pool.score(prompt.content, completion.text),
     )
 
 
 def sample_metrics(
     records: Sequence[SampleRecord], token_ids: Sequence[Sequence[int]], is_finite: Sequence[bool]
 ) -> dict[str, float]:
-    """`samples/...`: mean length in tokens; shares of empty completions, of repeated 4-grams, of non-finite scores."""
+    """`samples/...`: mean length in tokens, mean score; shares of empty completions, repeated 4-grams, non-finite logits."""
+    scores = [record.score for record in records if record.score is not None]
     return {
+        **({"samples/score": fmean(scores)} if scores else {}),
         "samples/mean_tokens": fmean(record.num_tokens for record in records),
         "samples/empty_share": fmean(not record.completion.strip() for record in records),
         "samples/repetition_share": fmean(map(repetition, token_ids)),

@@ -25,7 +25,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_at_a_step(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_at_a_step(log: Callable[[str], None]) -> Iterator[StopRequest]:
     """Within the context a signal only sets the request, which the training loop reads after each step."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -37,7 +37,7 @@ def stop_at_a_step(say: Callable[[str], None]) -> Iterator[StopRequest]:
         request.signum = request.signum or signum
         signal.signal(signum, before[signal.Signals(signum)])
         name = signal.Signals(signum).name
-        say(f"{name}: finishing this step and writing a checkpoint; a second {name} ends at once")
+        log(f"{name}: finishing this step and writing a checkpoint; a second {name} ends at once")
 
     for signum in SIGNALS:
         if before[signum] not in (signal.SIG_IGN, None):

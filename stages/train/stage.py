@@ -43,7 +43,7 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
     world = join_world(job.compute.device, job.settings.parallel == "fsdp")
     draft = context.store.draft("policy", job.name, "train", job.identity, keep=True)
     with (
-        _sole_run(draft.path, world, context.say),
+        _sole_run(draft.path, world, context.log),
         using_memory(_ADVICE.format(job.compute.tokens_per_batch)),
     ):
         finished = world.from_main(lambda: find_policy(job, context))
@@ -57,13 +57,13 @@ def train(job: Job, track: TrackSettings, context: Context) -> Artifact:
 
 
 @contextmanager
-def _sole_run(working: Path, world: World, say: Callable[[str], None]) -> Iterator[None]:
+def _sole_run(working: Path, world: World, log: Callable[[str], None]) -> Iterator[None]:
     """Within the context no other run writes into this working folder; raises `BusyError` if one does already."""
     held: list[Claim] = []
 
     def take() -> None:
         with disk_errors_named(working):
-            held.append(claim(working, say))
+            held.append(claim(working, log))
 
     world.from_main(take)
     try:
@@ -83,9 +83,9 @@ def _train(
     context: Context,
 ) -> None:
     """Run the training loop from step 0 or a checkpoint, and publish the policy. Every rank calls this."""
-    say = context.say if world.is_main else _silent
+    log = context.log if world.is_main else _silent
     checkpoint = world.from_main(lambda: _checkpoint_of(job, draft, context))
-    run = Run(job, train_rows, eval_rows, checkpoint, draft.path, world, say)
+    run = Run(job, train_rows, eval_rows, checkpoint, draft.path, world, log)
     difference = _audit(run, job).reference if checkpoint is None else None
     last_step = -1 if checkpoint is None else checkpoint.step
     tracker = Tracker(None)
@@ -106,9 +106,9 @@ def _audit(run: Run, job: Job) -> Audit:
     own = job.reference if job.reference and fingerprint(job.start) == job.reference.fingerprint else None
     heldout = run.eval_scorers.get("")
     found = audit(run.policy.scorer, run.rows if heldout is None else heldout.rows, own)
-    run.say(f"Audit: rows scored in packs and alone agree within {found.packing:.2g} nats per token")
+    run.log(f"Audit: rows scored in packs and alone agree within {found.packing:.2g} nats per token")
     if found.reference is not None:
-        run.say(
+        run.log(
             f"Audit: the cached reference and the untrained policy agree within {found.reference:.2g} nats per token"
         )
     return found
@@ -116,11 +116,11 @@ def _audit(run: Run, job: Job) -> Audit:
 
 def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | None:
     """The checkpoint to continue from: the run's own newest valid one, or the one that `train.resume` names."""
-    own = newest_checkpoint(draft.path, context.say, job.own_identity)
+    own = newest_checkpoint(draft.path, context.log, job.own_identity)
     if job.origin is not None and (own is None or job.origin.step > own.step):
         return job.origin
     if own is None and (other := nearest_interrupted(job, context.store)) is not None:
-        context.say(
+        context.log(
             f"An interrupted run at step {other.step} has other settings ({'; '.join(other.differing)}), so this one "
             f"begins at step 0. Continue that run with: --set train.resume={other.checkpoint}"
         )
@@ -128,4 +128,4 @@ def _checkpoint_of(job: Job, draft: Draft, context: Context) -> Checkpoint | Non
 
 
 def _silent(line: str) -> None:
-    """The `say` of all ranks but the first."""
+    """The `log` of all ranks but the first."""

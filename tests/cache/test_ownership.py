@@ -46,7 +46,7 @@ def test_the_second_is_refused_and_told_who_the_first_is(folder):
 def test_an_owner_that_died_on_this_machine_blocks_nobody(folder):
     leave_owner(folder, host())
     began = time.monotonic()
-    claim(folder, say=pytest.fail).release()
+    claim(folder, log=pytest.fail).release()
     assert time.monotonic() - began < ownership.SILENT_SECONDS / 10
 
 

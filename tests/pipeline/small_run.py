@@ -42,7 +42,7 @@ class JsonSession(Session):
 
 def session(tree: dict, store: Path, said: list[str] | None = None) -> JsonSession:
     """What it says goes to `said`."""
-    return JsonSession(build_config(tree), store, say=(said if said is not None else []).append)
+    return JsonSession(build_config(tree), store, log=(said if said is not None else []).append)
 
 
 def run(tree: dict, store: Path, *stages: str, said: list[str] | None = None) -> dict:

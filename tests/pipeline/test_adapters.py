@@ -18,8 +18,10 @@ from stages.train import loop
 from tests.forked import in_child
 from tests.pipeline.small_run import LN2, run, session, settings, through_training
 
-pytest.importorskip("peft")
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed"),
+]
 
 
 def adapter_settings(model: Path, preferences: Path, name: str = "lora", **changes: dict) -> dict:

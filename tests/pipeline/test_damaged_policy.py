@@ -74,7 +74,8 @@ def test_a_named_checkpoint_is_checked_too(trained, tmp_path) -> None:
 
 def test_completions_with_a_flipped_byte_are_not_reused(trained) -> None:
     tree, store, _ = trained
-    completions = Path(run(tree, store, "sample")["output"])
+    [made] = run(tree, store, "sample")["completions"].values()
+    completions = Path(made["output"])
     assert run(tree, store, "sample")["reused"]
     flip(completions)
     with pytest.raises(CorruptError, match=rf"{completions} is damaged.*run `align sample` again"):

@@ -13,6 +13,7 @@ from pipeline.quickstart_world import is_preferred
 ROOT = Path(__file__).resolve().parents[2]
 # Greedy, so that two engines can be compared token for token.
 GREEDY = ["--set", "sample.temperature=0"]
+JUDGE = ["--set", "judge.function=pipeline.quickstart_world:politeness"]
 
 
 def completions(result: dict) -> dict[tuple[str, str], str]:
@@ -26,7 +27,7 @@ def completions(result: dict) -> dict[tuple[str, str], str]:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed on this system")
 def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_path) -> None:
-    command = [sys.executable, "-m", "pipeline", "run", *GREEDY, "--store", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "pipeline", "run", *GREEDY, *JUDGE, "--store", str(tmp_path), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first = json.loads(done.stdout)
@@ -48,6 +49,10 @@ def test_the_quickstart_learns_its_preference_and_both_engines_agree(align, tmp_
     share = {side: sum(values) / len(values) for side, values in shares.items()}
     assert share["policy"] > 0.9
     assert share["policy"] > share["reference"]
+
+    judged = first["judge"]
+    assert judged["wins"] + judged["ties"] + judged["losses"] == judged["pairs"] == len(by_vllm) / 2
+    assert judged["wins"] - judged["losses"] == sum(shares["policy"]) - sum(shares["reference"])
 
     by_transformers = [*GREEDY, "--set", "sample.engine=transformers"]
     code, out, err = align("sample", *by_transformers, "--store", tmp_path, "--json")

@@ -27,13 +27,24 @@ class RowSource:
     density_ratios: np.ndarray | None  # (rows of the split,), float32
 
 
+def device_of_fields(device: torch.device) -> torch.device:
+    """Where fields and losses are computed: beside the model; on a CPU for Apple's GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class ScoredPack:
     """A pack with its log-probs, and the intermediate values of its fields, each computed on first use."""
 
     def __init__(self, source: RowSource, pack: Pack, logps: PackLogps) -> None:
-        """`logps` is what `Scorer` returned for `pack`; the fields are computed on its device."""
-        self.source, self.pack, self.logps = source, pack, logps
-        self.device = logps.completion_logps.device
+        """`logps` is what `Scorer` returned for `pack`; the fields are computed on `device_of_fields` of its device."""
+        self.source, self.pack = source, pack
+        self.device = device_of_fields(logps.completion_logps.device)
+        completion, prompt, collision = logps
+        self.logps = PackLogps(
+            completion.to(self.device),
+            prompt.to(self.device),
+            None if collision is None else collision.to(self.device),
+        )
         self._token_rows = pack.token_rows.to(self.device)  # (completion tokens,)
 
     def row_sums(self, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from stages.losses.contract import Batch, Loss, Rows
 from stages.runtime.distributed import World
 from stages.settings.train import PairStrategy
 from stages.train.step.density_ratio import DensityRatios
-from stages.train.step.row_fields import ALWAYS, FIELDS, RowSource, ScoredPack
+from stages.train.step.row_fields import ALWAYS, FIELDS, RowSource, ScoredPack, device_of_fields
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -43,7 +43,7 @@ class RowScorer:
         """
         self.scorer, self.rows, self.loss, self.world = scorer, rows, loss, world
         self.pairs = Pairs(rows, pairs)
-        self.device = scorer.compute.device
+        self.device = device_of_fields(scorer.compute.device)
         self._source = RowSource(rows, reference, density_ratios)
         self._fields = [name for name in FIELDS if name in ALWAYS | loss.needs]
 

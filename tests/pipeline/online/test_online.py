@@ -175,3 +175,20 @@ def test_a_checkpoint_of_another_model_is_no_beginning(tiny_model, tiny_base_mod
         StaleError, match=r"train\.begin_from=.* another model or optimizer: train\.optimizer"
     ):
         run(other, tmp_path, "train")
+
+
+def test_samples_of_a_training_are_scored_beside_its_loss(tiny_model, preferences, tmp_path):
+    changes = {"train": {"sample_steps": 2, "sample_prompts": 3, "num_epochs": 1}}
+    tree = settings(
+        tiny_model, preferences, judge={"function": f"{__name__}:score"}, sample={"max_tokens": 6}, **changes
+    )
+    folder = Path(through_training(tree, tmp_path)["artifact"])
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scored = {line["step"]: line["samples/score"] for line in lines if "samples/score" in line}
+    assert len(scored) >= 3
+    for step, mean in scored.items():
+        own = [score("", one["completion"]) for one in samples if one["step"] == step]
+        assert mean == pytest.approx(sum(own) / len(own))
+    tree["judge"] = {}
+    assert run(tree, tmp_path, "train")["artifact"] != str(folder)

@@ -10,7 +10,7 @@ import pytest
 
 from cache.errors import DataError
 from stages.data.readers import read_source
-from stages.formats import Unusable, conversion, detect_format, gather, renamed
+from stages.formats import Unusable, arranged, conversion, detect_format, renamed
 from stages.formats.unread_columns import columns_not_read
 from stages.settings.data import DataSettings, PrepareSettings
 
@@ -24,7 +24,7 @@ def preferences(path, **settings):
     columns_not_read(rows, format_, data)
     convert = conversion(format_, data, PrepareSettings())
     kept, dropped = [], []
-    for row in gather(mapped, format_.gathered_by) if format_.gathered_by else mapped:
+    for row in arranged(mapped, format_):
         try:
             kept.append(convert(row.value))
         except Unusable as reason:
@@ -51,6 +51,7 @@ READ = {
     "mtbench_human": ("arena", 24, []),
     "mtbench_gpt4_pair": ("arena", 23, ["tie"]),
     "lmarena_140k": ("arena", 20, ["tie"] * 4),
+    "oasst_trees": ("oasst_trees", 24, []),
     "full_hh_three_columns": ("preference", 24, []),
     "distilabel_orca": ("orca", 20, ["tie"] * 4),
     "shp_float_labels": ("shp", 24, []),
@@ -69,7 +70,6 @@ REFUSED = {
     "rag_context_prompt": "the column context is not read by the format preference",
     "vlm_images_column": "the column images has pictures or sound, and models of text alone are trained",
     "vlm_rlaif_v": "the column image has pictures or sound",
-    "oasst_trees": "nested",
 }
 
 

@@ -11,15 +11,17 @@ from stages.formats import (
     FORMATS,
     Tokens,
     Unusable,
+    arranged,
     choose_format,
     conversion,
     detect_format,
-    gather,
     renamed,
 )
+from stages.formats.group_by_prompt import gather
 from stages.settings.data import DataSettings, PrepareSettings
 
 NAMES = [entry.name for entry in FORMATS]
+BY_CLASS = {entry.name: entry for entry in FORMATS}
 BY_NAME = {entry.name: json.loads(entry.example) for entry in FORMATS}
 
 
@@ -51,7 +53,8 @@ def test_the_right_answer_wins(name):
         other.update({"reward": 0.5} if name == "scored_rows" else {"gpt4_score": [1, 2, 1]})
         row = {"rows": [other, row]}
     preference = convert(row, name, **({"threshold": 3} if name == "helpsteer" else {}))
-    asked = preference.prompt if isinstance(preference.prompt, str) else preference.prompt[-1]["content"]
+    turns = [] if isinstance(preference.prompt, str) else preference.prompt
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"][-1] if turns else preference.prompt
     assert "2+2" in asked
     first, *others = preference.candidates
     assert said(first.completion) == "4"
@@ -190,6 +193,63 @@ def test_rows_of_one_prompt_are_gathered_wherever_they_stand():
     ]
     with pytest.raises(Unusable, match="fewer_than_two_responses"):
         convert(found[2].value, "scored_rows")
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "tools", "chat_template_kwargs"])
+def test_rows_that_differ_in_what_makes_the_prompt_are_not_gathered(column):
+    tools = [[{"name": name}] for name in "ab"]
+    made = tools if column == "tools" else [{"a": 1}, {"a": 2}] if column == "chat_template_kwargs" else "ab"
+    values = [
+        {"prompt": "q", "text": f"{number} {answer}", "reward": answer, column: value}
+        for number, value in enumerate(made)
+        for answer in range(2)
+    ]
+    found = list(arranged(rows(*values), BY_CLASS["scored_rows"]))
+    assert [[row["text"] for row in one.value["rows"]] for one in found if one.value] == [
+        ["0 0", "0 1"],
+        ["1 0", "1 1"],
+    ]
+
+
+def message(role, text, *replies, **more):
+    return {"role": role, "text": text, "replies": list(replies), **more}
+
+
+def test_every_message_of_a_tree_with_ranked_replies_is_a_prompt():
+    root = message(
+        "prompter", "2+2?",
+        message("assistant", "5", rank=1),
+        message("assistant", "4", message(
+            "prompter", "3+3?", message("assistant", "6", rank=0), message("assistant", "7", rank=1), message("assistant", "8", rank=None),
+        ), message("prompter", "Sure?", message("assistant", "Yes", rank=0)), rank=0),
+    )  # fmt: skip
+    bare = message("prompter", "Hi", message("assistant", "Ho", rank=None))
+    trees = [{"message_tree_id": "m", "prompt": tree} for tree in (root, bare, {"replies": 3})]
+    found = list(arranged(rows(*trees), BY_CLASS["oasst_trees"]))
+    assert [row.location for row in found] == [
+        "x:1 (message 1 with ranked replies)",
+        "x:1 (message 2 with ranked replies)",
+        "x:2",
+        "x:3",
+    ]
+    first, second = (convert(row.value, "oasst_trees") for row in found[:2])
+    assert [said(side.completion) for side in first.candidates] == ["4", "5"]
+    assert [turn["content"] for turn in second.prompt] == ["2+2?", "4", "3+3?"]
+    assert [said(side.completion) for side in second.candidates] == ["6", "7"]
+    with pytest.raises(Unusable, match="fewer_than_two_responses"):
+        convert(found[2].value, "oasst_trees")
+    assert "replies" in found[3].problem
+
+
+def test_a_bedrock_row_keeps_its_arguments():
+    row = {
+        **BY_NAME["bedrock"],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "system": [{"text": "S"}],
+    }
+    preference = convert(row, "bedrock")
+    assert preference.chat_template_kwargs == {"enable_thinking": False}
+    assert [turn["content"] for turn in preference.prompt] == ["S", "2+2?"]
 
 
 def test_an_object_of_posts_is_read_entry_by_entry(tmp_path):

@@ -233,7 +233,7 @@ BAD = [
         {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "chosen": A, "rejected": B},
         "prompt[0].content[0]: expected a part of type text, reasoning, tool_call, found {'type'",
     ),
-    ("preference", {"prompt": Q + A, "chosen": A, "rejected": B}, "prompt: ends with an assistant turn"),
+    ("preference", {"prompt": A, "chosen": A, "rejected": B}, "prompt: expected a turn of a user in the prompt, found assistant turns alone"),
     # The first row of a file decides its layout, so a later row may repeat the prompt.
     ("preference", {"prompt": "q", "chosen": Q + A, "rejected": Q + B}, "chosen: expected a completion that begins with an assistant turn, found a user turn"),
     ("preference", {"prompt": Q, "chosen": A + Q, "rejected": B}, "chosen: expected a completion that ends with an assistant turn"),

@@ -37,6 +37,7 @@ def test_jsonl_has_one_object_per_line(tmp_path):
         "num_tokens": 4,
         "model": "tiny-dpo",
         "keys": {"uid": "a"},
+        "token_ids": [],
     }
     assert second == first | {"sample_index": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["completions.jsonl"]

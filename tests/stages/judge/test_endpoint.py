@@ -137,9 +137,14 @@ def test_an_interrupted_run_asks_nothing_twice(context):
             signal.raise_signal(signal.SIGINT)
         return ours_wins(stub, request)
 
+    # A shell that starts the tests in the background makes them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with stub_endpoint(interrupts) as stub:
-        with pytest.raises(KeyboardInterrupt):
-            preferences(stub, context, concurrency=2)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                preferences(stub, context, concurrency=2)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert 5 <= len(stub.requests) < 2 * NUMBER
         assert preferences(stub, context) == [1] * NUMBER
         assert len(stub.questions) == len(set(stub.questions)) == 2 * NUMBER

@@ -39,7 +39,7 @@ def log_prob(source, messages, text):
 @pytest.mark.parametrize("prompt", ["Where does the bear live?", [{"role": "user", "content": "What now?"}]])
 def test_the_score_is_beta_times_the_log_ratio(models, context, chat_tokenizer, prompt):
     template = Template(chat_tokenizer, "auto", append_eos=True)
-    judge = ImplicitJudge(*models, 0.3, template, COMPUTE, context.say)
+    judge = ImplicitJudge(*models, 0.3, template, COMPUTE, context.log)
     entries = [Completed(str(n), prompt, text, 0, "policy") for n, text in enumerate(TEXTS)]
     found = [verdict.score for verdict in judge_completions(judge, entries, context).verdicts]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -53,7 +53,7 @@ def test_equal_models_give_no_reward_and_a_text_that_is_too_long_has_a_problem(
     models, context, chat_tokenizer
 ):
     template = Template(chat_tokenizer, "auto", append_eos=True)
-    judge = ImplicitJudge(models[0], models[0], 0.3, template, COMPUTE, context.say)
+    judge = ImplicitJudge(models[0], models[0], 0.3, template, COMPUTE, context.log)
     entries = [Completed("0", "Who?", "A bear.", 0, "m"), Completed("1", "Who?", "bear " * 300, 0, "m")]
     short, long = judge_completions(judge, entries, context).verdicts
     assert short.score == 0

@@ -51,7 +51,7 @@ def row_by_row(source, entries):
 
 
 def scores(source, context, entries=ENTRIES, compute=COMPUTE):
-    judge = RewardModelJudge.of(source, compute, context.say)
+    judge = RewardModelJudge.of(source, compute, context.log)
     return [verdict.score for verdict in judge_completions(judge, entries, context).verdicts]
 
 
@@ -134,7 +134,7 @@ def test_a_decoder_without_a_chat_template_is_refused(tmp_path, context, base_to
 def test_a_conversation_that_cannot_be_scored_is_named_and_the_others_go_on(tmp_path, context):
     source = save_reward_model(tmp_path / "model", max_position_embeddings=40)
     long = Completed("long", PROMPT, "wood " * 60, 0, "policy")
-    judge = RewardModelJudge.of(source, COMPUTE, context.say)
+    judge = RewardModelJudge.of(source, COMPUTE, context.log)
     found = judge_completions(judge, [ENTRIES[2], long], context).verdicts
     assert found[0].score is not None
     assert "tokens, and model has 40 positions" in (found[1].problem or "")

@@ -536,7 +536,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, chat):
     found = []
     for workers in (1, 2):
         settings = EVERYTHING_FITS.model_copy(update={"num_workers": workers})
-        context = Context(Store(tmp_path / f"store{workers}"), say=lambda line: None)
+        context = Context(Store(tmp_path / f"store{workers}"), log=lambda line: None)
         artifact = prepare(data, settings, chat, context)
         found.append((artifact.manifest["files"], artifact.counts, artifact.fingerprint))
     assert found[0] == found[1]
@@ -565,7 +565,7 @@ def test_fastokens_gives_the_same_rows(shared_data, tmp_path):
     data = DataSettings(path=str(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz"), max_samples=150)
     files = []
     for quick in (False, True):
-        context = Context(Store(tmp_path / str(quick)), say=lambda line: None)
+        context = Context(Store(tmp_path / str(quick)), log=lambda line: None)
         template = Template(tokenizer, "auto", append_eos=True, quick=quick)
         files.append(prepare(data, EVERYTHING_FITS, template, context).manifest["files"])
     assert files[0] == files[1]

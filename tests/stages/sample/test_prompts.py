@@ -73,7 +73,7 @@ def test_a_column_that_is_not_empty_is_taken_before_one_that_is(tmp_path, chat):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": ""}, {"prompt": [USER, ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
+    "row", [{"prompt": ""}, {"prompt": [ASSISTANT]}, {"text": "2+2?"}, {"turns": []}, {"prompt": 4}]
 )
 def test_what_cannot_be_asked_is_named_and_the_rest_go_on(tmp_path, chat, row):
     with pytest.raises(DataError, match=r"prompts\.jsonl:1: .*No row of .* has a prompt"):

@@ -14,6 +14,7 @@ from datasets import load_dataset
 
 from cache.artifacts import Artifact
 from cache.errors import DataError, UsageError
+from stages.data.rows import SPLITS
 from stages.generation.completion_files import read_jsonl
 from stages.generation.contract import Engine
 from stages.generation.engines import open_engine
@@ -24,6 +25,7 @@ from stages.prepare.stage import prepare
 from stages.runtime.compute import Compute
 from stages.sample import stage
 from stages.sample.job import SampleJob
+from stages.sample.prompts import row_prompts
 from stages.sample.stage import find_completions, sample
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.settings.fields import SampleSettings
@@ -226,3 +228,13 @@ def test_preferences_without_a_column_of_prompts_have_prompts_too(policies, chat
     row = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     job = job_of({"model": policies["one"]}, chat, written(tmp_path, [row]))
     assert [one.content for one in job.prompts] == [turns]
+
+
+def test_a_prompt_of_the_rows_is_a_message_again(chat, context, preferences):
+    """One that is more than a user turn is its text, without special tokens."""
+    rows = prepare(DataSettings(path=str(preferences)), PrepareSettings(), chat, context)
+    found = {str(one.content) for one in row_prompts(rows, SPLITS, chat)}
+    asked = [json.loads(line)["prompt"] for line in preferences.read_text().splitlines()]
+    single = {str(prompt) for prompt in asked if len(prompt) == 1}
+    assert single <= found
+    assert found - single == {f"Be kind.\n{prompt[1]['content']}\n" for prompt in asked if len(prompt) == 2}

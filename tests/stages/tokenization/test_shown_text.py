@@ -137,7 +137,7 @@ def test_a_text_beside_a_tool_call_and_a_second_call_are_looked_for(template):
 def test_rows_whose_texts_vanish_are_refused_or_counted(shared_cases, template, context, name):
     path, own = shared_cases / "rows" / f"{name}.jsonl", template(TWO_ROLES)
     settings = PrepareSettings(heldout_fraction=0.0)
-    with pytest.raises(DataError, match=f"{name}.jsonl:1: content: .* does not show the text"):
+    with pytest.raises(DataError, match=f"{name}.jsonl:1: (system: .*)?content: .* does not show the text"):
         prepare(DataSettings(path=str(path)), settings, own, context)
     with pytest.raises(DataError, match="no usable training row"):
         prepare(DataSettings(path=str(path), on_bad_row="skip"), settings, own, context)
@@ -153,3 +153,40 @@ def test_hidden_reasoning_is_counted_by_name(template, context, tmp_path):
     data = DataSettings(path=str(tmp_path / "rows.jsonl"))
     counts = prepare(data, PrepareSettings(heldout_fraction=0.0), template(LAST_REASONING), context).counts
     assert counts["notes"] == {"reasoning_content_not_in_template": 3, "think_text_not_in_template": 3}
+
+
+# As Idefics 3 and LLaVA-NeXT: a text has to be a list of parts; a plain text is left out, or an error.
+PARTS = (
+    "{%- for m in messages -%}{{- '<|' + m.role + '|>' -}}"
+    "{%- for part in m.content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}"
+    "{{- '<|end|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+FIRST_PART = PARTS.replace(
+    "{%- for part in m.content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}",
+    "{{- m.content[0].text -}}",
+).replace("part.text -}}", "part.text.strip() -}}")
+# Takes both.
+EITHER = PARTS.replace(
+    "{%- for part in m.content -%}",
+    "{%- if m.content is string -%}{{- 's' + m.content -}}{%- endif -%}{%- for part in m.content -%}",
+)
+
+
+@pytest.mark.parametrize("source", [PARTS, FIRST_PART])
+def test_a_template_that_reads_parts_alone_is_given_parts(template, source):
+    own = template(source)
+    turns = [SYSTEM, ASKED, SAID]
+    as_parts = [turn(one["role"], [{"type": "text", "text": one["content"]}]) for one in turns]
+    text = rendered(own, turns[:2], SAID)
+    theirs = own.tokenizer.apply_chat_template(as_parts[:2], tokenize=False, add_generation_prompt=True)
+    assert text.prompt == theirs
+    assert text.prompt + text.completions[0][0].text == own.tokenizer.apply_chat_template(
+        as_parts, tokenize=False
+    )
+    begun = rendered(own, turns, turn("assistant", " Surely."))
+    continued = own.tokenizer.apply_chat_template(as_parts, tokenize=False, continue_final_message=True)
+    assert begun.prompt == continued
+
+
+def test_a_template_that_reads_both_is_given_texts(template):
+    assert rendered(template(EITHER), [ASKED], SAID).prompt == "<|user|>sWhat is 6 * 7?<|end|><|assistant|>"

@@ -238,6 +238,60 @@ def test_arguments_are_given_as_an_object_or_as_the_rows_text(shared_cases, temp
         assert trained(own, row["prompt"], *messages(row, "chosen"))[0] == whole.removeprefix(head)
 
 
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "rain", "arguments": {"town": "Oslo"}}}]}  # fmt: skip
+RESULT = {"role": "tool", "name": "rain", "content": "9 mm"}
+SHOWN = (
+    LOOP + "{%- if m.tool_calls -%}{{- '<|assistant|>' + m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson) -}}"
+    "{%- else -%}" + TURN + "{%- endif -%}" + END + "{{- (tools or '') | string | length -}}"
+)  # fmt: skip
+# Command R+: instructions at the end, in front of the generation prompt.
+INSTRUCTED = SHOWN.replace("{{- (tools or '') | string | length -}}", "{{- '<|system|>' + ((tools or '') | string) + '<|end|>' -}}") + "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"  # fmt: skip
+# Apertus: a finished conversation has no mark between a result and the answer to it.
+UNMARKED = (
+    LOOP + "{%- if m.role == 'user' -%}{{- '<|user|>' + m.content + '<|end|>' -}}{%- elif m.role == 'tool' -%}{{- '[' + m.content + ']' -}}"
+    "{%- else -%}{%- if loop.previtem.role == 'user' -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    "{%- if m.tool_calls -%}{{- m.tool_calls[0].function.name + (tools | string) -}}{%- endif -%}{{- m.content -}}{%- endif -%}" + END
+    + "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)  # fmt: skip
+# Gemma 4: the result is written with the name of the function that was called; the generation prompt closes a block.
+NAMED_RESULT = (
+    "{{- '<|system|>' + (tools | string) -}}"
+    + LOOP + "{%- if m.role == 'tool' -%}{{- loop.previtem.tool_calls[0].function.name + ':' + m.content + '<|pad|>' -}}"
+    "{%- elif m.tool_calls -%}{{- '<|assistant|>' + m.tool_calls[0].function.name + '<|pad|>' -}}"
+    "{%- elif loop.first or loop.previtem.role != 'tool' -%}" + TURN + "{%- else -%}{{- m.content + '<|end|>' -}}{%- endif -%}" + END
+    + "{%- if add_generation_prompt and messages[-1].role != 'tool' -%}{{- '<|assistant|><|channel>thought\n<channel|>' -}}{%- endif -%}"
+)  # fmt: skip
+# A system text of the template's own, written with the generation prompt alone.
+ONLY_ASKED = (
+    "{%- if add_generation_prompt -%}{{- '<|system|>Be brief.<|end|>' -}}{%- endif -%}" + LOOP + TURN + END
+    + "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)  # fmt: skip
+TOOLS = [{"name": "rain"}]
+
+
+def test_instructions_in_front_of_the_generation_prompt_are_no_part_of_the_answer(template):
+    own = template(INSTRUCTED)
+    assert trained(own, [ASK], FOUR, tools=TOOLS)[0] == "4<|end|>"
+    assert trained(own, [ASK, FOUR, MORE], SIX, tools=TOOLS)[0] == "6<|end|>"
+    assert trained(own, [ASK], CALL, tools=TOOLS)[0] == 'rain{"town": "Oslo"}<|end|>'
+    with pytest.raises(BadRow, match="another beginning than the conversation has"):
+        trained(own, [ASK], CALL, RESULT, FOUR, tools=TOOLS)
+
+
+def test_an_answer_without_a_mark_behind_a_result_is_what_follows_the_result(template):
+    assert trained(template(UNMARKED), [ASK, CALL, RESULT], FOUR, tools=TOOLS)[0] == "4<|end|>"
+
+
+def test_a_call_is_found_where_its_result_repeats_the_name(template):
+    own = template(NAMED_RESULT, end_ids=[template(NAMED_RESULT).tokenizer.pad_token_id])
+    text, _ = trained(own, [ASK], CALL, RESULT, FOUR, tools=TOOLS)
+    assert text == "rain<|pad|>4<|end|>"
+
+
+def test_a_text_that_comes_with_the_generation_prompt_is_in_the_context_of_every_turn(template):
+    assert trained(template(ONLY_ASKED), [ASK], FOUR, MORE, SIX)[0] == "4<|end|>6<|end|>"
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 # Mistral v0.3: the system text stands in the last user turn.
 MOVES = (
@@ -255,7 +309,7 @@ NO_SYSTEM = (
 def test_a_system_text_that_moves_stands_where_inference_has_it(template):
     own = template(MOVES)
     assert trained(own, [SYSTEM, ASK, FOUR, MORE], SIX)[0] == "6<|end|>"
-    with pytest.raises(BadRow, match="rewrites earlier turns"):
+    with pytest.raises(BadRow, match="another beginning than the conversation has"):
         trained(own, [SYSTEM, ASK], FOUR, MORE, SIX)
 
 
