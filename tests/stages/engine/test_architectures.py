@@ -115,9 +115,7 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain"]
-)
+@pytest.mark.parametrize("name", ["gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain"])
 def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_segment_attention(name: str) -> None:
     """The GPU's way, forward on a CPU."""
     said: list[str] = []
