@@ -47,6 +47,9 @@ def _load(model: dict[str, Any]) -> Any:
     if current_platform.is_cpu():
         # Compiling for a CPU takes longer than most sampling runs; memory not given is 92 % of the machine's.
         device: dict[str, Any] = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
+        # Where a prompt is processed in chunks, vLLM 0.32 rewinds the request's generator, which a CPU's cannot:
+        # many seeded requests at once stopped the engine ("CPU Generator does not use offset").
+        device |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, model["max_length"])}
     else:
         device = {
             "gpu_memory_utilization": model["gpu_memory_utilization"],

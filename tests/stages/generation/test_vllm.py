@@ -121,6 +121,13 @@ def test_seeded_sampling_does_not_depend_on_the_batch(engine, folders):
     assert [c.token_ids for c in few[3:]] == [greedy_alone(folders[0], p.ids, [EOS], 24) for p in cold]
 
 
+def test_more_prompt_tokens_than_a_batch_holds_are_sampled_with_seeds(engine, folders):
+    """On a CPU vLLM 0.32 stopped where a prompt was processed in chunks and its request had a seed."""
+    prompts = [Prompt(str(number), "", [5 + number % 200] * 40) for number in range(200)]
+    found = complete(engine, folders[0], prompts, replace(SAMPLED, max_tokens=2, num_samples=1))
+    assert [c.prompt_index for c in found] == list(range(200))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of vLLM's CPU attention")
 def test_a_model_vllm_refuses(engine, tmp_path):
     """vLLM has no CPU attention for heads of 16: one line that says so and names the log, which stays."""
