@@ -131,6 +131,8 @@ def start_bare(model: Any, requests: list, max_tokens: int) -> subprocess.Popen:
             "max_model_len": model.max_length,
             "enforce_eager": True,
             "kv_cache_memory_bytes": 512 << 20,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": 4096,
             "generation_config": "vllm",
         },
         "requests": [{"ids": one.prompt_ids, "seed": one.seed} for one in requests],
