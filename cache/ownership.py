@@ -4,10 +4,8 @@ An owner holds an operating system's lock (`flock`), which ends with its process
 whose locks do not reach other machines, an owner is alive as long as it touches its file: every `BEAT_SECONDS`.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -18,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cache import effects
 from cache.errors import BusyError
 
 OWNER = "owner.json"
@@ -42,14 +41,15 @@ class Claim:
         if self._released.is_set():
             return
         self._released.set()
-        if _is_at(self._handle, self._path):  # the folder may be gone, and made again by the next owner
-            self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # a file that nobody has locked is in nobody's way
+            if _is_at(self._handle, self._path):  # the folder may be gone, and made again by the next owner
+                effects.remove(self._path)
         os.close(self._handle)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             with suppress(OSError):  # closed in this moment, or a full disk
-                os.utime(self._path)
+                effects.touch(self._path)
 
 
 def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim:
@@ -59,8 +59,8 @@ def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim
     """
     path = folder / OWNER
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        effects.make_folders(folder)
+        handle = effects.open_or_create(path)
         try:
             if not _lock(handle) or _lives_elsewhere(path, log):
                 raise BusyError(_who(path))
@@ -93,7 +93,7 @@ def temporary_suffix() -> str:
 
 def lock_temporary(path: Path) -> int:
     """Create a temporary file and lock it; the handle, to be closed after the file is renamed or removed."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = effects.create(path)
     _lock(handle)
     return handle
 
@@ -105,9 +105,9 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
             if not path.name.startswith(prefix) or not _is_abandoned(path):
                 continue
             if path.is_dir():
-                shutil.rmtree(path)
+                effects.remove_tree(path)
             else:
-                path.unlink()
+                effects.remove(path)
 
 
 def host() -> str:
@@ -132,7 +132,7 @@ def _is_abandoned(path: Path) -> bool:
 def _lock(handle: int) -> bool:
     """Lock an open file until it is closed; False if another process has locked it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        effects.lock(handle)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks: `_lives_elsewhere` decides
@@ -167,8 +167,8 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _write_record(handle: int) -> None:
     record = {"host": host(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(" ", "seconds")}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(record).encode(), 0)
+    effects.truncate(handle, 0)
+    effects.write(handle, json.dumps(record).encode())
 
 
 def _record(path: Path) -> dict[str, Any] | None:

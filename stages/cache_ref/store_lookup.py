@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CorruptError, StaleError, UsageError
-from cache.files import read_with_digest, with_digest, write_json
+from cache.files import TEMPORARY_PREFIX, read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
+from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from cache.safetensors import DECIDING, weight_files
 from stages.cache_ref.places import Place, place_of, places_of
@@ -86,6 +87,7 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
             return
     except CorruptError:  # the note is written anew
         pass
+    remove_abandoned(path.parent, TEMPORARY_PREFIX)
     write_json(path, note)
 
 
