@@ -37,7 +37,7 @@ from cache.files import (
     write_json,
 )
 from cache.fingerprint import differing_fields, fingerprint, short
-from cache.ownership import OWNER, Claim, claim, remove_abandoned, temporary_suffix
+from cache.ownership import OWNER, Claim, claim_temporary
 from cache.shards import ShardRecord, read_shard, write_shard
 
 MANIFEST = "manifest.json"
@@ -155,14 +155,8 @@ class Store:
         if keep:
             return Draft(staging, final, stage, identity)
         with disk_errors_named(staging):
-            remove_abandoned(staging.parent, f"{staging.name}.")
-            draft = Draft(staging.with_name(f"{staging.name}.{temporary_suffix()}"), final, stage, identity)
-            try:
-                draft.claim = claim(draft.path)
-            except OSError:
-                draft.discard()
-                raise
-            return draft
+            path, owner = claim_temporary(staging)
+        return Draft(path, final, stage, identity, claim=owner)
 
     def publish(
         self,

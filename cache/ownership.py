@@ -73,6 +73,18 @@ def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim
         os.close(handle)  # the owner before removed the folder in this moment
 
 
+def claim_temporary(path: Path) -> tuple[Path, Claim]:
+    """A folder beside `path` for this process alone, named after it, and the claim; those of killed processes are removed."""
+    remove_abandoned(path.parent, f"{path.name}.")
+    folder = path.with_name(f"{path.name}.{temporary_suffix()}")
+    try:
+        return folder, claim(folder)
+    except OSError:
+        with suppress(OSError):
+            effects.remove_tree(folder)
+        raise
+
+
 def is_claimed(folder: Path) -> bool:
     """Whether a living process of this machine writes into `folder`."""
     try:

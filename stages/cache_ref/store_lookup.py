@@ -12,6 +12,7 @@ from typing import Any
 from cache.errors import CorruptError, StaleError, UsageError
 from cache.files import TEMPORARY_PREFIX, read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
+from cache.names import check_name
 from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from cache.safetensors import DECIDING, weight_files
@@ -23,6 +24,7 @@ from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 
 DIGEST = "note_sha256"
+NOTES = "by-place"
 
 
 def store_of(source: ModelSource, compute: Compute, context: Context) -> RefLogps:
@@ -91,6 +93,36 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
     write_json(path, note)
 
 
+def notes_of(store: Path) -> list[Path]:
+    """The notes that lead to a store of reference log-probs."""
+    found = []
+    for path in sorted((store.parent / NOTES).glob("*.json")):
+        note = read_with_digest(
+            path, DIGEST, "Delete it and run `align cache-ref` again: no row is scored again."
+        )
+        if note["store"] == store.name:
+            found.append(path)
+    return found
+
+
+def check_note(path: Path, where: str) -> None:
+    """Raise `CorruptError` for a note from elsewhere that is not under its own name or leads out of the store's folder."""
+    note = read_with_digest(path, DIGEST, f"Export or copy {where} again.")
+    try:
+        key = fingerprint({"place": note["place"], "dtype": note["identity"]["dtype"]})
+        is_whole = path.name == f"{short(key)}.json" and note["store"].endswith(
+            f"-{short(fingerprint(note['identity']))}"
+        )
+        check_name(note["store"], where)
+        is_whole = (
+            is_whole and "/" not in note["store"] and isinstance(note["files"], dict) and "vocabulary" in note
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise CorruptError(f"{where}: {NOTES}/{path.name} is no note of `align cache-ref`.")
+
+
 def check_tokens(used: TokensInUse, source: ModelSource, context: Context) -> None:
     """Raise `UsageError` if the rows' tokens are others to the reference."""
     remedy = "Its log-probs of these rows mean nothing; use a reference with the policy's tokenizer: --set reference.model=NAME"
@@ -148,7 +180,7 @@ def _read_note(path: Path, context: Context) -> dict[str, Any]:
 
 def _note_path(place: Place, compute: Compute, context: Context) -> Path:
     key = fingerprint({"place": place.identity, "dtype": compute.arithmetic})
-    return context.store.root / "ref-logps" / "by-place" / f"{short(key)}.json"
+    return context.store.root / "ref-logps" / NOTES / f"{short(key)}.json"
 
 
 def _stat_files(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
