@@ -9,7 +9,6 @@ The same files give the same bytes, whoever packs them and when: no times, owner
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, Any
 from cache import effects
 from cache.errors import CorruptError, StaleError
 from cache.files import sha256_file, with_digest
+from cache.locations import BLOCK, copy
 from cache.names import check_name
 
 LIST = "align-archive.json"
@@ -25,7 +25,6 @@ DIGEST = "archive_sha256"
 ARCHIVE_VERSION = 1
 # Longer lists are no list of this program: a name takes about 200 bytes of it.
 LIST_LIMIT = 1 << 28
-BLOCK = 1 << 20
 
 
 def write_archive(file: IO[bytes], files: Mapping[str, Path], sha256: Mapping[str, str]) -> int:
@@ -111,14 +110,8 @@ def _unpack_member(tar: tarfile.TarFile, record: Mapping[str, Any], folder: Path
     source = tar.extractfile(member)
     assert source is not None
     effects.make_folders((folder / name).parent)
-    digest, handle = hashlib.sha256(), effects.create(folder / name)
-    try:
-        while block := source.read(BLOCK):
-            digest.update(block)
-            effects.write(handle, block)
-    finally:
-        os.close(handle)
-    if digest.hexdigest() != record["sha256"]:
+    digest = copy(source, folder / name)
+    if digest != record["sha256"]:
         raise CorruptError(f"{where}: {name} is damaged, its sha256 is not the one in the list. {_AGAIN}")
 
 

@@ -143,6 +143,21 @@ class Store:
         found.check_files()
         return found
 
+    def bring(self, kind: str, pattern: str) -> None:
+        """Have the artifacts of a kind whose names match the pattern in `root`, as far as they exist; here they are."""
+
+    def bring_all(self) -> None:
+        """The same for everything."""
+
+    def bring_file(self, path: Path) -> None:
+        """The same for a single file."""
+
+    def send(self, path: Path) -> None:
+        """Put back what was written into `root`; here it is at its place."""
+
+    def send_note(self, path: Path) -> None:
+        """The same for a file that may change, if anything can be put back."""
+
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:

@@ -3,6 +3,8 @@
 An object is read and written whole. Credentials are those that the library of the file system finds: no URL may hold one.
 """
 
+import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 T = TypeVar("T")
+BLOCK = 1 << 20
 # Libraries of fsspec's file systems, whose errors are not all of Python's own kinds.
 LIBRARIES = {
     "fsspec",
@@ -82,6 +85,83 @@ def write_whole(where: str, write: Callable[[Any], T]) -> T:
         with _errors_named(where):
             system.put_file(file.name, path)
     return result
+
+
+class Objects:
+    """The objects below a URL, by the rest of their names."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is reached."""
+        self.url = url.rstrip("/")
+        self._system, self._root = file_system(self.url)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether objects can be put here at all."""
+        return not self.url.startswith(("http://", "https://"))
+
+    def check_writable(self) -> None:
+        """Raise `UsageError` where no object can be put."""
+        if not self.is_writable:
+            raise UsageError(
+                f"{self.url} can only be read. Choose a store that can be written (--store DIR or s3://...), and fill it with "
+                f"`align export` and `align import`."
+            )
+
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder, in order; none where it is not there."""
+        self._system.invalidate_cache()
+        try:
+            with _errors_named(f"{self.url}/{folder}"):
+                found = self._system.ls(f"{self._root}/{folder}", detail=False)
+        except DataError:
+            return []
+        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in found})
+
+    def read(self, name: str) -> bytes | None:
+        """A small object; None where it is not there."""
+        try:
+            with _errors_named(f"{self.url}/{name}"):
+                return bytes(self._system.cat_file(f"{self._root}/{name}"))  # type: ignore[bad-argument-type]
+        except DataError:
+            return None
+
+    def fetch(self, name: str, target: Path) -> bool:
+        """Write an object into a new file; False where it is not there."""
+        try:
+            with open_to_read(f"{self.url}/{name}") as source:
+                effects.make_folders(target.parent)
+                copy(source, target)
+        except DataError:
+            return False
+        return True
+
+    def put_new(self, name: str, source: Path) -> None:
+        """Put a file whole, unless an object of its name and size is there."""
+        path = f"{self._root}/{name}"
+        self._system.invalidate_cache()
+        with _errors_named(f"{self.url}/{name}"):
+            is_there = self._system.exists(path) and self._system.size(path) == source.stat().st_size
+        if not is_there:
+            self.put(name, source)
+
+    def put(self, name: str, source: Path) -> None:
+        """Put a file whole, in the place of an object of its name."""
+        self.check_writable()
+        with _errors_named(f"{self.url}/{name}"):
+            self._system.put_file(str(source), f"{self._root}/{name}")
+
+
+def copy(source: IO[bytes], target: Path) -> str:
+    """Write all of `source` into a new file; the sha256 of what was written."""
+    digest, handle = hashlib.sha256(), effects.create(target)
+    try:
+        while block := source.read(BLOCK):
+            digest.update(block)
+            effects.write(handle, block)
+    finally:
+        os.close(handle)
+    return digest.hexdigest()
 
 
 @contextmanager

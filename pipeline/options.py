@@ -39,11 +39,14 @@ class SharedOptions:
         typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
     ] = None
     store: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
+            "--store",
+            metavar="DIR",
+            envvar="ALIGN_STORE",
+            help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
-    ] = DEFAULT_STORE
+    ] = str(DEFAULT_STORE)
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
@@ -51,8 +54,10 @@ class SharedOptions:
     def session(self) -> "Session":
         """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
         from pipeline.config import load_config
+        from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.session import Session
 
+        refuse_url_with_secret(self.store, "--store")
         config = load_config(self.config or [], self.set_ or [], self.loss)
         return Session(config, self.store, self._arguments(), self.loss)
 
@@ -60,7 +65,7 @@ class SharedOptions:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
-        parts += ["--store", str(self.store)] if self.store != DEFAULT_STORE else []
+        parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
         return shlex.join(parts)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.arrivals import REF_LOGPS
 from cache.artifacts import MANIFEST, Artifact, is_artifact, open_artifact
 from cache.checked import CHECKED
 from cache.errors import AlignError, CorruptError, StaleError
@@ -21,8 +22,6 @@ from cache.ref_logps import REPAIR, RefLogps
 from cache.shards import SHARD_SUFFIX, read_shard
 from stages.cache_ref.store_lookup import NOTES
 from stages.data.rows import SPLITS, RowSet
-
-REF_LOGPS = "ref-logps"
 
 
 @dataclass

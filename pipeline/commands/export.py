@@ -85,6 +85,8 @@ def export(
     if not output:
         raise UsageError("align export writes one file: name it with -o FILE.")
     refuse_url_with_secret(output, "-o")
+    if path is None:
+        inputs.context.store.bring_all()
     where = path or inputs.context.store.root
     folders, size = write_whole(output, lambda file: export_archive(where, file))
     return Exported(output, folders, size)

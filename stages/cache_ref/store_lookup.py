@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cache.arrivals import REF_LOGPS
 from cache.errors import CorruptError, StaleError, UsageError
 from cache.files import TEMPORARY_PREFIX, read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
@@ -44,10 +45,11 @@ def open_reference(
         path = _note_path(place, compute, context)
         if path.is_file():
             note = _read_note(path, context)
+            context.store.bring(REF_LOGPS, note["store"])
             _compare_files(name, place, note["files"], context)
             if note["vocabulary"] != vocabulary_sha256(used.tokenizer):
                 _compare_tokens(name, place, note, used, context)
-            return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
+            return RefLogps(context.store.root / REF_LOGPS / note["store"], note["identity"])
     raise _no_store(name, compute, context)
 
 
@@ -67,7 +69,7 @@ def open_start(source: ModelSource, start: dict[str, Any], compute: Compute, con
     if note["identity"] == start:  # its store was deleted
         raise _no_store(source.name, compute, context)
     raise StaleError(
-        f"The cached reference log-probs in {context.store.root / 'ref-logps' / note['store']} are not of the policy's own "
+        f"The cached reference log-probs in {context.store.root / REF_LOGPS / note['store']} are not of the policy's own "
         f"starting weights: {'; '.join(differing_fields(note['identity'], start))}. Run: {context.command('cache-ref')}"
     )
 
@@ -83,6 +85,7 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
         "vocabulary": vocabulary_sha256(load_tokenizer(source)) if has_tokenizer(source.folder) else None,
     }
     reference.write_manifest()
+    context.store.send(reference.folder)
     path, note = _note_path(place_of(source), compute, context), with_digest(note, DIGEST)
     try:
         if path.is_file() and read_with_digest(path, DIGEST, "") == note:
@@ -91,6 +94,7 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
         pass
     remove_abandoned(path.parent, TEMPORARY_PREFIX)
     write_json(path, note)
+    context.store.send_note(path)
 
 
 def notes_of(store: Path) -> list[Path]:
@@ -143,7 +147,8 @@ def _compare_tokens(
 
 
 def _store(identity: dict[str, Any], name: str, context: Context) -> RefLogps:
-    root, digits = context.store.root / "ref-logps", short(fingerprint(identity))
+    root, digits = context.store.root / REF_LOGPS, short(fingerprint(identity))
+    context.store.bring(REF_LOGPS, f"*-{digits}")
     # The content decides, whatever name the model was first cached under.
     folder = next(iter(sorted(root.glob(f"*-{digits}"))), root / f"{name}-{digits}")
     return RefLogps(folder, identity)
@@ -173,14 +178,18 @@ def _compare_files(name: str, place: Place, noted: dict[str, list[int]], context
 
 def _read_note(path: Path, context: Context) -> dict[str, Any]:
     command = context.command("cache-ref")
-    return read_with_digest(
+    note = read_with_digest(
         path, DIGEST, f"Delete it and run: {command} (it is written again, and no row is scored again)"
     )
+    check_name(note["store"], str(path))
+    return note
 
 
 def _note_path(place: Place, compute: Compute, context: Context) -> Path:
     key = fingerprint({"place": place.identity, "dtype": compute.arithmetic})
-    return context.store.root / "ref-logps" / NOTES / f"{short(key)}.json"
+    path = context.store.root / REF_LOGPS / NOTES / f"{short(key)}.json"
+    context.store.bring_file(path)
+    return path
 
 
 def _stat_files(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:

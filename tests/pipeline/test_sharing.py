@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cache.artifacts import Store
 from cache.errors import CorruptError
 from cache.files import read_json, with_digest, write_json
 from stages.runtime.context import Context
 from stages.sharing import export_archive, import_archive
+from tests.pipeline.small_run import settings
 from tests.stages.cache_ref.test_store_lookup import cached, found, save
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -96,3 +98,35 @@ def test_a_note_that_leads_elsewhere_is_refused(store, tmp_path):
     with pytest.raises(CorruptError, match=r"a\.tar"):
         import_archive(io.BytesIO(archive.getvalue()), "a.tar", Store(tmp_path / "there"))
     assert not list((tmp_path / "there").rglob("by-place/*"))
+
+
+@pytest.mark.slow
+def test_stages_on_three_machines_meet_in_a_store_at_a_url(
+    align, tiny_model, shared_preferences, tmp_path, monkeypatch
+):
+    """One prepares and scores, one trains, one finds the policy; each has a mirror of its own."""
+    tree = settings(tiny_model, shared_preferences, train={"num_epochs": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    url = f"memory://bucket{tmp_path}"
+
+    def on(machine: str, *command: str) -> dict:
+        monkeypatch.setenv("ALIGN_MIRRORS", str(tmp_path / machine))
+        code, out, err = align(*command, "-c", "run.yaml", "--store", url, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    on("first", "prepare")
+    assert on("first", "cache-ref")["forwards"] > 0
+    assert on("second", "cache-ref")["forwards"] == 0
+    assert on("second", "train")["reused"] is False
+    assert on("third", "train")["reused"] is True
+    report = on("fourth", "verify")
+    assert sorted(Path(one["path"]).parent.name for one in report["artifacts"]) == [
+        "policy",
+        "ref-logps",
+        "rows",
+    ]
+    monkeypatch.setenv("ALIGN_MIRRORS", str(tmp_path / "fifth"))
+    code, _, err = align("train", "--store", "https://user:pw@host/store")
+    assert code == 2
+    assert "pw" not in err
