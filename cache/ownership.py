@@ -62,7 +62,7 @@ def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim
         effects.make_folders(folder)
         handle = effects.open_or_create(path)
         try:
-            if not _lock(handle) or _lives_elsewhere(path, log):
+            if not _lock(handle) or _is_touched(path, log):
                 raise BusyError(_who(path))
             if _is_at(handle, path):
                 _write_record(handle)
@@ -130,8 +130,10 @@ def host() -> str:
 
 def _is_abandoned(path: Path) -> bool:
     locked = path / OWNER if path.is_dir() else path
-    is_ours = path.name.split(".")[-3:-2] == [host()] and locked.is_file()
-    if not is_ours:
+    machine, process, _ = ("", "", "", *path.name.split("."))[-3:]
+    is_ours = machine == host() and locked.is_file()
+    # A process that lives may own it on a file system whose locks do nothing.
+    if not is_ours or _lives_beside(process):
         newest = locked if locked.is_file() else path
         return time.time() - newest.stat().st_mtime > OLD_SECONDS
     handle = os.open(locked, os.O_RDWR)
@@ -147,15 +149,15 @@ def _lock(handle: int) -> bool:
         effects.lock(handle)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: `_lives_elsewhere` decides
+    except OSError:  # a file system without locks: `_is_touched` decides
         return True
     return True
 
 
-def _lives_elsewhere(path: Path, log: Callable[[str], None]) -> bool:
-    """Whether an owner on another machine, whose lock this one may not see, touches its file."""
+def _is_touched(path: Path, log: Callable[[str], None]) -> bool:
+    """Whether an owner whose lock this process may not see touches its file: on another machine, or where locks do nothing."""
     record = _record(path)
-    if record is None or record["host"] == host():
+    if record is None or (record["host"] == host() and not _lives_beside(record["pid"])):
         return False
     log(f"{_who(path)} Looking for {SILENT_SECONDS:.0f} s whether it is alive.")
     before, end = path.stat().st_mtime_ns, time.monotonic() + SILENT_SECONDS
@@ -167,6 +169,20 @@ def _lives_elsewhere(path: Path, log: Callable[[str], None]) -> bool:
             if os.fstat(file.fileno()).st_mtime_ns != before:
                 return True
     return False
+
+
+def _lives_beside(process: object) -> bool:
+    """Whether a process of this machine other than this one has this id."""
+    number = int(str(process)) if str(process).isdigit() else 0
+    if number in (0, os.getpid()):
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's process; no number of a process
+        return number < 1 << 31
+    return True
 
 
 def _is_at(handle: int, path: Path) -> bool:
