@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.artifacts import DEFAULT_STORE
+from cache.errors import UsageError
+from cache.locations import is_url
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.session import Session
 
 
@@ -47,26 +50,45 @@ class SharedOptions:
             help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
     ] = str(DEFAULT_STORE)
+    offline: Annotated[bool, flag("--offline", "Reach no other machine, whatever is configured.")] = False
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
     def session(self) -> "Session":
         """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
+        from stages.runtime.offline import go_offline
+
+        if self.offline:
+            go_offline()  # before a library reads the environment
         from pipeline.config import load_config
         from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.session import Session
 
         refuse_url_with_secret(self.store, "--store")
         config = load_config(self.config or [], self.set_ or [], self.loss)
+        if self.offline:
+            _refuse_what_needs_a_network(self.store, config)
         return Session(config, self.store, self._arguments(), self.loss)
 
     def _arguments(self) -> str:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
+        parts += ["--offline"] if self.offline else []
         parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
         return shlex.join(parts)
+
+
+def _refuse_what_needs_a_network(store: str, config: "RunConfig") -> None:
+    if is_url(store):
+        raise UsageError(
+            f"--offline: the store {store} is on another machine. Name a folder with --store DIR."
+        )
+    if config.track.wandb == "online":
+        raise UsageError(
+            "--offline: track.wandb is online. Use --set track.wandb=offline, and `wandb sync` later."
+        )
 
 
 def typer_function(
