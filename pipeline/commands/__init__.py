@@ -11,6 +11,7 @@ from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
+from pipeline.commands.sweep import SWEEP
 from pipeline.commands.train import TRAIN
 from pipeline.commands.verify import VERIFY
 
@@ -21,6 +22,7 @@ LISTED = (
     TRAIN,
     SAMPLE,
     RUN,
+    SWEEP,
     JUDGE,
     COMPARE,
     ONLINE,

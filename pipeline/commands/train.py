@@ -105,4 +105,5 @@ TRAIN = Command(
     train,
     examples=("align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"),
     intent=would_train,
+    takes_assignments=True,
 )
