@@ -9,6 +9,7 @@ from pipeline.commands.merge import MERGE
 from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
+from pipeline.commands.report import REPORT
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
 from pipeline.commands.sweep import SWEEP
@@ -25,6 +26,7 @@ LISTED = (
     SWEEP,
     JUDGE,
     COMPARE,
+    REPORT,
     ONLINE,
     EVALUATE,
     MERGE,

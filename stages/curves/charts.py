@@ -28,9 +28,9 @@ class Chart:
     log: bool = False
 
     @property
-    def is_heldout(self) -> bool:
-        """Whether the metric is that of the held-out examples."""
-        return self.metric.startswith("eval/")
+    def is_line_of_evaluations(self) -> bool:
+        """Whether it has a point for each evaluation, not for each step."""
+        return self.metric.startswith(("eval/", "logps_change/"))
 
 
 CHARTS = (
@@ -39,7 +39,7 @@ CHARTS = (
     Chart("loss", "held-out loss", "eval/loss", "loss", "losses of different kinds or betas have different scales"),
     Chart("chosen", "chosen log-ratio (nats)", "logps_change/chosen", None, "change of the log-prob of the held-out chosen completions; for a policy that starts as the reference it is the log-ratio"),
     Chart("rejected", "rejected log-ratio (nats)", "logps_change/rejected", None, "the same for the rejected ones; both often fall, and the margin grows while rejected falls faster"),
-    Chart("kl", "KL estimate (nats)", "eval/kl", "kl", "kto's reference point: mean log-ratio of mismatched completions, not below 0"),
+    Chart("kl", "KL estimate (nats)", "eval/kl", "kl", "the reference point of kto: mean log-ratio of mismatched completions, not below 0"),
     Chart("length", "length bias", "eval/length_bias", None, "correlation of the margin with the difference in length; towards 1 the policy learns length"),
     Chart("grad_norm", "gradient norm", "grad_norm", None, "before clipping, each step", log=True),
     Chart("learning_rate", "learning rate", "learning_rate", None, "each step"),

@@ -130,7 +130,7 @@ def draw_chart(axes: "Axes", chart: Chart, runs: Sequence[DrawnRun]) -> None:
             low, high = zip(*(wilson(value, run.heldout) for value in values), strict=True)
             band = axes.fill_between(steps, low, high, color=run.color, alpha=0.12, linewidth=0)
             band.set_gid(f"{chart.name}-run-{place}-b")
-        marker = "o" if chart.is_heldout or chart.metric.startswith("logps_change") else None
+        marker = "o" if chart.is_line_of_evaluations else None
         axes.plot(
             *_thinned(steps, values), color=run.color, linestyle=run.dash, linewidth=1.6, marker=marker,
             markersize=2.8, gid=f"{chart.name}-run-{place}-l",
@@ -143,8 +143,11 @@ def draw_chart(axes: "Axes", chart: Chart, runs: Sequence[DrawnRun]) -> None:
 def _dress(axes: "Axes", chart: Chart) -> None:
     if chart.log and any(value > 0 for line in axes.lines for value in line.get_ydata()):  # type: ignore[union-attr]
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.yaxis.get_offset_text().set(color=FAINT, fontsize=8)
     axes.set_xlabel("step", fontsize=8, color=FAINT)
-    axes.tick_params(labelsize=8, colors=FAINT, length=3)
+    axes.tick_params(which="both", labelsize=8, colors=FAINT, length=3)
     axes.grid(alpha=0.18, color=FAINT, linewidth=0.7)
     axes.margins(x=0.02)
     for side, spine in axes.spines.items():
