@@ -51,7 +51,6 @@ docs: $(READY) ## write the lists that the documents repeat from the code
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) -e '.[bench]'
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)

@@ -44,6 +44,14 @@ class SharedOptions:
             "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
         ),
     ] = DEFAULT_STORE
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BLOCK.KEY=VALUE]...",
+            help="The same as --set, as sweep programs write it.",
+            show_default=False,
+        ),
+    ] = None
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
@@ -53,13 +61,17 @@ class SharedOptions:
         from pipeline.config import load_config
         from pipeline.session import Session
 
-        config = load_config(self.config or [], self.set_ or [], self.loss)
+        config = load_config(self.config or [], self._assigned, self.loss)
         return Session(config, self.store, self._arguments(), self.loss)
+
+    @property
+    def _assigned(self) -> list[str]:
+        return [*(self.set_ or []), *(self.assignments or [])]
 
     def _arguments(self) -> str:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
-        parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
+        parts += [part for assignment in self._assigned for part in ("--set", assignment)]
         parts += ["--store", str(self.store)] if self.store != DEFAULT_STORE else []
         return shlex.join(parts)
 
@@ -69,6 +81,7 @@ def typer_function(
 ) -> Callable[..., None]:
     """`call` with the signature that typer reads options from: the command's own, then the shared ones it takes."""
     left_out = {"loss"} if not command.takes_loss else set()
+    left_out |= {"assignments"} if not command.takes_assignments else set()
     left_out |= {"dry_run"} if not command.has_dry_run else set()
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *DOCS.glob("*.md")])
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(rf"(?:align|torchrun [^`;#\n]*-m pipeline) (?:{'|'.join(COMMANDS)})\b[^`;#\n]*")
+COMMAND = re.compile(rf"(?:align|torchrun [^`;#\n]*-m pipeline) (?:{'|'.join(COMMANDS)})\b[^`;#>\n]*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 

@@ -9,8 +9,10 @@ from pipeline.commands.merge import MERGE
 from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
+from pipeline.commands.report import REPORT
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
+from pipeline.commands.sweep import SWEEP
 from pipeline.commands.train import TRAIN
 from pipeline.commands.verify import VERIFY
 
@@ -21,8 +23,10 @@ LISTED = (
     TRAIN,
     SAMPLE,
     RUN,
+    SWEEP,
     JUDGE,
     COMPARE,
+    REPORT,
     ONLINE,
     EVALUATE,
     MERGE,
