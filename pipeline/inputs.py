@@ -6,10 +6,11 @@ names the command that makes it.
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError
+from cache.errors import StaleError, UsageError
 from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
@@ -97,6 +98,10 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
+        if revision is not None and Path(name).expanduser().is_dir():
+            raise UsageError(
+                f"{name} is a folder, which has no revision {revision!r}. Leave the revision out, or name a hub model."
+            )
         source = resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
         check_model_files(source.folder)
         if is_adapter(source.folder):

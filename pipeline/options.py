@@ -39,11 +39,14 @@ class SharedOptions:
         typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
     ] = None
     store: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
+            "--store",
+            metavar="DIR",
+            envvar="ALIGN_STORE",
+            help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
-    ] = DEFAULT_STORE
+    ] = str(DEFAULT_STORE)
     assignments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -59,8 +62,10 @@ class SharedOptions:
     def session(self) -> "Session":
         """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
         from pipeline.config import load_config
+        from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.session import Session
 
+        refuse_url_with_secret(self.store, "--store")
         config = load_config(self.config or [], self._assigned, self.loss)
         return Session(config, self.store, self._arguments(), self.loss)
 
@@ -72,7 +77,7 @@ class SharedOptions:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self._assigned for part in ("--set", assignment)]
-        parts += ["--store", str(self.store)] if self.store != DEFAULT_STORE else []
+        parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
         return shlex.join(parts)
 
 

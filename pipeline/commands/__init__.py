@@ -3,6 +3,7 @@
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
 from pipeline.commands.evaluate import EVALUATE
+from pipeline.commands.export import EXPORT, IMPORT
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
 from pipeline.commands.merge import MERGE
@@ -33,5 +34,7 @@ LISTED = (
     PLAN,
     INSPECT,
     VERIFY,
+    EXPORT,
+    IMPORT,
 )
 COMMANDS = {command.name: command for command in LISTED}
