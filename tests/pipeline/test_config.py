@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from cache.errors import UsageError
 from pipeline.commands import COMMANDS
-from pipeline.config import CONFIGS, MAX_YAML_BYTES, RunConfig, build_config, load_config
+from pipeline.config import RunConfig, build_config, load_config
+from pipeline.config_sources import CONFIGS, MAX_YAML_BYTES
 from stages.formats import FORMATS
 from stages.losses import LOSSES, parse_loss
 
