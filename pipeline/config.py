@@ -35,8 +35,9 @@ class RunConfig(Blocks):
         return self.reference.model, self.reference.revision
 
     def to_yaml(self) -> str:
-        """The resolved configuration, which loads as the same run."""
-        return yaml_1_2.dump(self.model_dump(mode="json"))
+        """The resolved configuration, which loads as the same run: with the loss's learning rate and batch size."""
+        train = self.train.resolved(self.loss.learning_rate, self.loss.batch_size, self.adapter)
+        return yaml_1_2.dump(self.model_copy(update={"train": train}).model_dump(mode="json"))
 
 
 def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: str | None) -> RunConfig:
