@@ -31,6 +31,7 @@ NUM_DEFAULT_EVALS = 5
 ADAPTER_LEARNING_RATE = 10
 # Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
+    "name",
     "learning_rate",
     "batch_size",
     "eval_steps",
