@@ -91,6 +91,11 @@ def train(inputs: "Inputs") -> Trained:
     found = find_policy(job, context)
     if found:
         remove_leftovers(found)
+        known, wanted = found.manifest["provenance"].get("name"), job.settings.name
+        if wanted not in (None, known):
+            context.log(
+                f"train: these settings were trained before as {known or found.path.name}; that name stays"
+            )
     make = partial(make_policy, job, inputs.config.track, context)
     return Trained(*found_or_made("train", found, make, context.log))
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.settings.fields import (
     Flag,
@@ -12,6 +12,7 @@ from stages.settings.fields import (
     PositiveInt,
     Settings,
     Share,
+    checked_name,
 )
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -42,6 +43,10 @@ class AdapterSettings(Settings):
 class TrainSettings(Settings):
     """The training loop. A step is `batch_size` examples, however they are split over ranks and packs."""
 
+    name: str | None = Field(
+        default=None,
+        description="a name for the run, by which commands find its policy; changes no result",
+    )
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="peak learning rate; null takes the default of the loss, ten times that for an adapter",
@@ -177,3 +182,8 @@ class TrainSettings(Settings):
                 "batch_size": self.batch_size or batch_size,
             }
         )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_path(cls, value: str | None) -> str | None:
+        return None if value is None else checked_name(value)

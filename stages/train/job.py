@@ -29,6 +29,7 @@ STAGE_VERSION = 5
 NUM_DEFAULT_EVALS = 5
 # Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
+    "name",
     "learning_rate",
     "batch_size",
     "eval_steps",

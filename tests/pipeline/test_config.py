@@ -321,7 +321,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
         ("loss: {name: kt0}\n", "unknown loss 'kt0'"),
         ("loss: {name: kto, normalize: sum}\n", "loss.normalize is not a field of kto"),
         ("loss: kto\n", "loss: expected a block with a name"),
-        ("train:\n", "train: expected a block of keys (learning_rate,"),
+        ("train:\n", "train: expected a block of keys (name, learning_rate,"),
         ("train: {seed: 1.5}\n", "train.seed: Input should be a valid integer, found 1.5"),
         ("train: {seed: 010}\n", "train.seed: Input should be a valid integer"),
         ("train: {batch_size: 0}\n", "train.batch_size: Input should be greater than 0, found 0"),
