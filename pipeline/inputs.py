@@ -4,6 +4,7 @@ In: a `RunConfig` and a `Context`. Out: the arguments that stages take. A missin
 names the command that makes it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
 QUICKSTART = "quickstart"
+# What trainings on the same rows and models have in common.
+SHARED = ("compute", "data", "policy_source", "template", "rows", "eval_sets", "_start")
 
 
 class RowsSource(NamedTuple):
@@ -52,9 +55,23 @@ class Inputs:
     """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
+        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made.
+
+        `show` is called with the result of each part of a command that runs others, as it ends.
+        """
         self.config, self.context = config, context
+        self.show: Callable[[Any], None] | None = None
         self.found_rows: dict[str, Artifact] = {}
+
+    def with_training(self, config: RunConfig) -> "Inputs":
+        """The inputs of a configuration with the same data and models; it shares what is loaded of them.
+
+        Everything but the blocks loss, adapter, train and those after training has to be the same.
+        """
+        other = Inputs(config, replace(self.context, config_text=config.to_yaml()))
+        for name in SHARED:
+            other.__dict__[name] = getattr(self, name)
+        return other
 
     @property
     def is_quickstart(self) -> bool:
@@ -177,8 +194,7 @@ class Inputs:
     @cached_property
     def job(self) -> Job:
         """The inputs of a training run; raises `StaleError` if one is missing."""
-        settings, job = self.config.train, self.job_without_reference
-        start = reference_identity(self.policy_source, self.compute)
+        settings, job, start = self.config.train, self.job_without_reference, self._start
         return replace(
             job,
             start=start,
@@ -190,6 +206,11 @@ class Inputs:
             else open_origin(settings.begin_from, self.context, "train.begin_from"),
             pool=None if settings.sample_steps is None else self._pool,
         )
+
+    @cached_property
+    def _start(self) -> dict[str, Any]:
+        """Identifies the policy before training. All weights are read."""
+        return reference_identity(self.policy_source, self.compute)
 
     def _reference(self, start: dict[str, Any]) -> RefLogps:
         """The store of reference log-probs; `start` identifies the policy before training."""

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.artifacts import DEFAULT_STORE
 from cache.errors import UsageError
-from cache.locations import is_url
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
+    from pipeline.config_blocks import Blocks
     from pipeline.session import Session
+    from stages.settings.data import DataSettings
+
+DEFAULT_STORE = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -49,38 +50,73 @@ class SharedOptions:
             envvar="ALIGN_STORE",
             help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
-    ] = str(DEFAULT_STORE)
+    ] = DEFAULT_STORE
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BLOCK.KEY=VALUE]...",
+            help="The same as --set, as sweep programs write it.",
+            show_default=False,
+        ),
+    ] = None
     offline: Annotated[bool, flag("--offline", "Reach no other machine, whatever is configured.")] = False
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
-    def session(self) -> "Session":
-        """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
+    def session(self, reads_data: bool) -> "Session":
+        """The session of the selected configuration and store.
+
+        Raises `UsageError` for an invalid configuration, and with `reads_data` `DataError` for data files that are missing:
+        both before torch is imported, unless it is the loss that is invalid.
+        """
+        from pipeline.config_blocks import check_blocks
         from stages.runtime.offline import go_offline
 
         if self.offline:
             go_offline()  # before a library reads the environment
-        from pipeline.config import load_config
         from pipeline.config_refusals import refuse_url_with_secret
-        from pipeline.session import Session
+        from pipeline.config_sources import merged
 
         refuse_url_with_secret(self.store, "--store")
-        config = load_config(self.config or [], self.set_ or [], self.loss)
+        tree = merged(self.config or [], self._assigned, self.loss)
+        blocks = check_blocks(tree)
         if self.offline:
-            _refuse_what_needs_a_network(self.store, config)
-        return Session(config, self.store, self._arguments(), self.loss)
+            _refuse_what_needs_a_network(self.store, blocks)
+        if reads_data:
+            _check_files(blocks.data)
+
+        from pipeline.config import build_config
+        from pipeline.session import Session
+
+        return Session(build_config(tree), self.store, self._arguments(), self.loss)
+
+    @property
+    def _assigned(self) -> list[str]:
+        return [*(self.set_ or []), *(self.assignments or [])]
 
     def _arguments(self) -> str:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
-        parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
+        parts += [part for assignment in self._assigned for part in ("--set", assignment)]
         parts += ["--offline"] if self.offline else []
-        parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
+        parts += ["--store", self.store] if self.store != DEFAULT_STORE else []
         return shlex.join(parts)
 
 
-def _refuse_what_needs_a_network(store: str, config: "RunConfig") -> None:
+def _check_files(data: "DataSettings") -> None:
+    from pipeline.config_sources import EMBEDDED
+    from stages.data.mixing import sources_of
+    from stages.data.readers import local_files
+
+    for source in sources_of(data):
+        if source.data.path != EMBEDDED:
+            local_files(source.data)
+
+
+def _refuse_what_needs_a_network(store: str, config: "Blocks") -> None:
+    from cache.locations import is_url
+
     if is_url(store):
         raise UsageError(
             f"--offline: the store {store} is on another machine. Name a folder with --store DIR."
@@ -96,6 +132,7 @@ def typer_function(
 ) -> Callable[..., None]:
     """`call` with the signature that typer reads options from: the command's own, then the shared ones it takes."""
     left_out = {"loss"} if not command.takes_loss else set()
+    left_out |= {"assignments"} if not command.takes_assignments else set()
     left_out |= {"dry_run"} if not command.has_dry_run else set()
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

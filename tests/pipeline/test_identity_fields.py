@@ -125,6 +125,7 @@ TABLE = {
     "train.sample_prompts": Key("policy", 2, {"train.sample_steps": 2}),
     "train.sample_strategy": Key("policy", "random", {"train.sample_steps": 2}),
     "train.on_nonfinite": Key("policy", "skip"),
+    "train.name": Key("-", "other"),
     "train.resume": Key("-", "checkpoint"),
     "train.begin_from": Key("-", "checkpoint"),
     "train.resume_override": Key("-", ["seed"]),
@@ -146,7 +147,7 @@ TABLE = {
     "sample.data_parallel": Key("-", 2),
 }
 # Blocks without a part in these four; verdicts and rounds have identities and tests of their own.
-BLOCKS_OF_OTHERS = ("judge", "online", "track")
+BLOCKS_OF_OTHERS = ("judge", "online", "sweep", "track")
 
 
 def keys_of(config: type[RunConfig]) -> set[str]:
