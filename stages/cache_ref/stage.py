@@ -20,6 +20,7 @@ from cache.artifacts import MANIFEST, Artifact
 from cache.files import TEMPORARY_PREFIX
 from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
+from cache.row_keys import RowKeys
 from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
@@ -103,10 +104,13 @@ def count_missing(
     return len(needed), len(reference.missing(needed)), positions
 
 
-def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> set[bytes]:
+def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> RowKeys:
+    """Each key once."""
     if share is None:
-        return {key for row_set in row_sets for key in row_set.keys}
-    return {key for unit in units_of(row_sets, choose_worker(share)) for key in unit.keys}
+        keys = RowKeys.joined(row_set.keys for row_set in row_sets)
+        return keys.only(keys.is_first())
+    units = units_of(row_sets, choose_worker(share))
+    return RowKeys.joined(unit.rows.keys.only(np.concatenate(unit.groups)) for unit in units)
 
 
 def _row_sets(rows: Sequence[Artifact]) -> list[RowSet]:

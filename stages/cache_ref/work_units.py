@@ -12,6 +12,7 @@ import numpy as np
 
 from cache.errors import UsageError
 from cache.ref_logps import RefLogps
+from cache.row_keys import RowKeys
 from stages.data.rows import RowSet
 
 UNIT_EXAMPLES = 256
@@ -34,9 +35,16 @@ class WorkUnit:
 
     def unscored(self, reference: RefLogps) -> "WorkUnit":
         """The unit without the rows that the store holds already."""
-        groups = [
-            np.array([row for row in group if self.rows.keys[row] not in reference]) for group in self.groups
-        ]
+        is_missing = reference.is_missing(self.rows.keys.only(np.concatenate(self.groups)))
+        ends = np.cumsum([len(group) for group in self.groups])
+        return self._only(np.split(is_missing, ends[:-1]))
+
+    def firsts(self, is_first: np.ndarray) -> "WorkUnit":
+        """The unit without the rows whose key an earlier row has; `is_first` is bool over the rows of the set."""
+        return self._only([is_first[group] for group in self.groups])
+
+    def _only(self, chosen: Sequence[np.ndarray]) -> "WorkUnit":
+        groups = [group[mask] for group, mask in zip(self.groups, chosen, strict=True)]
         return WorkUnit(self.rows, [group for group in groups if len(group)])
 
 
@@ -65,17 +73,15 @@ def choose_worker(share: str | None) -> Worker:
 
 def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     """This worker's units. A key belongs to the first unit that holds it, so the units of all workers are disjoint."""
-    seen: set[bytes] = set()
+    is_first = RowKeys.joined(rows.keys for rows in row_sets).is_first()
+    begins = np.cumsum([0, *map(len, row_sets)])
+    firsts_of = {
+        id(rows): is_first[begin:][: len(rows)] for rows, begin in zip(row_sets, begins, strict=False)
+    }
     for number, unit in enumerate(_consecutive_examples(row_sets)):
-        keys, firsts = unit.rows.keys, []
-        for group in unit.groups:
-            unseen = [row for row in group if keys[row] not in seen]
-            first_of_key = {keys[row]: row for row in reversed(unseen)}
-            seen.update(first_of_key)
-            if first_of_key:
-                firsts.append(np.array(sorted(first_of_key.values())))
-        if firsts and number % worker.count == worker.index:
-            yield WorkUnit(unit.rows, firsts)
+        firsts = unit.firsts(firsts_of[id(unit.rows)])
+        if firsts.groups and number % worker.count == worker.index:
+            yield firsts
 
 
 def _consecutive_examples(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:

@@ -196,7 +196,7 @@ def test_the_audit_stops_a_store_whose_values_were_changed_consistently(
     folder = Path(run.run("cache-ref")["artifact"])
     stored = json.loads((folder / "manifest.json").read_text())["identity"]
     reference = RefLogps(folder, stored)
-    keys = list(reference._where)
+    keys = list(reference.keys())
     values = [reference.get(key).copy() for key in keys]
     for value in values:
         value[0] -= 0.25
