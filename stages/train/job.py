@@ -32,6 +32,7 @@ ADAPTER_LEARNING_RATE = 10
 # Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
     "name",
+    "model_card",
     "learning_rate",
     "batch_size",
     "eval_steps",
