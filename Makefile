@@ -56,7 +56,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
-	$(BIN)/python benchmarks/gpu_engine.py
+	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi
 
 clean: ## remove the environment (artifacts stay)
 	rm -rf $(VENV)

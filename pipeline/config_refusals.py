@@ -8,7 +8,6 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from cache.errors import UsageError
-from stages.losses import LOSSES
 from stages.settings.fields import Settings
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
@@ -45,7 +44,13 @@ def _refuse_urls_with_secrets(value: Any, name: str) -> None:
     elif isinstance(value, list):
         for number, part in enumerate(value):
             _refuse_urls_with_secrets(part, f"{name}[{number}]")
-    elif isinstance(value, str) and URL_WITH_SECRET.search(value):
+    elif isinstance(value, str):
+        refuse_url_with_secret(value, name)
+
+
+def refuse_url_with_secret(value: str, name: str) -> None:
+    """Raise `UsageError` for a URL with a password or a token in it, which is not repeated."""
+    if URL_WITH_SECRET.search(value):
         raise UsageError(
             f"{name}: the URL contains a password or a token, which would be saved with every artifact. Remove it and log "
             f"in with `hf auth login`, or set HF_TOKEN."
@@ -78,6 +83,8 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], schema: type[BaseModel], prefi
                 )
             _refuse_unknown_keys(value, kind, f"{name}.")
         elif key == "loss" and not isinstance(value, Mapping):
+            from stages.losses import LOSSES  # imports torch
+
             raise UsageError(
                 f"loss: expected a block with a name (one of {', '.join(LOSSES)}), found {value!r}."
             )

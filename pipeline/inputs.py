@@ -4,12 +4,14 @@ In: a `RunConfig` and a `Context`. Out: the arguments that stages take. A missin
 names the command that makes it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError
+from cache.errors import StaleError, UsageError
 from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
@@ -34,6 +36,9 @@ from stages.train.job import Job, find_policy, find_policy_of_other_eval_sets
 from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
+if TYPE_CHECKING:
+    from pipeline.commands.command import Result
+
 QUICKSTART = "quickstart"
 # What trainings on the same rows and models have in common.
 SHARED = ("compute", "data", "policy_source", "template", "rows", "eval_sets", "_start")
@@ -53,8 +58,12 @@ class Inputs:
     """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
+        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made.
+
+        `show` is called with the result of each part of a command that runs others, as it ends.
+        """
         self.config, self.context = config, context
+        self.show: Callable[[Result], None] | None = None
         self.found_rows: dict[str, Artifact] = {}
 
     def with_training(self, config: RunConfig) -> "Inputs":
@@ -97,6 +106,10 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
+        if revision is not None and Path(name).expanduser().is_dir():
+            raise UsageError(
+                f"{name} is a folder, which has no revision {revision!r}. Leave the revision out, or name a hub model."
+            )
         source = resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
         check_model_files(source.folder)
         if is_adapter(source.folder):

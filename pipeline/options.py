@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.artifacts import DEFAULT_STORE
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
     from pipeline.session import Session
+    from stages.settings.data import DataSettings
+
+DEFAULT_STORE = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,12 @@ class SharedOptions:
         typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
     ] = None
     store: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
+            "--store",
+            metavar="DIR",
+            envvar="ALIGN_STORE",
+            help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
     ] = DEFAULT_STORE
     assignments: Annotated[
@@ -56,13 +61,26 @@ class SharedOptions:
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
-    def session(self) -> "Session":
-        """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
-        from pipeline.config import load_config
+    def session(self, reads_data: bool) -> "Session":
+        """The session of the selected configuration and store.
+
+        Raises `UsageError` for an invalid configuration, and with `reads_data` `DataError` for data files that are missing:
+        both before torch is imported, unless it is the loss that is invalid.
+        """
+        from pipeline.config_blocks import check_blocks
+        from pipeline.config_refusals import refuse_url_with_secret
+        from pipeline.config_sources import merged
+
+        refuse_url_with_secret(self.store, "--store")
+        tree = merged(self.config or [], self._assigned, self.loss)
+        blocks = check_blocks(tree)
+        if reads_data:
+            _check_files(blocks.data)
+
+        from pipeline.config import build_config
         from pipeline.session import Session
 
-        config = load_config(self.config or [], self._assigned, self.loss)
-        return Session(config, self.store, self._arguments(), self.loss)
+        return Session(build_config(tree), self.store, self._arguments(), self.loss)
 
     @property
     def _assigned(self) -> list[str]:
@@ -72,8 +90,18 @@ class SharedOptions:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self._assigned for part in ("--set", assignment)]
-        parts += ["--store", str(self.store)] if self.store != DEFAULT_STORE else []
+        parts += ["--store", self.store] if self.store != DEFAULT_STORE else []
         return shlex.join(parts)
+
+
+def _check_files(data: "DataSettings") -> None:
+    from pipeline.config_sources import EMBEDDED
+    from stages.data.mixing import sources_of
+    from stages.data.readers import local_files
+
+    for source in sources_of(data):
+        if source.data.path != EMBEDDED:
+            local_files(source.data)
 
 
 def typer_function(

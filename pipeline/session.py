@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache.artifacts import Store
+from cache.mirror import open_store
 from pipeline.catalogue.names import with_folders
 from pipeline.commands import COMMANDS
 from pipeline.commands.command import Result
@@ -22,7 +22,7 @@ class Session:
     def __init__(
         self,
         config: RunConfig,
-        store: Path,
+        store: Path | str,
         arguments: str = "",
         loss: str | None = None,
         log: Callable[[str], None] = log_to_stderr,
@@ -31,9 +31,10 @@ class Session:
 
         Names of artifacts in the configuration become folders of `store`.
         """
-        self.config = with_folders(config, store)
+        opened = open_store(str(store))
+        self.config = with_folders(config, opened.root)
         takes_loss = frozenset(name for name, command in COMMANDS.items() if command.takes_loss)
-        self.context = Context(Store(store), self.config.to_yaml(), arguments, loss, takes_loss, log)
+        self.context = Context(opened, self.config.to_yaml(), arguments, loss, takes_loss, log)
         self.inputs = Inputs(self.config, self.context)
 
     def run(self, name: str, **options: Any) -> Result:

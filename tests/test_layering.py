@@ -18,6 +18,7 @@ LEVELS = (
     ("stages/compare", "stages/curves"),
     ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge"),
     ("stages/plan", "stages/evaluate.py", "stages/merge.py", "stages/verify.py"),
+    ("stages/sharing.py",),
     ("pipeline",),
 )
 STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge")

@@ -4,6 +4,7 @@ from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
 from pipeline.commands.diff import DIFF
 from pipeline.commands.evaluate import EVALUATE
+from pipeline.commands.export import EXPORT, IMPORT
 from pipeline.commands.gc import GC
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
@@ -40,6 +41,8 @@ LISTED = (
     SHOW,
     DIFF,
     VERIFY,
+    EXPORT,
+    IMPORT,
     GC,
 )
 COMMANDS = {command.name: command for command in LISTED}

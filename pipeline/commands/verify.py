@@ -110,6 +110,8 @@ def verify(
     from stages.verify import verify as check
 
     root = inputs.context.store.root
+    if path is None:
+        inputs.context.store.bring_all()
     where = root if path is None else folder_or_path(root, path)
     with progress("verify", len(list(artifacts_in(where))), "artifacts") as advance:
         checked = check(where, advance)

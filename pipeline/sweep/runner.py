@@ -70,7 +70,7 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def run(self, stage: str, config: Path, store: Path, log: Path, device: int | None) -> Ended:
+    def run(self, stage: str, config: Path, store: str, log: Path, device: int | None) -> Ended:
         """Run one stage of one configuration to its end."""
         command = [
             sys.executable,

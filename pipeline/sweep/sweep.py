@@ -125,7 +125,7 @@ def _score(inputs: Inputs, config: Path, folder: Path, own: Processes) -> int:
     )
     if missing:
         inputs.context.log(f"sweep: the reference scores {missing:,} rows, once for all trainings")
-        ended = own.run("cache-ref", config, inputs.context.store.root, folder / "cache-ref.log", None)
+        ended = own.run("cache-ref", config, inputs.context.store.address, folder / "cache-ref.log", None)
         if ended.problem:
             raise _as_error(ended)
     return needed
@@ -193,7 +193,7 @@ class _Trainings:
 
     def _stage(self, stage: str, member: Member, config: Path, device: int | None) -> Ended:
         log = self.folder / f"{member.number:03}.log"
-        return self.own.run(stage, config, self.context.store.root, log, device)
+        return self.own.run(stage, config, self.context.store.address, log, device)
 
     def _tell(self, outcome: Outcome, total: int) -> None:
         place = f"sweep: {outcome.member.number} of {total}, {outcome.member.name}"

@@ -16,6 +16,8 @@ from stages.settings.fields import (
 )
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
+ADAPTER_LEARNING_RATE = 10
 SampleStrategy = Literal["fixed", "round_robin", "random"]
 PairStrategy = Literal["best_worst", "all", "adjacent"]
 
@@ -174,6 +176,16 @@ class TrainSettings(Settings):
         default=[],
         description="keys that may differ from the run that resume continues, for example [train.learning_rate]",
     )
+
+    def resolved(self, learning_rate: float, batch_size: int, adapter: AdapterSettings) -> "TrainSettings":
+        """With the learning rate and the batch size that a loss recommends where these are null."""
+        recommended = learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
+        return self.model_copy(
+            update={
+                "learning_rate": self.learning_rate or recommended,
+                "batch_size": self.batch_size or batch_size,
+            }
+        )
 
     @field_validator("name")
     @classmethod

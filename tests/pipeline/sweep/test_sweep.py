@@ -68,7 +68,9 @@ def test_a_killed_training_is_named_as_killed(tiny_model, preferences, tmp_path)
     with processes() as own:
         killer = threading.Thread(target=_kill_first, args=[own])
         killer.start()
-        ended = own.run("train", config_file(tmp_path, member), tmp_path / "store", tmp_path / "log", None)
+        ended = own.run(
+            "train", config_file(tmp_path, member), str(tmp_path / "store"), tmp_path / "log", None
+        )
         killer.join()
     assert ended.code == -signal.SIGKILL
     assert "killed by SIGKILL" in (ended.problem or "")
@@ -90,7 +92,7 @@ def test_an_interrupt_ends_the_processes_and_starts_no_further_one(tiny_model, p
         started.append(member.number)
         if member.number == 2:
             raise KeyboardInterrupt
-        own.run("train", config_file(tmp_path, member), tmp_path / "store", tmp_path / "log", device)
+        own.run("train", config_file(tmp_path, member), str(tmp_path / "store"), tmp_path / "log", device)
 
     own = Processes()
     with pytest.raises(KeyboardInterrupt):
