@@ -8,6 +8,7 @@ member, `curves.png` and `results.json`.
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.commands.prepare import PREPARE
 from pipeline.inputs import Inputs
 from pipeline.sweep.members import Member, members_of
 from pipeline.sweep.ranking import Ranking, Trial, rank
-from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes
+from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes, until_free
 from stages.cache_ref.stage import count_missing
 from stages.runtime.context import Context, progress
 from stages.train.job import find_policy
@@ -184,7 +185,7 @@ class _Trainings:
             return outcome
         ended: Ended | None = None
         for stage in JUDGED:
-            ended = self._stage(stage, outcome.member, config, device)
+            ended = until_free(partial(self._stage, stage, outcome.member, config, device))
             if ended.problem:
                 return replace(outcome, problem=f"{stage}: {ended.problem}", code=ended.code)
         assert ended is not None
