@@ -114,8 +114,9 @@ def test_a_plain_copy_of_a_local_store_is_one(url, machine, tmp_path):
     assert read(machine("a")) == [[1, 2, 3], [3, 2, 1]]
 
 
-def test_damage_is_noticed_on_arrival_and_nothing_of_it_is_kept(url, machine):
+def test_damage_is_noticed_on_arrival_and_nothing_of_it_is_kept(url, machine, record_property):
     publish(machine("a"))
+    record_property("cases", 3 * len(objects(url)))
     for name, content in objects(url).items():
         damages = [content[:-2], content + b"x", content[:9] + bytes([content[9] ^ 1]) + content[10:]]
         for damage in damages:
