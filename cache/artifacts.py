@@ -129,6 +129,11 @@ class Store:
         """Use `root` (created on the first write)."""
         self.root = Path(root)
 
+    @property
+    def address(self) -> str:
+        """What `--store` takes for it."""
+        return str(self.root)
+
     def folder(self, kind: str, name: str, identity: Mapping[str, Any]) -> Path:
         """The folder of the artifact of this identity, whether it exists or not."""
         return self.root / kind / f"{name}-{short(fingerprint(identity))}"

@@ -160,6 +160,10 @@ class TrainSettings(Settings):
         default="stop",
         description="at a step whose loss or gradient is NaN or infinite: stop with an error that names step and rows, or skip the step and count it",
     )
+    model_card: Flag = Field(
+        default=True,
+        description="write a model card (README.md) with a picture of the curves into the folder of the policy",
+    )
     resume: str | None = Field(
         default=None,
         description="checkpoint folder to continue from, possibly of another run; null means the newest checkpoint of this run",

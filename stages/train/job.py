@@ -30,6 +30,7 @@ NUM_DEFAULT_EVALS = 5
 # Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
     "name",
+    "model_card",
     "learning_rate",
     "batch_size",
     "eval_steps",

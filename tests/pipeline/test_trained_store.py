@@ -27,7 +27,7 @@ def tree_of(model: Path, data: Path, loss: dict, **train) -> dict:
         data,
         prepare={"mismatched": False},
         loss=loss,
-        train={"max_steps": 4, "sample_steps": None, **train},
+        train={"max_steps": 4, "sample_steps": None, "model_card": True, **train},
         sample={"engine": "transformers", "num_prompts": 3, "max_tokens": 8, "compare": True},
         judge={"function": "pipeline.quickstart_world:politeness"},
     )
@@ -323,3 +323,27 @@ def test_a_beginning_of_a_name_on_the_hub_leads_to_no_artifact(folder):
     found = with_folders(config, folder / STORED)
     assert found.eval.model == "tiny"
     assert Path(found.sample.model or "").name.startswith("tiny-simpo")
+
+
+# The model card
+
+
+def test_a_policy_has_a_card_with_what_was_measured_and_no_path_of_this_machine(policies, folder):
+    from huggingface_hub import ModelCard
+    from PIL import Image
+
+    for name, path in policies.items():
+        card = ModelCard.load(path / "README.md")
+        counts = json.loads((path / "manifest.json").read_text())["counts"]
+        assert card.data.tags == ["align", "preference-optimization", name]
+        assert card.data.library_name == "transformers"
+        assert card.data.eval_results[0].metric_value == counts["final"]["rewards/accuracies"]
+        before, after = (counts[part]["rewards/margins"] for part in ("step0", "final"))
+        assert f"| margin | {before:.4f} | {after:.4f} |" in card.text
+        assert "preferences.jsonl" in card.text
+        assert str(folder.parent.parent) not in card.content
+        assert "![held-out accuracy" in card.text
+        assert Image.open(path / "curves.png").width > 500
+        listed = {one["name"] for one in json.loads((path / "manifest.json").read_text())["files"]}
+        assert {"README.md", "curves.png"} <= listed
+    assert "| loss | name dpo, beta 0.2," in ModelCard.load(policies["dpo"] / "README.md").text
