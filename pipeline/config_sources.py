@@ -95,7 +95,12 @@ def assign(tree: dict[str, Any], assignment: str) -> None:
         value = yaml_1_2.load(text)
     except ValueError as error:
         raise UsageError(f"--set {assignment!r}: the value is not valid YAML ({error}).") from error
-    if parts == ["loss"]:  # a name, or a block with a name: it replaces the whole block
+    set_key(tree, parts, value)
+
+
+def set_key(tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+    """Set the key of these names in the tree."""
+    if list(parts) == ["loss"]:  # a name, or a block with a name: it replaces the whole block
         tree["loss"] = {"name": value} if isinstance(value, str) else value
         return
     node = tree
@@ -103,7 +108,7 @@ def assign(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(node.get(part), dict):
             node[part] = {}
         node = node[part]
-    if parts == ["loss", "name"] and node.get("name") != value:
+    if list(parts) == ["loss", "name"] and node.get("name") != value:
         node.clear()
     node[parts[-1]] = value
 

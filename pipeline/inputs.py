@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
 from cache.errors import StaleError, UsageError
@@ -36,9 +36,6 @@ from stages.train.job import Job, find_policy, find_policy_of_other_eval_sets
 from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
-if TYPE_CHECKING:
-    from pipeline.commands.command import Result
-
 QUICKSTART = "quickstart"
 # What trainings on the same rows and models have in common.
 SHARED = ("compute", "data", "policy_source", "template", "rows", "eval_sets", "_start")
@@ -63,7 +60,7 @@ class Inputs:
         `show` is called with the result of each part of a command that runs others, as it ends.
         """
         self.config, self.context = config, context
-        self.show: Callable[[Result], None] | None = None
+        self.show: Callable[[Any], None] | None = None
         self.found_rows: dict[str, Artifact] = {}
 
     def with_training(self, config: RunConfig) -> "Inputs":

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache.errors import UsageError
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
+    from pipeline.config_blocks import Blocks
     from pipeline.session import Session
     from stages.settings.data import DataSettings
 
@@ -57,6 +59,7 @@ class SharedOptions:
             show_default=False,
         ),
     ] = None
+    offline: Annotated[bool, flag("--offline", "Reach no other machine, whatever is configured.")] = False
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
@@ -68,12 +71,18 @@ class SharedOptions:
         both before torch is imported, unless it is the loss that is invalid.
         """
         from pipeline.config_blocks import check_blocks
+        from stages.runtime.offline import go_offline
+
+        if self.offline:
+            go_offline()  # before a library reads the environment
         from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.config_sources import merged
 
         refuse_url_with_secret(self.store, "--store")
         tree = merged(self.config or [], self._assigned, self.loss)
         blocks = check_blocks(tree)
+        if self.offline:
+            _refuse_what_needs_a_network(self.store, blocks)
         if reads_data:
             _check_files(blocks.data)
 
@@ -90,6 +99,7 @@ class SharedOptions:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self._assigned for part in ("--set", assignment)]
+        parts += ["--offline"] if self.offline else []
         parts += ["--store", self.store] if self.store != DEFAULT_STORE else []
         return shlex.join(parts)
 
@@ -102,6 +112,19 @@ def _check_files(data: "DataSettings") -> None:
     for source in sources_of(data):
         if source.data.path != EMBEDDED:
             local_files(source.data)
+
+
+def _refuse_what_needs_a_network(store: str, config: "Blocks") -> None:
+    from cache.locations import is_url
+
+    if is_url(store):
+        raise UsageError(
+            f"--offline: the store {store} is on another machine. Name a folder with --store DIR."
+        )
+    if config.track.wandb == "online":
+        raise UsageError(
+            "--offline: track.wandb is online. Use --set track.wandb=offline, and `wandb sync` later."
+        )
 
 
 def typer_function(

@@ -3,11 +3,14 @@
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cache.errors import UsageError
@@ -427,3 +430,24 @@ def test_text_that_looks_like_something_else_survives_saving(tmp_path, text):
     config = build_config({"track": {"run_name": text}})
     assert load(config.to_yaml(), tmp_path).track == config.track
     assert yaml.safe_load(config.to_yaml())["track"]["run_name"] == text
+
+
+keys = st.sampled_from(sorted(RunConfig.model_fields)) | st.text(max_size=8)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+trees = st.dictionaries(keys, leaves | st.dictionaries(st.text(max_size=8), leaves, max_size=3), max_size=3)
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60) | trees.map(yaml.safe_dump))
+def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load_config([path], [], None), RunConfig)
+    except UsageError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(st.text(max_size=40), st.sampled_from(["data.path=", "loss.beta=", "train.seed=", "loss=", ""]))
+def test_any_assignment_is_read_or_one_line(text, key):
+    with suppress(UsageError):
+        assert isinstance(load_config([], [f"{key}{text}"], None), RunConfig)
