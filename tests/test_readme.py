@@ -131,7 +131,8 @@ def test_a_stale_list_is_noticed(tmp_path):
 
 def test_the_index_links_every_page():
     linked = {link for link in LINK.findall(read(DOCS / "README.md")) if "/" not in link}
-    assert linked == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+    pages = {path.name for kind in ("*.md", "*.ipynb") for path in DOCS.glob(kind)}
+    assert linked == pages - {"README.md"}
 
 
 def test_the_readme_is_one_screen():
