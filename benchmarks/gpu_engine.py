@@ -25,7 +25,7 @@ from benchmarks import varlen
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.record import write_results
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine import flex_attention, segment_attention
+from stages.engine import flex_attention, tree_attention
 from stages.engine.packing import pack_lengths
 from stages.engine.packs import build_pack, packed_length
 from stages.engine.scorer import Scorer
@@ -37,7 +37,7 @@ LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (50
 WAYS = {
     "flex": flex_attention.NAME,
     "varlen": varlen.NAME,
-    "segments": segment_attention.NAME,
+    "segments": tree_attention.NAME,
     "padded": None,
 }
 PAIRS, ROUNDS, BUDGET = 64, 5, 16_384
@@ -82,7 +82,7 @@ def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: in
             if backend is None:
                 step = partial(padded_step, model, rows, device)
             else:
-                scorer = Scorer(model, compute, print, backends=[segment_attention.NAME])
+                scorer = Scorer(model, compute, print, backends=[tree_attention.NAME])
                 scorer.way = Way(backend)
                 check(scorer, rows)
                 step = partial(packed_step, scorer, rows)
@@ -95,7 +95,7 @@ def check(scorer: Scorer, rows: RowSet) -> None:
     """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
     way, found = scorer.way, scorer(batch).completion_logps
-    scorer.way = Way(segment_attention.NAME)
+    scorer.way = Way(tree_attention.NAME)
     difference = float((found - scorer(batch).completion_logps).abs().max())
     scorer.way = way
     assert difference < 0.2, f"{way.backend} is off by {difference} nats"

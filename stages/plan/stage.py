@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from stages.data.rows import RowSet
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import Pack, build_pack, packed_length
+from stages.engine.packing import plan_packs
+from stages.engine.packs import Pack, build_pack, inputs_of
+from stages.engine.prefix_tree import num_tokens
 from stages.models.fit import num_positions
 from stages.models.loading import open_config
 from stages.plan.measure import measure
@@ -59,7 +61,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The prediction. `tokens` counts a prompt once for all its completions; `positions` is the size of the largest pack."""
+    """The prediction. `tokens` counts what rows of a pack begin with once; `positions` is the size of the largest pack."""
 
     steps: int
     batch_size: int
@@ -110,20 +112,30 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
 def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
     """The largest packs of the first steps, the largest first, and the mean positions of a step."""
     order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
-    size, found, total = job.resolved.batch_size, [], 0
+    size, budget, found, total = job.resolved.batch_size, job.compute.tokens_per_batch, [], 0
     starts = range(0, len(order), size)[:COUNTED_STEPS]
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
-        lengths = [packed_length(rows, group) for group in groups]
         if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
-            total += sum(packed_length(rows, group) for group in others if len(group))
-        total += sum(lengths)
-        for items in pack_lengths(lengths, job.compute.tokens_per_batch):
-            found.append((sum(lengths[item] for item in items), [groups[item] for item in items]))
+            total += sum(
+                length for length, _ in _packs(rows, [group for group in others if len(group)], budget)
+            )
+        packs = _packs(rows, groups, budget)
+        total += sum(length for length, _ in packs)
+        found += packs
     found.sort(key=lambda entry: -entry[0])
-    packs = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
-    return packs, round(total / max(1, len(starts)))
+    largest = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
+    return largest, round(total / max(1, len(starts)))
+
+
+def _packs(rows: RowSet, groups: list[np.ndarray], budget: int) -> list[tuple[int, list[np.ndarray]]]:
+    """The groups of each pack, and its positions."""
+    inputs = [inputs_of(rows, group) for group in groups]
+    return [
+        (num_tokens([row for item in items for row in inputs[item]]), [groups[item] for item in items])
+        for items in plan_packs(inputs, budget)
+    ]
 
 
 def _table(job: Job) -> list[Cell]:

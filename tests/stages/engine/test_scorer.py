@@ -8,8 +8,9 @@ import torch
 import transformers
 
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine import flex_attention, segment_attention
+from stages.engine import flex_attention, tree_attention
 from stages.engine.packs import build_pack
+from stages.engine.prefix_tree import Run, TreeIndex
 from stages.engine.scorer import Scorer
 from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
@@ -159,7 +160,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "smollm3"])
-def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
+def test_flex_attention_sees_what_tree_attention_sees(name: str) -> None:
     """The block mask, soft-capped scores and sliding windows of the GPU's way, forward on a CPU."""
     model, rows = make_model(name), make_rows()
     with torch.no_grad():
@@ -172,7 +173,7 @@ def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
 
 
 def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
-    """The reason why a CPU attends segment by segment: once this fails, it need not."""
+    """The reason why a CPU attends run by run: once this fails, it need not."""
     sides = [torch.randn(1, 2, 128, 16, requires_grad=True) for _ in range(3)]
     with pytest.raises(NotImplementedError, match="backward on CPU"):
         flex_attention.flex_attention(*sides)
@@ -181,8 +182,8 @@ def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
 def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
     """One completion a row is the last resort, not the second."""
     model, said = make_model("llama"), []
-    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", segment_attention.NAME])
-    assert scorer.way.backend == segment_attention.NAME
+    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", tree_attention.NAME])
+    assert scorer.way.backend == tree_attention.NAME
     assert len(said) == 1
     assert "no_such_attention" in said[0]
 
@@ -200,7 +201,7 @@ def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
 
 
 def test_plain_sdpa_without_a_mask_hides_the_prompt_from_the_second_completion() -> None:
-    """The trap the segment attention exists for: no error, and log-probs far from the truth."""
+    """The trap that attention along the tree exists for: no error, and log-probs far from the truth."""
     model, rows = make_model("llama"), make_rows()
     pack = build_pack(rows, groups_of(rows)[:1])
     model.set_attn_implementation("sdpa")
@@ -255,22 +256,16 @@ def test_a_model_that_looks_beyond_a_row_in_its_batch_is_scored_one_by_one() -> 
 
 
 def test_a_model_that_lies_about_its_attention_is_caught_by_the_self_check() -> None:
-    """A layer that quietly ignores the segments makes packed scores wrong, not failing."""
+    """A layer that quietly ignores the tree makes packed scores wrong, not failing."""
     model = make_model("llama")
     attention = model.model.layers[1].self_attn
     original = attention.forward
-    attention.forward = lambda *args, segments=None, **kwargs: original(
-        *args, **kwargs, segments=None if segments is None else segments[:0] or _one_segment(segments)
+    attention.forward = lambda *args, tree=None, **kwargs: original(
+        *args, **kwargs, tree=None if tree is None else TreeIndex([Run(0, 0, tree.size)])
     )
     said: list[str] = []
     assert not Scorer(model, FLOAT32, said.append).packed
     assert "differ" in said[0]
-
-
-def _one_segment(segments: tuple) -> tuple:
-    """The whole pack as one prompt: every completion sees everything before it."""
-    total = sum(segment.length for segment in segments)
-    return (type(segments[0])(0, total, ()),)
 
 
 def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
