@@ -51,13 +51,12 @@ docs: $(READY) ## write the lists that the documents repeat from the code
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(UV_FLAGS) -e '.[bench]'
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
-	$(BIN)/python benchmarks/gpu_engine.py
+	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi
 
 clean: ## remove the environment (artifacts stay)
 	rm -rf $(VENV)

@@ -1,21 +1,16 @@
-"""The engine on a GPU: attention backends side by side, and against padded scoring, on a 1B model's shape.
+"""The engine on a GPU: attention backends side by side, and against padded scoring and TRL, on a 1B model's shape.
 
-In: nothing; weights are random and lengths are drawn like those of hh-rlhf and of long answers at 2048 tokens.
-Out: `results/gpu.json` and `.md`: pairs and tokens a second of DPO steps in bfloat16, model FLOPs utilisation,
-peak memory. Where there is no CUDA device the rows say so. `--smoke` runs the same code on a tiny model here.
-
-    python benchmarks/gpu_engine.py [--smoke]
+In: a device and a shape; weights are random and lengths are drawn like those of hh-rlhf and of long answers at 2048
+tokens. Out: rows of pairs and tokens a second of DPO steps in bfloat16, model FLOPs utilisation, peak memory. Run it
+with `benchmarks/gpu.sh`.
 """
 
-import argparse
+import importlib.util
 import statistics
-import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -23,76 +18,89 @@ from torch import Tensor
 
 from benchmarks import varlen
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
-from benchmarks.record import write_results
+from benchmarks.gpu_trl import TrlStep
 from stages.data.rows import Example, Row, RowSet, to_table
 from stages.engine import flex_attention, tree_attention
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import build_pack, packed_length
+from stages.engine.packs import build_pack
 from stages.engine.scorer import Scorer
 from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
 
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
 LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (500, 0.6), 2048)}
-WAYS = {
-    "flex": flex_attention.NAME,
-    "varlen": varlen.NAME,
-    "segments": tree_attention.NAME,
-    "padded": None,
-}
+BACKENDS = {"flex": flex_attention.NAME, "varlen": varlen.NAME, "runs": tree_attention.NAME}
+WAYS = (*BACKENDS, "padded", "padded, presorted", "TRL")
 PAIRS, ROUNDS, BUDGET = 64, 5, 16_384
+TITLE = "The engine on a GPU"
+NOTES = (
+    f"An OLMo-2 of 1B shape with random weights, bfloat16 autocast over float32 weights, {PAIRS} pairs a step in packs "
+    f"of {BUDGET} tokens; forward and backward of a DPO loss, no optimizer. `padded`: chosen and rejected in rows padded "
+    "to the longest of 8 pairs, head on completions only; `presorted`: the pairs sorted by length before. `TRL`: its "
+    "trainer's own step on the same ids. Medians of the steps."
+)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--smoke", action="store_true", help="a tiny model on this machine; writes nothing")
-    smoke = options.parse_args().smoke
-    if smoke:
-        for row in campaign(torch.device("cpu"), TINY, pairs=4, rounds=1, budget=2048):
-            print(row)
-        return
-    names = [f"{data}, {way}" for data in LENGTHS for way in WAYS]
-    rows: list[dict[str, Any]] = [{"name": name, "result": "not measured: no CUDA device"} for name in names]
-    device = "no CUDA device"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-        rows = list(campaign(torch.device("cuda"), OLMO2_1B, PAIRS, ROUNDS, BUDGET))
-    notes = (
-        f"{device}. An OLMo-2 of 1B shape with random weights, bfloat16 autocast over float32 weights, {PAIRS} pairs a step "
-        f"in packs of {BUDGET} tokens; forward and backward of a DPO loss, no optimizer. `padded`: chosen and rejected in "
-        "rows padded to the longest, head on completions only. Medians of the steps."
-    )
-    write_results("gpu", rows, "The engine on a GPU", notes)
+def unmeasured(why: str) -> list[dict[str, Any]]:
+    """The rows without a GPU."""
+    return [{"name": f"{data}, {way}", "result": why} for data in LENGTHS for way in WAYS]
 
 
-def campaign(device: torch.device, shape: dict[str, int], pairs: int, rounds: int, budget: int):
+def measured(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """A row for every kind of lengths and every way to score."""
+    shape, pairs, rounds, shorter = (TINY, 4, 1, 8) if tiny else (OLMO2_1B, PAIRS, ROUNDS, 1)
+    # A CPU without bfloat16 products takes a hundred times as long for them.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = Compute(device, dtype, BUDGET // shorter)
+    for data in LENGTHS:
+        rows = draw_rows(data, pairs, shape["vocab_size"], shorter)
+        for way in WAYS:
+            name = f"{data}, {way}"
+            if problem := _problem(way, device):
+                yield {"name": name, "result": f"not measured: {problem}"}
+                continue
+            torch.manual_seed(0)
+            with device:
+                model = _model(shape)
+            try:
+                yield {
+                    "name": name,
+                    **timed(_step_of(way, model, rows, compute), rows, model, device, rounds),
+                }
+            except torch.OutOfMemoryError:
+                yield {"name": name, "result": "out of memory"}
+            del model
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _problem(way: str, device: torch.device) -> str:
+    if way == "flex" and device.type == "cpu":
+        return "flex_attention has no backward pass on a CPU"
+    if way == "TRL" and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
+    return ""
+
+
+def _model(shape: dict[str, int]) -> Any:
     from transformers import AutoModelForCausalLM, Olmo2Config
 
-    for data in LENGTHS:
-        rows = draw_rows(data, pairs, shape["vocab_size"])
-        for way, backend in WAYS.items():
-            if way == "flex" and device.type == "cpu":
-                continue  # no backward pass there
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(Olmo2Config(**shape, pad_token_id=0)).to(device)
-            compute = Compute(device, torch.bfloat16, budget)
-            if backend is None:
-                step = partial(padded_step, model, rows, device)
-            else:
-                scorer = Scorer(model, compute, print, backends=[tree_attention.NAME])
-                scorer.way = Way(backend)
-                check(scorer, rows)
-                step = partial(packed_step, scorer, rows)
-            yield {"name": f"{data}, {way}", **timed(step, rows, model, device, rounds)}
-            del step, model
+    return AutoModelForCausalLM.from_config(Olmo2Config(**shape, pad_token_id=0))
+
+
+def _step_of(way: str, model: Any, rows: RowSet, compute: Compute) -> Callable[[], None]:
+    if way == "TRL":
+        return TrlStep(model, rows, compute)
+    if way not in BACKENDS:
+        return partial(padded_step, model, rows, compute, presorted=way != "padded")
+    scorer = Scorer(model, compute, print, backends=[tree_attention.NAME])
+    scorer.way = Way(BACKENDS[way])
+    check(scorer, rows)
+    return partial(packed_step, scorer, rows)
 
 
 @torch.no_grad()
 def check(scorer: Scorer, rows: RowSet) -> None:
-    """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
+    """Attention run by run, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
     way, found = scorer.way, scorer(batch).completion_logps
     scorer.way = Way(tree_attention.NAME)
@@ -101,8 +109,10 @@ def check(scorer: Scorer, rows: RowSet) -> None:
     assert difference < 0.2, f"{way.backend} is off by {difference} nats"
 
 
-def draw_rows(data: str, pairs: int, vocabulary: int) -> RowSet:
+def draw_rows(data: str, pairs: int, vocabulary: int, shorter: int = 1) -> RowSet:
+    """Pairs of random tokens whose lengths are those of `data`, divided by `shorter`."""
     (prompt, prompt_spread), (completion, completion_spread), limit = LENGTHS[data]
+    prompt, completion, limit = prompt / shorter, completion / shorter, limit // shorter
     random = np.random.default_rng(0)
 
     def draw(median: float, spread: float, most: int) -> np.ndarray:
@@ -123,9 +133,8 @@ def draw_rows(data: str, pairs: int, vocabulary: int) -> RowSet:
 
 def packed_step(scorer: Scorer, rows: RowSet) -> None:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    lengths = [packed_length(rows, group) for group in groups]
     with scorer.weights_cast_once():
-        for items in pack_lengths(lengths, scorer.compute.tokens_per_batch):
+        for items in scorer.plan(rows, groups):
             batch = build_pack(rows, [groups[item] for item in items])
             logps = scorer(batch).completion_logps
             owner = batch.token_rows.to(logps.device)
@@ -134,10 +143,16 @@ def packed_step(scorer: Scorer, rows: RowSet) -> None:
     scorer.zero_grad(set_to_none=True)
 
 
-def padded_step(model: torch.nn.Module, rows: RowSet, device: torch.device, micro: int = 8) -> None:
+def padded_step(
+    model: torch.nn.Module, rows: RowSet, compute: Compute, presorted: bool, micro: int = 8
+) -> None:
     """Rows of [prompt | completion] padded to the longest of a micro-batch, logits of the completions only."""
-    for begin in range(0, rows.num_examples, micro):
-        examples = range(begin, min(begin + micro, rows.num_examples))
+    order, device = list(range(rows.num_examples)), compute.device
+    if presorted:
+        lengths = np.maximum.reduceat(rows.prompt_lengths + rows.completion_lengths, rows.starts)
+        order.sort(key=lambda example: lengths[example])
+    for begin in range(0, len(order), micro):
+        examples = order[begin : begin + micro]
         numbers = [rows.starts[example] + side for side in (0, 1) for example in examples]
         texts = [np.concatenate([rows.prompt(row), rows.completion(row)]) for row in numbers]
         longest = max(map(len, texts))
@@ -148,7 +163,7 @@ def padded_step(model: torch.nn.Module, rows: RowSet, device: torch.device, micr
             attended[place, : len(text)] = 1
             scored[place, rows.prompt_lengths[row] - 1 : len(text) - 1] = True
         ids, attended, scored = ids.to(device), attended.to(device), scored.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute.dtype == torch.bfloat16):
             hidden = model.get_decoder()(ids, attention_mask=attended, use_cache=False).last_hidden_state
             logits = model.get_output_embeddings()(hidden[:, :-1][scored])
         logps = torch.zeros(scored.shape, device=device)
@@ -187,7 +202,3 @@ def timed(step, rows: RowSet, model: torch.nn.Module, device: torch.device, roun
         "mfu": None if peak is None else flops / median / peak,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
-
-
-if __name__ == "__main__":
-    main()

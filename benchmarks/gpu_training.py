@@ -1,26 +1,20 @@
 """Training on a GPU: memory of each cell of batch and length, tokens per second, model FLOPs utilisation.
 
-A 1B OLMo-2 shape with random weights, bfloat16 autocast over float32 masters, AdamW, full training and
-gradient checkpointing. A cell is a step over so many pairs of that length (prompt and completion together,
-half of it prompt). Where there is no CUDA device every row says so; `--smoke` runs the same code with a
-tiny shape on the CPU and writes nothing.
-
-    python benchmarks/gpu_training.py [--smoke]
+In: a device and a shape with random weights; bfloat16 autocast over float32 masters, AdamW, full training and gradient
+checkpointing. Out: a row for each cell, a step over so many pairs of that length (prompt and completion together, half
+of it prompt), with the memory that `align plan` predicts. Run it with `benchmarks/gpu.sh`.
 """
 
-import argparse
-import sys
+import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
-from benchmarks.record import write_results
 from stages.engine.scorer import Scorer
 from stages.models.loading import ModelSource
 from stages.plan.memory import LayerwiseShapes, pairs_pack
@@ -32,37 +26,52 @@ BATCHES, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096)
 TIMED_STEPS = 5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU; writes nothing")
-    smoke = parser.parse_args().smoke
-    device = torch.device("cpu" if smoke or not torch.cuda.is_available() else "cuda")
-    settings = TrainSettings(gradient_checkpointing=True)
+TITLE = "Training a 1B OLMo-2 shape"
+NOTES = (
+    "A 1B OLMo-2 shape with random weights, bfloat16 autocast over float32 masters, AdamW, full training and gradient "
+    "checkpointing. A cell is a step over so many pairs of that length, half of it prompt. Memory is "
+    "`torch.cuda.max_memory_allocated`; predictions are those of `align plan`. MFU counts 6 FLOPs for each weight outside "
+    "the embedding and each position, and 12 for each layer, hidden unit and attended position, without recomputation."
+)
+
+
+CELLS = sorted(
+    ((batch, length) for batch in BATCHES for length in LENGTHS), key=lambda cell: cell[0] * cell[1]
+)
+SETTINGS = TrainSettings(gradient_checkpointing=True)
+
+
+def unmeasured(why: str) -> list[dict[str, Any]]:
+    """The rows without a GPU: the predictions alone."""
     with tempfile.TemporaryDirectory() as folder:
-        source = _save_shape(Path(folder), TINY if smoke else OLMO2_1B)
-        compute = Compute(device, torch.bfloat16, max(BATCHES) * max(LENGTHS) * 2)
-        cells = [(2, 64), (1, 128)] if smoke else [(batch, length) for batch in BATCHES for length in LENGTHS]
-        shapes = LayerwiseShapes(source, settings, AdapterSettings(), compute)
-        vocabulary = TINY["vocab_size"]
-        predicted = {cell: shapes.predict(pairs_pack(*cell, vocabulary)).total for cell in cells}
-        if device.type == "cpu" and not smoke:
-            rows = [_row(cell, predicted[cell], None, "not measured: no CUDA device here") for cell in cells]
-        else:
-            trainer = _Trainer(source, compute, settings)
-            rows = [_row(cell, predicted[cell], *trainer.measure(cell)) for cell in cells]
-    if smoke:
-        for row in rows:
-            print(row)
-        return
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    write_results(
-        "gpu_training",
-        rows,
-        "Training a 1B OLMo-2 shape",
-        f"{name}. {__doc__.split(chr(10) * 2)[1].replace(chr(10), ' ')} Memory is `torch.cuda.max_memory_allocated`; "
-        f"predictions are those of `align plan`. MFU counts 6 FLOPs for each weight outside the embedding and each "
-        f"position, and 12 for each layer, hidden unit and attended position, without recomputation.",
-    )
+        predict = _Predictions(_save_shape(Path(folder), OLMO2_1B), _compute(torch.device("cuda")))
+        return [_row(cell, predict(cell), None, why) for cell in CELLS]
+
+
+def measured(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """A row for each cell, the cheapest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, compute = _save_shape(Path(folder), TINY if tiny else OLMO2_1B), _compute(device)
+        predict, trainer = _Predictions(source, compute), _Trainer(source, compute, SETTINGS)
+        for cell in [(2, 64), (1, 128)] if tiny else CELLS:
+            yield _row(cell, predict(cell), *trainer.measure(cell))
+
+
+def _compute(device: torch.device) -> Compute:
+    # A CPU without bfloat16 products takes a hundred times as long for them.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Compute(device, dtype, max(BATCHES) * max(LENGTHS) * 2)
+
+
+class _Predictions:
+    """Bytes of a cell by `align plan`."""
+
+    def __init__(self, source: ModelSource, compute: Compute) -> None:
+        self._shapes = LayerwiseShapes(source, SETTINGS, AdapterSettings(), compute)
+        self._vocabulary = json.loads((source.folder / "config.json").read_text())["vocab_size"]
+
+    def __call__(self, cell: tuple[int, int]) -> int:
+        return self._shapes.predict(pairs_pack(*cell, self._vocabulary)).total
 
 
 class _Trainer:
@@ -142,12 +151,12 @@ def _save_shape(folder: Path, shape: dict[str, Any]) -> ModelSource:
 def _row(
     cell: tuple[int, int], predicted: int, figures: dict[str, float] | None, note: str = ""
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": f"batch_{cell[0]}_length_{cell[1]}", "batch": cell[0], "length": cell[1]}
+    row: dict[str, Any] = {"name": _name(cell), "batch": cell[0], "length": cell[1]}
     row["predicted_gib"] = round(predicted / 2**30, 2)
     columns = ("memory_gib", "tokens_per_second", "mfu", "step_seconds")
     row |= {column: (figures or {}).get(column) for column in columns}
     return {**row, "note": note}
 
 
-if __name__ == "__main__":
-    main()
+def _name(cell: tuple[int, int]) -> str:
+    return f"batch_{cell[0]}_length_{cell[1]}"

@@ -14,9 +14,11 @@ from cache.artifacts import installed_versions
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def write_results(name: str, rows: Sequence[dict[str, Any]], title: str, notes: str) -> None:
-    """Write `results/<name>.json` and `.md`; every row has a `name`, the other keys become columns."""
-    RESULTS.mkdir(exist_ok=True)
+def write_results(
+    name: str, rows: Sequence[dict[str, Any]], title: str, notes: str, folder: Path = RESULTS
+) -> None:
+    """Write `<name>.json` and `.md` in `folder`; every row has a `name`, the other keys become columns."""
+    folder.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/{Path(sys.argv[0]).name}"
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {_cpu_name()}"
     record = {
@@ -26,13 +28,13 @@ def write_results(name: str, rows: Sequence[dict[str, Any]], title: str, notes: 
         "machine": machine,
         "rows": list(rows),
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"# {title}", "", f"`{command}`, {record['date']}, {machine}.", "", notes, ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    (RESULTS / f"{name}.md").write_text(
+    (folder / f"{name}.md").write_text(
         "\n".join([*lines, "", f"Versions: {versions}.", ""]), encoding="utf-8"
     )
 

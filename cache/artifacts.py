@@ -10,18 +10,20 @@ temporary prefix is complete. The manifest is checked when an artifact is opened
 """
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from cache import effects
 from cache.checked import check_files, note_checked
 from cache.errors import StaleError
 from cache.files import (
@@ -35,7 +37,7 @@ from cache.files import (
     write_json,
 )
 from cache.fingerprint import differing_fields, fingerprint, short
-from cache.ownership import Claim, claim, remove_abandoned, temporary_suffix
+from cache.ownership import OWNER, Claim, claim_temporary
 from cache.shards import ShardRecord, read_shard, write_shard
 
 MANIFEST = "manifest.json"
@@ -102,7 +104,8 @@ class Draft:
 
     def discard(self) -> None:
         """Throw the draft away."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            effects.remove_tree(self.path)
         self.release()
 
     def release(self) -> None:
@@ -140,6 +143,21 @@ class Store:
         found.check_files()
         return found
 
+    def bring(self, kind: str, pattern: str) -> None:
+        """Have the artifacts of a kind whose names match the pattern in `root`, as far as they exist; here they are."""
+
+    def bring_all(self) -> None:
+        """The same for everything."""
+
+    def bring_file(self, path: Path) -> None:
+        """The same for a single file."""
+
+    def send(self, path: Path) -> None:
+        """Put back what was written into `root`; here it is at its place."""
+
+    def send_note(self, path: Path) -> None:
+        """The same for a file that may change, if anything can be put back."""
+
     def draft(
         self, kind: str, name: str, stage: str, identity: Mapping[str, Any], keep: bool = False
     ) -> Draft:
@@ -152,9 +170,8 @@ class Store:
         if keep:
             return Draft(staging, final, stage, identity)
         with disk_errors_named(staging):
-            remove_abandoned(staging.parent, f"{staging.name}.")
-            staging = staging.with_name(f"{staging.name}.{temporary_suffix()}")
-            return Draft(staging, final, stage, identity, claim=claim(staging))
+            path, owner = claim_temporary(staging)
+        return Draft(path, final, stage, identity, claim=owner)
 
     def publish(
         self,
@@ -166,6 +183,8 @@ class Store:
     ) -> Artifact:
         """Write the manifest last and rename the draft to its final name."""
         draft.release()
+        with disk_errors_named(draft.path):
+            effects.remove(draft.path / OWNER)
         write_bytes(draft.path / "config.yaml", config_text.encode())
         listed = {record.name: asdict(record) for record in draft.records}
         for path in sorted(draft.path.rglob("*")):
@@ -228,6 +247,7 @@ def machine_provenance() -> dict[str, Any]:
     }
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that can change a result."""
     found = {}

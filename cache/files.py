@@ -10,25 +10,16 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cache import effects
 from cache.errors import CorruptError, MachineError
 from cache.fingerprint import canonical_json
 from cache.ownership import lock_temporary, temporary_suffix
 
 TEMPORARY_PREFIX = ".tmp-"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the renames inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -47,23 +38,24 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
     """Yield an empty temporary file in `folder`, locked by this process; if it is left there afterwards, it is removed."""
     with disk_errors_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        effects.make_folders(folder)
     temporary = folder / f"{TEMPORARY_PREFIX}{name}.{temporary_suffix()}"
     with disk_errors_named(folder / name):
         handle = lock_temporary(temporary)
         try:
             yield temporary
         finally:
-            temporary.unlink(missing_ok=True)
-            os.close(handle)
+            try:
+                effects.remove(temporary)
+            finally:
+                os.close(handle)
 
 
 def commit(temporary: Path, final: Path) -> None:
     """Make `temporary` durable and rename it to `final` in the same folder."""
-    with open(temporary, "rb+") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, final)
-    fsync_folder(final.parent)
+    effects.sync_file(temporary)
+    effects.rename(temporary, final)
+    effects.sync_folder(final.parent)
 
 
 @contextlib.contextmanager
@@ -76,8 +68,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    with atomic_path(path) as temporary, effects.open_for_writing(temporary) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -126,18 +118,15 @@ def publish_folder(staging: Path, final: Path) -> None:
         mode = staging.stat().st_mode & 0o666
         for path in sorted(staging.rglob("*")):
             if path.is_file():
-                with open(path, "rb+") as handle:
-                    os.fchmod(
-                        handle.fileno(), mode
-                    )  # safetensors writes files that only their owner can read
-                    os.fsync(handle.fileno())
+                effects.set_mode(path, mode)  # safetensors writes files that only their owner can read
+                effects.sync_file(path)
             elif path.is_dir():
-                fsync_folder(path)
-        fsync_folder(staging)
+                effects.sync_folder(path)
+        effects.sync_folder(staging)
         try:
-            os.rename(staging, final)
+            effects.rename(staging, final)
         except OSError:
             if not final.is_dir():
                 raise
-            shutil.rmtree(staging)
-        fsync_folder(final.parent)
+            effects.remove_tree(staging)
+        effects.sync_folder(final.parent)

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cache import effects
 from cache.errors import CorruptError
-from cache.files import disk_errors_named, fsync_folder, with_digest
+from cache.files import disk_errors_named, with_digest
 from cache.fingerprint import canonical_json
 from cache.ownership import temporary_suffix
 
@@ -50,18 +51,14 @@ class KeptAnswers:
             for key, value in values.items()
         ]
         with disk_errors_named(self.folder):
-            is_new = self._own is None
-            path = self._own_file()
+            own, self._own = self._own, None  # behind half a line the next one could not be read
+            path = own or self.folder / f"{temporary_suffix()}{SUFFIX}"
+            effects.make_folders(self.folder)
             _append(path, b"".join(lines))
-            if is_new:
-                fsync_folder(self.folder)
+            if own is None:
+                effects.sync_folder(self.folder)
+            self._own = path
         self._values.update(values)
-
-    def _own_file(self) -> Path:
-        if self._own is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._own = self.folder / f"{temporary_suffix()}{SUFFIX}"
-        return self._own
 
     def _read(self, path: Path) -> None:
         *lines, cut = path.read_bytes().split(b"\n")  # a whole line ends with a line feed
@@ -77,16 +74,13 @@ class KeptAnswers:
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append all of `content` durably, or nothing."""
-    with open(path, "ab", buffering=0) as file:
-        end, rest = file.tell(), content
-        try:
-            while rest:
-                rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(end)  # behind half a line the next one could not be read
-            raise
+    """Append `content` durably; an `OSError` may leave a part of it."""
+    handle = effects.open_or_create(path, os.O_APPEND)
+    try:
+        effects.write(handle, content)
+        effects.sync_file(path)
+    finally:
+        os.close(handle)
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

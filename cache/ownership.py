@@ -4,10 +4,8 @@ An owner holds an operating system's lock (`flock`), which ends with its process
 whose locks do not reach other machines, an owner is alive as long as it touches its file: every `BEAT_SECONDS`.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -18,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cache import effects
 from cache.errors import BusyError
 
 OWNER = "owner.json"
@@ -42,14 +41,15 @@ class Claim:
         if self._released.is_set():
             return
         self._released.set()
-        if _is_at(self._handle, self._path):  # the folder may be gone, and made again by the next owner
-            self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # a file that nobody has locked is in nobody's way
+            if _is_at(self._handle, self._path):  # the folder may be gone, and made again by the next owner
+                effects.remove(self._path)
         os.close(self._handle)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             with suppress(OSError):  # closed in this moment, or a full disk
-                os.utime(self._path)
+                effects.touch(self._path)
 
 
 def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim:
@@ -59,10 +59,10 @@ def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim
     """
     path = folder / OWNER
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        effects.make_folders(folder)
+        handle = effects.open_or_create(path)
         try:
-            if not _lock(handle) or _lives_elsewhere(path, log):
+            if not _lock(handle) or _is_touched(path, log):
                 raise BusyError(_who(path))
             if _is_at(handle, path):
                 _write_record(handle)
@@ -71,6 +71,18 @@ def claim(folder: Path, log: Callable[[str], None] = lambda line: None) -> Claim
             os.close(handle)
             raise
         os.close(handle)  # the owner before removed the folder in this moment
+
+
+def claim_temporary(path: Path) -> tuple[Path, Claim]:
+    """A folder beside `path` for this process alone, named after it, and the claim; those of killed processes are removed."""
+    remove_abandoned(path.parent, f"{path.name}.")
+    folder = path.with_name(f"{path.name}.{temporary_suffix()}")
+    try:
+        return folder, claim(folder)
+    except OSError:
+        with suppress(OSError):
+            effects.remove_tree(folder)
+        raise
 
 
 def is_claimed(folder: Path) -> bool:
@@ -93,7 +105,7 @@ def temporary_suffix() -> str:
 
 def lock_temporary(path: Path) -> int:
     """Create a temporary file and lock it; the handle, to be closed after the file is renamed or removed."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = effects.create(path)
     _lock(handle)
     return handle
 
@@ -105,9 +117,9 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
             if not path.name.startswith(prefix) or not _is_abandoned(path):
                 continue
             if path.is_dir():
-                shutil.rmtree(path)
+                effects.remove_tree(path)
             else:
-                path.unlink()
+                effects.remove(path)
 
 
 def host() -> str:
@@ -118,8 +130,10 @@ def host() -> str:
 
 def _is_abandoned(path: Path) -> bool:
     locked = path / OWNER if path.is_dir() else path
-    is_ours = path.name.split(".")[-3:-2] == [host()] and locked.is_file()
-    if not is_ours:
+    machine, process, _ = ("", "", "", *path.name.split("."))[-3:]
+    is_ours = machine == host() and locked.is_file()
+    # A process that lives may own it on a file system whose locks do nothing.
+    if not is_ours or _lives_beside(process):
         newest = locked if locked.is_file() else path
         return time.time() - newest.stat().st_mtime > OLD_SECONDS
     handle = os.open(locked, os.O_RDWR)
@@ -132,18 +146,18 @@ def _is_abandoned(path: Path) -> bool:
 def _lock(handle: int) -> bool:
     """Lock an open file until it is closed; False if another process has locked it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        effects.lock(handle)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: `_lives_elsewhere` decides
+    except OSError:  # a file system without locks: `_is_touched` decides
         return True
     return True
 
 
-def _lives_elsewhere(path: Path, log: Callable[[str], None]) -> bool:
-    """Whether an owner on another machine, whose lock this one may not see, touches its file."""
+def _is_touched(path: Path, log: Callable[[str], None]) -> bool:
+    """Whether an owner whose lock this process may not see touches its file: on another machine, or where locks do nothing."""
     record = _record(path)
-    if record is None or record["host"] == host():
+    if record is None or (record["host"] == host() and not _lives_beside(record["pid"])):
         return False
     log(f"{_who(path)} Looking for {SILENT_SECONDS:.0f} s whether it is alive.")
     before, end = path.stat().st_mtime_ns, time.monotonic() + SILENT_SECONDS
@@ -157,6 +171,20 @@ def _lives_elsewhere(path: Path, log: Callable[[str], None]) -> bool:
     return False
 
 
+def _lives_beside(process: object) -> bool:
+    """Whether a process of this machine other than this one has this id."""
+    number = int(str(process)) if str(process).isdigit() else 0
+    if number in (0, os.getpid()):
+        return False
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's process; no number of a process
+        return number < 1 << 31
+    return True
+
+
 def _is_at(handle: int, path: Path) -> bool:
     """Whether `path` is the open file."""
     try:
@@ -167,8 +195,8 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _write_record(handle: int) -> None:
     record = {"host": host(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(" ", "seconds")}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(record).encode(), 0)
+    effects.truncate(handle, 0)
+    effects.write(handle, json.dumps(record).encode())
 
 
 def _record(path: Path) -> dict[str, Any] | None:

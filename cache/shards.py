@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cache import effects
 from cache.errors import CorruptError, StaleError
 from cache.files import atomic_path, commit, sha256_file, temporary_file
 
@@ -66,5 +67,5 @@ def read_shard(path: Path, sha256: str, repair: str) -> pa.Table:
 
 
 def _write_ipc(path: Path, table: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with effects.open_for_writing(path) as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

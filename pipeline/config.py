@@ -26,6 +26,7 @@ from stages.settings.fields import (
 )
 from stages.settings.judge import JudgeSettings
 from stages.settings.online import OnlineSettings
+from stages.settings.sweep import SweepSettings
 from stages.settings.train import AdapterSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -50,6 +51,7 @@ class RunConfig(Settings):
     sample: SampleSettings = SampleSettings()
     judge: JudgeSettings = JudgeSettings()
     online: OnlineSettings = OnlineSettings()
+    sweep: SweepSettings = SweepSettings()
     track: TrackSettings = TrackSettings()
 
     @field_validator("loss", mode="before")
@@ -82,6 +84,14 @@ def load_config(files: Sequence[Path], assignments: Sequence[str], loss_name: st
     if loss_name is not None:
         given = {key: value for key, value in _assigned(assignments, "loss").items() if key != "name"}
         tree["loss"] = {"name": loss_name, **given}
+    return build_config(tree)
+
+
+def varied(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """The configuration with further `key=value` assignments, as `--set` takes them; raises `UsageError`."""
+    tree = config.model_dump(mode="json")
+    for assignment in assignments:
+        _assign(tree, assignment)
     return build_config(tree)
 
 
@@ -159,7 +169,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
 def _assign(tree: dict[str, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     parts = path.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
+    if not equals or not all(parts) or (len(parts) < 2 and parts != ["loss"]):
         raise UsageError(
             f"--set {assignment!r}: expected block.key=value, for example --set train.learning_rate=1e-6."
         )
@@ -167,6 +177,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
         value = yaml_1_2.load(text)
     except ValueError as error:
         raise UsageError(f"--set {assignment!r}: the value is not valid YAML ({error}).") from error
+    if parts == ["loss"]:  # a name, or a block with a name: it replaces the whole block
+        tree["loss"] = {"name": value} if isinstance(value, str) else value
+        return
     node = tree
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):

@@ -45,7 +45,13 @@ def _refuse_urls_with_secrets(value: Any, name: str) -> None:
     elif isinstance(value, list):
         for number, part in enumerate(value):
             _refuse_urls_with_secrets(part, f"{name}[{number}]")
-    elif isinstance(value, str) and URL_WITH_SECRET.search(value):
+    elif isinstance(value, str):
+        refuse_url_with_secret(value, name)
+
+
+def refuse_url_with_secret(value: str, name: str) -> None:
+    """Raise `UsageError` for a URL with a password or a token in it, which is not repeated."""
+    if URL_WITH_SECRET.search(value):
         raise UsageError(
             f"{name}: the URL contains a password or a token, which would be saved with every artifact. Remove it and log "
             f"in with `hf auth login`, or set HF_TOKEN."

@@ -6,10 +6,11 @@ names the command that makes it.
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache.artifacts import Artifact
-from cache.errors import StaleError
+from cache.errors import StaleError, UsageError
 from cache.fingerprint import fingerprint
 from cache.ref_logps import RefLogps
 from pipeline import quickstart
@@ -35,6 +36,8 @@ from stages.train.resume import open_origin
 from stages.train.samples import PromptPool
 
 QUICKSTART = "quickstart"
+# What trainings on the same rows and models have in common.
+SHARED = ("compute", "data", "policy_source", "template", "rows", "eval_sets", "_start")
 
 
 class RowsSource(NamedTuple):
@@ -54,6 +57,16 @@ class Inputs:
         """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
         self.config, self.context = config, context
         self.found_rows: dict[str, Artifact] = {}
+
+    def with_training(self, config: RunConfig) -> "Inputs":
+        """The inputs of a configuration with the same data and models; it shares what is loaded of them.
+
+        Everything but the blocks loss, adapter, train and those after training has to be the same.
+        """
+        other = Inputs(config, replace(self.context, config_text=config.to_yaml()))
+        for name in SHARED:
+            other.__dict__[name] = getattr(self, name)
+        return other
 
     @property
     def is_quickstart(self) -> bool:
@@ -85,6 +98,10 @@ class Inputs:
         """Resolve a model by name; `or_adapter` also accepts a folder of adapter weights."""
         if name == QUICKSTART:
             return ModelSource(QUICKSTART, self._quickstart.model)
+        if revision is not None and Path(name).expanduser().is_dir():
+            raise UsageError(
+                f"{name} is a folder, which has no revision {revision!r}. Leave the revision out, or name a hub model."
+            )
         source = resolve_model(name, revision, or_adapter, self.config.compute.trust_remote_code)
         check_model_files(source.folder)
         if is_adapter(source.folder):
@@ -172,8 +189,7 @@ class Inputs:
     @cached_property
     def job(self) -> Job:
         """The inputs of a training run; raises `StaleError` if one is missing."""
-        settings, job = self.config.train, self.job_without_reference
-        start = reference_identity(self.policy_source, self.compute)
+        settings, job, start = self.config.train, self.job_without_reference, self._start
         return replace(
             job,
             start=start,
@@ -185,6 +201,11 @@ class Inputs:
             else open_origin(settings.begin_from, self.context, "train.begin_from"),
             pool=None if settings.sample_steps is None else self._pool,
         )
+
+    @cached_property
+    def _start(self) -> dict[str, Any]:
+        """Identifies the policy before training. All weights are read."""
+        return reference_identity(self.policy_source, self.compute)
 
     def _reference(self, start: dict[str, Any]) -> RefLogps:
         """The store of reference log-probs; `start` identifies the policy before training."""

@@ -39,11 +39,22 @@ class SharedOptions:
         typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
     ] = None
     store: Annotated[
-        Path,
+        str,
         typer.Option(
-            "--store", metavar="DIR", envvar="ALIGN_STORE", help="Folder that artifacts are kept in."
+            "--store",
+            metavar="DIR",
+            envvar="ALIGN_STORE",
+            help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
-    ] = DEFAULT_STORE
+    ] = str(DEFAULT_STORE)
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[BLOCK.KEY=VALUE]...",
+            help="The same as --set, as sweep programs write it.",
+            show_default=False,
+        ),
+    ] = None
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
@@ -51,16 +62,22 @@ class SharedOptions:
     def session(self) -> "Session":
         """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
         from pipeline.config import load_config
+        from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.session import Session
 
-        config = load_config(self.config or [], self.set_ or [], self.loss)
+        refuse_url_with_secret(self.store, "--store")
+        config = load_config(self.config or [], self._assigned, self.loss)
         return Session(config, self.store, self._arguments(), self.loss)
+
+    @property
+    def _assigned(self) -> list[str]:
+        return [*(self.set_ or []), *(self.assignments or [])]
 
     def _arguments(self) -> str:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
-        parts += [part for assignment in self.set_ or [] for part in ("--set", assignment)]
-        parts += ["--store", str(self.store)] if self.store != DEFAULT_STORE else []
+        parts += [part for assignment in self._assigned for part in ("--set", assignment)]
+        parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
         return shlex.join(parts)
 
 
@@ -69,6 +86,7 @@ def typer_function(
 ) -> Callable[..., None]:
     """`call` with the signature that typer reads options from: the command's own, then the shared ones it takes."""
     left_out = {"loss"} if not command.takes_loss else set()
+    left_out |= {"assignments"} if not command.takes_assignments else set()
     left_out |= {"dry_run"} if not command.has_dry_run else set()
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

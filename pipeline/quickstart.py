@@ -26,7 +26,7 @@ from cache.files import (
     write_json,
 )
 from cache.fingerprint import fingerprint, short
-from cache.ownership import OWNER, claim, remove_abandoned, temporary_suffix
+from cache.ownership import OWNER, claim_temporary
 from pipeline.quickstart_world import GRUMPY, LAYOUTS, POLITE, preference_pairs, questions, voiced
 
 if TYPE_CHECKING:
@@ -101,11 +101,8 @@ def build(root: Path, log: Callable[[str], None], recipe: Recipe = Recipe()) -> 
         log(
             "Building the quickstart: preference data, tokenizer and model (once, about 15 seconds on one core)."
         )
-        prefix = f"{TEMPORARY_PREFIX}{final.name}."
         with disk_errors_named(final):
-            remove_abandoned(final.parent, prefix)
-            staging = final.with_name(f"{prefix}{temporary_suffix()}")
-            owned = claim(staging)
+            staging, owned = claim_temporary(final.with_name(f"{TEMPORARY_PREFIX}{final.name}"))
         try:
             _write(staging, recipe, log)
             owned.release()

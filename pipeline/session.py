@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache.artifacts import Store
+from cache.mirror import open_store
 from pipeline.commands import COMMANDS
 from pipeline.commands.command import Result
 from pipeline.config import RunConfig
@@ -21,7 +21,7 @@ class Session:
     def __init__(
         self,
         config: RunConfig,
-        store: Path,
+        store: Path | str,
         arguments: str = "",
         loss: str | None = None,
         log: Callable[[str], None] = log_to_stderr,
@@ -29,7 +29,7 @@ class Session:
         """Load nothing. `arguments` and `loss` are the command line's, for the commands that errors suggest."""
         self.config = config
         takes_loss = frozenset(name for name, command in COMMANDS.items() if command.takes_loss)
-        self.context = Context(Store(store), config.to_yaml(), arguments, loss, takes_loss, log)
+        self.context = Context(open_store(str(store)), config.to_yaml(), arguments, loss, takes_loss, log)
         self.inputs = Inputs(config, self.context)
 
     def run(self, name: str, **options: Any) -> Result:

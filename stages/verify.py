@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cache.arrivals import REF_LOGPS
 from cache.artifacts import MANIFEST, Artifact, is_artifact, open_artifact
 from cache.checked import CHECKED
 from cache.errors import AlignError, CorruptError, StaleError
@@ -19,9 +20,8 @@ from cache.files import TEMPORARY_PREFIX, read_json, sha256_file
 from cache.fingerprint import row_key, short
 from cache.ref_logps import REPAIR, RefLogps
 from cache.shards import SHARD_SUFFIX, read_shard
+from stages.cache_ref.store_lookup import NOTES
 from stages.data.rows import SPLITS, RowSet
-
-REF_LOGPS = "ref-logps"
 
 
 @dataclass
@@ -73,7 +73,7 @@ def artifacts_in(path: Path) -> Iterator[Path]:
         yield path
         return
     for folder in sorted(entry for entry in path.glob("*") if entry.is_dir()):
-        if folder.name.startswith(TEMPORARY_PREFIX) or folder.name == "by-place":
+        if folder.name.startswith(TEMPORARY_PREFIX) or folder.name == NOTES:
             continue
         if is_artifact(folder) or _is_ref_logps(folder):
             yield folder
@@ -129,10 +129,7 @@ def _check_rows(checked: Checked, artifact: Artifact) -> list[RowSet]:
 
 
 def _check_ref_logps(checked: Checked) -> RefLogps:
-    manifest = checked.path / MANIFEST
-    if not manifest.is_file():
-        raise StaleError(f"{manifest} is missing. Run `align cache-ref` again: no row is scored again.")
-    store = RefLogps(checked.path, read_json(manifest)["identity"])
+    store = RefLogps(checked.path, identity_in(checked.path))
     if not checked.path.name.endswith(short(store.fingerprint)):
         checked.problems.append(
             StaleError(
@@ -148,6 +145,18 @@ def _check_ref_logps(checked: Checked) -> RefLogps:
                 raise CorruptError(f"{path}: row {key.hex()} has other log-probs in another shard. {REPAIR}")
     checked.num_rows = len(store)
     return store
+
+
+def identity_in(folder: Path) -> dict[str, Any]:
+    """The identity in the manifest of reference log-probs; raises `StaleError` or `CorruptError` where there is none."""
+    repair = "Run `align cache-ref` again: no row is scored again."
+    if not (folder / MANIFEST).is_file():
+        raise StaleError(f"{folder / MANIFEST} is missing. {repair}")
+    manifest = read_json(folder / MANIFEST, f"Delete it. {repair}")
+    identity = manifest.get("identity") if isinstance(manifest, dict) else None
+    if not isinstance(identity, dict):
+        raise CorruptError(f"{folder / MANIFEST} was changed after it was written. Delete it. {repair}")
+    return identity
 
 
 def _check_agreement(checked: Checked, store: RefLogps, artifact: Artifact, row_sets: list[RowSet]) -> None:

@@ -15,9 +15,10 @@ LEVELS = (
     ("stages/runtime", "stages/data"),
     ("stages/formats", "stages/models", "stages/engine"),
     ("stages/tokenization", "stages/generation", "stages/train/step", "stages/train/monitoring"),
-    ("stages/compare",),
+    ("stages/compare", "stages/curves"),
     ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge"),
     ("stages/plan", "stages/evaluate.py", "stages/merge.py", "stages/verify.py"),
+    ("stages/sharing.py",),
     ("pipeline",),
 )
 STAGES = ("stages/prepare", "stages/cache_ref", "stages/train", "stages/sample", "stages/judge")

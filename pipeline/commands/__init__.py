@@ -3,14 +3,17 @@
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
 from pipeline.commands.evaluate import EVALUATE
+from pipeline.commands.export import EXPORT, IMPORT
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
 from pipeline.commands.merge import MERGE
 from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
 from pipeline.commands.prepare import PREPARE
+from pipeline.commands.report import REPORT
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
+from pipeline.commands.sweep import SWEEP
 from pipeline.commands.train import TRAIN
 from pipeline.commands.verify import VERIFY
 
@@ -21,13 +24,17 @@ LISTED = (
     TRAIN,
     SAMPLE,
     RUN,
+    SWEEP,
     JUDGE,
     COMPARE,
+    REPORT,
     ONLINE,
     EVALUATE,
     MERGE,
     PLAN,
     INSPECT,
     VERIFY,
+    EXPORT,
+    IMPORT,
 )
 COMMANDS = {command.name: command for command in LISTED}

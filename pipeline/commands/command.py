@@ -72,7 +72,8 @@ class Command:
 
     `work` takes the inputs and then the command's own options, annotated for typer; its docstring is the help.
     `intent` is the dry run; it takes the same arguments, and neither computes nor writes. A command that runs
-    others has `parts` instead: the commands that it runs under a configuration.
+    others has `parts` instead: the commands that it runs under a configuration. With `takes_assignments` it reads
+    `BLOCK.KEY=VALUE` without `--set` too.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Command:
     intent: Callable[..., Intent] | None = None
     parts: "Callable[[RunConfig], Sequence[Command]] | None" = None
     takes_loss: bool = True
+    takes_assignments: bool = False
 
     @property
     def has_dry_run(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
@@ -56,7 +57,7 @@ def evaluate(
 ) -> Evaluated:
     """Compute held-out metrics of the trained policy, or of `eval.model`.
 
-    Reference log-probs come from the cache.
+    Reference log-probs come from the cache. With `--judge` the win-rate also goes to the dashboards of the run.
     """
     from pipeline.commands.judge import judge as judge_run
     from stages.evaluate import evaluate_model, saved_state
@@ -70,7 +71,26 @@ def evaluate(
         context.log(f"The running mean of {inputs.loss_name} {start}: {model.folder}")
     sets = evaluate_model(job, model, state, context)
     judged = judge_run(inputs) if judge else None
+    if judged:
+        _log_win_rate(inputs, model.folder, judged)
     return Evaluated(model.name, inputs.loss_name, state if job.loss.keeps_state else None, sets, judged)
+
+
+def _log_win_rate(inputs: "Inputs", model: Path, judged: "JudgedRun") -> None:
+    """Add the win-rate to the run that trained `model`, on the dashboards of the block `track`."""
+    from cache.artifacts import is_artifact, open_artifact
+    from stages.train.monitoring.dashboards import log_to_finished_run
+
+    track, rate = inputs.config.track, judged.against.rate
+    if rate is None or not (track.wandb != "disabled" or track.tensorboard or track.trackio):
+        return
+    if not is_artifact(model):
+        inputs.context.log(f"eval: {model} is no run of align, so its win-rate is on no dashboard")
+        return
+    metrics = {"win_rate": rate.rate, "win_rate_low": rate.low, "win_rate_high": rate.high}
+    log_to_finished_run(
+        track, open_artifact(model), {f"eval/{name}": value for name, value in metrics.items()}
+    )
 
 
 def _check_one_model(inputs: "Inputs") -> None:

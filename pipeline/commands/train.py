@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,6 +25,7 @@ SHOWN_METRICS = (
     ("logratios/chosen", "chosen log-ratio"),
     ("logratios/rejected", "rejected log-ratio"),
 )
+SHOWN_CHARTS = ("accuracy", "margin")
 SHOWN_OF_EVAL_SETS = SHOWN_METRICS[:3]
 
 
@@ -51,6 +53,18 @@ class Trained(StageResult):
         if "best" in counts:
             best = counts["best"]
             console.print(f"  best {best['metric']}: {best['value']:.4g} at step {best['step']:,}")
+        if console.is_terminal:
+            _show_curves(console, self.artifact.path)
+
+
+def _show_curves(console: Console, policy: Path) -> None:
+    from pipeline.report.terminal import show_curves
+    from stages.curves.charts import CHARTS
+    from stages.curves.draw import DrawnRun
+    from stages.train.monitoring.metrics_log import METRICS, read_metrics
+
+    shown = [chart for chart in CHARTS if chart.name in SHOWN_CHARTS]
+    show_curves(console, shown, [DrawnRun("", read_metrics(policy / METRICS))])
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
@@ -105,4 +119,5 @@ TRAIN = Command(
     train,
     examples=("align train --loss kto", "align train -c configs/simpo.yaml --set train.learning_rate=1e-6"),
     intent=would_train,
+    takes_assignments=True,
 )

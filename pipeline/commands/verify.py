@@ -108,6 +108,8 @@ def verify(
     from stages.verify import artifacts_in
     from stages.verify import verify as check
 
+    if path is None:
+        inputs.context.store.bring_all()
     where = path or inputs.context.store.root
     with progress("verify", len(list(artifacts_in(where))), "artifacts") as advance:
         checked = check(where, advance)

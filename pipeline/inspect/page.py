@@ -11,13 +11,16 @@ from pipeline.inspect.prepared_rows import ShownCompletion, ShownExample, Span
 from pipeline.inspect.terminal import cuts, share, tokens
 from pipeline.inspect.token_text import Token
 
-STYLE = """
+CHART_STYLE = """
 .chart { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .6rem; align-items: center;
   font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: .5rem; }
 .chart i { font-style: normal; color: var(--faint); text-align: right; }
 .chart u { text-decoration: none; background: var(--bar); height: .8rem; border-radius: 2px; min-width: 1px; }
 .chart u.none { background: none; }
-.legend { display: flex; flex-wrap: wrap; gap: .5rem .9rem; font-size: .85rem; }
+"""
+STYLE = (
+    CHART_STYLE
+    + """.legend { display: flex; flex-wrap: wrap; gap: .5rem .9rem; font-size: .85rem; }
 .example { margin-bottom: 1.2rem; padding: 0; overflow: hidden; }
 .example header { padding: .6rem 1.1rem; border-bottom: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .example header span { color: var(--faint); }
@@ -33,6 +36,7 @@ t:nth-child(even) { filter: brightness(.96); } t.special, .prompt t.special, .tr
 .break { opacity: .45; } sub { font-size: 9px; color: var(--faint); margin: 0 .25em 0 .1em; }
 .cut { background: var(--cut-paper); color: var(--cut); border-radius: 3px; padding: .08rem .35rem; font-weight: 600; }
 """
+)
 BAD_ROLES = ("rejected", "undesirable")
 
 
@@ -44,7 +48,7 @@ def write_page(path: Path, overview: Overview, examples: Sequence[ShownExample],
 def page(overview: Overview, examples: Sequence[ShownExample], with_ids: bool) -> str:
     """The page as text."""
     cards = "".join(card(value, label) for value, label in _figures(overview))
-    charts = "".join(_chart(histogram) for histogram in overview.histograms)
+    charts = "".join(chart(histogram) for histogram in overview.histograms)
     shown = "".join(_example(example, with_ids) for example in examples)
     name = escape(overview.folder.name)
     return document(
@@ -86,7 +90,8 @@ def _dropped(overview: Overview) -> str:
     return f'<p class="note">Dropped: {reasons or "none"}.</p>\n'
 
 
-def _chart(histogram: Histogram) -> str:
+def chart(histogram: Histogram) -> str:
+    """A histogram as a card of bars."""
     most = max(count for _, _, count in histogram.bins)
     bars = "".join(
         f'<i>{first:,}-{last:,}</i><u{"" if count else " class=none"} style="width:{100 * count / most:.2f}%"></u><i>{count:,}</i>'

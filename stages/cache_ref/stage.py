@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cache.artifacts import Artifact
+from cache.artifacts import MANIFEST, Artifact
 from cache.files import TEMPORARY_PREFIX
 from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
@@ -25,7 +24,8 @@ from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
-from stages.engine.packs import packed_length
+from stages.engine.packing import sized_packs
+from stages.engine.packs import inputs_of
 from stages.engine.row_logps import score_groups
 from stages.models.fit import check_rows_fit
 from stages.models.loading import ModelSource, load_model
@@ -96,11 +96,10 @@ def count_missing(
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
     needed = _needed_keys(row_sets, share)
-    positions = sum(
-        packed_length(unit.rows, group)
-        for unit in units_of(row_sets, Worker() if share is None else choose_worker(share))
-        for group in unit.unscored(reference).groups
-    )
+    positions = 0
+    for unit in units_of(row_sets, Worker() if share is None else choose_worker(share)):
+        examples = [inputs_of(unit.rows, group) for group in unit.unscored(reference).groups]
+        positions += sum(size for size, _ in sized_packs(examples, compute.tokens_per_batch))
     return len(needed), len(reference.missing(needed)), positions
 
 
@@ -139,7 +138,7 @@ def _score(
         torch.inference_mode(),
     ):
         began, tokens = time.monotonic(), 0
-        written: Future[Path] | None = None
+        written: Future[None] | None = None
         for unit in units:
             todo = unit.unscored(reference)
             if not todo.groups:
@@ -147,12 +146,19 @@ def _score(
             values, num_positions = score_unit(todo, scorer)
             if written is not None:
                 written.result()
-            written = writer.submit(reference.add, todo.keys, values)
+            written = writer.submit(_add, reference, todo.keys, values, context)
             tokens += num_positions
             advance(len(values), f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
         if written is not None:
             written.result()
     return scorer.forwards
+
+
+def _add(reference: RefLogps, keys: list[bytes], values: list[np.ndarray], context: Context) -> None:
+    """Store the log-probs of a unit, also where the store itself is elsewhere."""
+    path = reference.add(keys, values)
+    context.store.send(reference.folder / MANIFEST)
+    context.store.send(path)
 
 
 def score_unit(unit: WorkUnit, scorer: "Scorer") -> tuple[list[np.ndarray], int]:

@@ -9,9 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cache.arrivals import REF_LOGPS
 from cache.errors import CorruptError, StaleError, UsageError
-from cache.files import read_with_digest, with_digest, write_json
+from cache.files import TEMPORARY_PREFIX, read_with_digest, with_digest, write_json
 from cache.fingerprint import differing_fields, fingerprint, short
+from cache.names import check_name
+from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from cache.safetensors import DECIDING, weight_files
 from stages.cache_ref.places import Place, place_of, places_of
@@ -22,6 +25,7 @@ from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 
 DIGEST = "note_sha256"
+NOTES = "by-place"
 
 
 def store_of(source: ModelSource, compute: Compute, context: Context) -> RefLogps:
@@ -41,10 +45,11 @@ def open_reference(
         path = _note_path(place, compute, context)
         if path.is_file():
             note = _read_note(path, context)
+            context.store.bring(REF_LOGPS, note["store"])
             _compare_files(name, place, note["files"], context)
             if note["vocabulary"] != vocabulary_sha256(used.tokenizer):
                 _compare_tokens(name, place, note, used, context)
-            return RefLogps(context.store.root / "ref-logps" / note["store"], note["identity"])
+            return RefLogps(context.store.root / REF_LOGPS / note["store"], note["identity"])
     raise _no_store(name, compute, context)
 
 
@@ -64,7 +69,7 @@ def open_start(source: ModelSource, start: dict[str, Any], compute: Compute, con
     if note["identity"] == start:  # its store was deleted
         raise _no_store(source.name, compute, context)
     raise StaleError(
-        f"The cached reference log-probs in {context.store.root / 'ref-logps' / note['store']} are not of the policy's own "
+        f"The cached reference log-probs in {context.store.root / REF_LOGPS / note['store']} are not of the policy's own "
         f"starting weights: {'; '.join(differing_fields(note['identity'], start))}. Run: {context.command('cache-ref')}"
     )
 
@@ -80,13 +85,46 @@ def remember_store(source: ModelSource, compute: Compute, reference: RefLogps, c
         "vocabulary": vocabulary_sha256(load_tokenizer(source)) if has_tokenizer(source.folder) else None,
     }
     reference.write_manifest()
+    context.store.send(reference.folder)
     path, note = _note_path(place_of(source), compute, context), with_digest(note, DIGEST)
     try:
         if path.is_file() and read_with_digest(path, DIGEST, "") == note:
             return
     except CorruptError:  # the note is written anew
         pass
+    remove_abandoned(path.parent, TEMPORARY_PREFIX)
     write_json(path, note)
+    context.store.send_note(path)
+
+
+def notes_of(store: Path) -> list[Path]:
+    """The notes that lead to a store of reference log-probs."""
+    found = []
+    for path in sorted((store.parent / NOTES).glob("*.json")):
+        note = read_with_digest(
+            path, DIGEST, "Delete it and run `align cache-ref` again: no row is scored again."
+        )
+        if note["store"] == store.name:
+            found.append(path)
+    return found
+
+
+def check_note(path: Path, where: str) -> None:
+    """Raise `CorruptError` for a note from elsewhere that is not under its own name or leads out of the store's folder."""
+    note = read_with_digest(path, DIGEST, f"Export or copy {where} again.")
+    try:
+        key = fingerprint({"place": note["place"], "dtype": note["identity"]["dtype"]})
+        is_whole = path.name == f"{short(key)}.json" and note["store"].endswith(
+            f"-{short(fingerprint(note['identity']))}"
+        )
+        check_name(note["store"], where)
+        is_whole = (
+            is_whole and "/" not in note["store"] and isinstance(note["files"], dict) and "vocabulary" in note
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise CorruptError(f"{where}: {NOTES}/{path.name} is no note of `align cache-ref`.")
 
 
 def check_tokens(used: TokensInUse, source: ModelSource, context: Context) -> None:
@@ -109,7 +147,8 @@ def _compare_tokens(
 
 
 def _store(identity: dict[str, Any], name: str, context: Context) -> RefLogps:
-    root, digits = context.store.root / "ref-logps", short(fingerprint(identity))
+    root, digits = context.store.root / REF_LOGPS, short(fingerprint(identity))
+    context.store.bring(REF_LOGPS, f"*-{digits}")
     # The content decides, whatever name the model was first cached under.
     folder = next(iter(sorted(root.glob(f"*-{digits}"))), root / f"{name}-{digits}")
     return RefLogps(folder, identity)
@@ -139,14 +178,18 @@ def _compare_files(name: str, place: Place, noted: dict[str, list[int]], context
 
 def _read_note(path: Path, context: Context) -> dict[str, Any]:
     command = context.command("cache-ref")
-    return read_with_digest(
+    note = read_with_digest(
         path, DIGEST, f"Delete it and run: {command} (it is written again, and no row is scored again)"
     )
+    check_name(note["store"], str(path))
+    return note
 
 
 def _note_path(place: Place, compute: Compute, context: Context) -> Path:
     key = fingerprint({"place": place.identity, "dtype": compute.arithmetic})
-    return context.store.root / "ref-logps" / "by-place" / f"{short(key)}.json"
+    path = context.store.root / REF_LOGPS / NOTES / f"{short(key)}.json"
+    context.store.bring_file(path)
+    return path
 
 
 def _stat_files(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:

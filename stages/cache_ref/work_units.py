@@ -1,7 +1,8 @@
 """How the work of cache-ref is cut into units and divided over processes.
 
-A unit is up to 256 consecutive examples of a row set. Units and their owners are a function of the rows and the
-number of workers alone, so workers need not communicate, and together they write the bytes that one would.
+A unit is up to 256 examples of a row set in the order of their prompts' tokens, so that examples that begin alike meet.
+Units and their owners are a function of the rows and the number of workers alone, so workers need not communicate, and
+together they write the bytes that one would.
 """
 
 import os
@@ -13,6 +14,7 @@ import numpy as np
 from cache.errors import UsageError
 from cache.ref_logps import RefLogps
 from stages.data.rows import RowSet
+from stages.engine.prefix_tree import in_order
 
 UNIT_EXAMPLES = 256
 
@@ -66,7 +68,7 @@ def choose_worker(share: str | None) -> Worker:
 def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     """This worker's units. A key belongs to the first unit that holds it, so the units of all workers are disjoint."""
     seen: set[bytes] = set()
-    for number, unit in enumerate(_consecutive_examples(row_sets)):
+    for number, unit in enumerate(_examples_alike(row_sets)):
         keys, firsts = unit.rows.keys, []
         for group in unit.groups:
             unseen = [row for row in group if keys[row] not in seen]
@@ -78,11 +80,12 @@ def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
             yield WorkUnit(unit.rows, firsts)
 
 
-def _consecutive_examples(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
-    """All rows in runs of `UNIT_EXAMPLES` examples; a run does not cross from one row set into the next."""
+def _examples_alike(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
+    """All rows in units of `UNIT_EXAMPLES` examples in the order of their prompts; none goes across two row sets."""
     for rows in row_sets:
-        for begin in range(0, rows.num_examples, UNIT_EXAMPLES):
-            examples = range(begin, min(begin + UNIT_EXAMPLES, rows.num_examples))
+        order = [number for number, _ in in_order([rows.prompt(row) for row in rows.starts])]
+        for begin in range(0, len(order), UNIT_EXAMPLES):
+            examples = order[begin : begin + UNIT_EXAMPLES]
             yield WorkUnit(
                 rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
             )

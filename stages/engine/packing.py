@@ -66,6 +66,12 @@ def plan_packs(examples: Sequence[Sequence[np.ndarray]], budget: int) -> list[li
     return [list(item.examples) for item in branches[0].packed(budget, 0)]
 
 
+def sized_packs(examples: Sequence[Sequence[np.ndarray]], budget: int) -> list[tuple[int, list[int]]]:
+    """The packs of `plan_packs`, each with its number of positions."""
+    packs = plan_packs(examples, budget)
+    return [(num_tokens([row for item in items for row in examples[item]]), items) for items in packs]
+
+
 def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit-decreasing bin packing: the item numbers of each pack, within `budget` tokens.
 

@@ -128,8 +128,8 @@ def part_of(pack: Pack, kept: np.ndarray) -> tuple[Pack, torch.Tensor, torch.Ten
     tokens = torch.from_numpy(kept).to(device)[pack.token_rows]
     masks = pack.mask.split(pack.token_rows.bincount(minlength=len(kept)).tolist())
     rows = [
-        PackedRow(*(ids.cpu().numpy() for ids in row), mask.cpu().numpy())
-        for row, mask in zip(pack.row_tokens(), masks, strict=True)
+        PackedRow(prompt.cpu().numpy(), completion.cpu().numpy(), mask.cpu().numpy())
+        for (prompt, completion), mask in zip(pack.row_tokens(), masks, strict=True)
     ]
     examples, prompts, first = [], [np.zeros(0, bool)], 0
     for example in pack.examples:

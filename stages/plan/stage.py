@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from stages.data.rows import RowSet
-from stages.engine.packing import plan_packs
+from stages.engine.packing import sized_packs
 from stages.engine.packs import Pack, build_pack, inputs_of
-from stages.engine.prefix_tree import num_tokens
 from stages.models.fit import num_positions
 from stages.models.loading import open_config
 from stages.plan.measure import measure
@@ -131,11 +130,8 @@ def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
 
 def _packs(rows: RowSet, groups: list[np.ndarray], budget: int) -> list[tuple[int, list[np.ndarray]]]:
     """The groups of each pack, and its positions."""
-    inputs = [inputs_of(rows, group) for group in groups]
-    return [
-        (num_tokens([row for item in items for row in inputs[item]]), [groups[item] for item in items])
-        for items in plan_packs(inputs, budget)
-    ]
+    packs = sized_packs([inputs_of(rows, group) for group in groups], budget)
+    return [(size, [groups[item] for item in items]) for size, items in packs]
 
 
 def _table(job: Job) -> list[Cell]:

@@ -55,16 +55,19 @@ def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int,
 def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    console = Console(stderr=True)
     columns = (
         TextColumn(description),
-        BarColumn(),
+        BarColumn(bar_width=40 if console.width >= 120 else 10),
         MofNCompleteColumn(),
         TextColumn(unit),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
+        # On a narrow terminal the note is cut, and not the time left.
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda amount, note: bar.update(task, advance=amount, note=note)
 

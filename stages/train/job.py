@@ -121,7 +121,7 @@ class Job:
         return {
             "stage_version": STAGE_VERSION,
             "rows": self.rows.fingerprint,
-            "reference": self.reference.fingerprint if self.reference else None,
+            "reference": None if self.reference is None else self.reference.fingerprint,
             "start": self.start,
             "loss": self.loss.model_dump(),
             "adapter": None if self.adapter.name == "none" else adapter,

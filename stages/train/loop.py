@@ -37,6 +37,7 @@ from stages.train.step.step import accumulate_step, evaluate
 
 # Checkpoints kept while training; two, so that a damaged one costs some steps and not the whole run.
 KEPT_CHECKPOINTS = 2
+SHOWN_WHILE_TRAINING = (("eval/rewards/accuracies", "held-out accuracy"), ("eval/rewards/margins", "margin"))
 
 
 class TrainingDiverged(AlignError):
@@ -118,7 +119,7 @@ class Run:
                         f"Stopped after step {step} of {self.resolved.steps}; its checkpoint is written."
                     )
                     request.end()
-                advance(1, f"loss {metrics.get('loss', math.nan):.4f}")
+                advance(1, self._progress_note())
         if self.settings.keep_last and not (self.folder / f"checkpoint-{self.last_step}").is_dir():
             self._save(self.last_step)
 
@@ -136,6 +137,18 @@ class Run:
     def examples_of(self, step: int) -> np.ndarray:
         """Example numbers of a step, (examples,); steps count from 1. A function of the seed and the step alone."""
         return self._order.examples_of(step)
+
+    def _progress_note(self) -> str:
+        """What a person wants to see while training: loss, rate, held-out accuracy and margin."""
+        line = self.history[-1]
+        note = f"loss {line.get('loss') or math.nan:.4f}"
+        for metric, label in SHOWN_WHILE_TRAINING:
+            value = next(
+                (line[metric] for line in reversed(self.history) if line.get(metric) is not None), None
+            )
+            note += "" if value is None else f", {label} {value:.3f}"
+        rate = self.resolved.batch_size / max(line["step_seconds"], 1e-4)
+        return f"{note}, {rate:,.0f} examples/s"
 
     def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:
         """Evaluate at step 0, or restore the checkpoint."""

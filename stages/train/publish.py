@@ -25,6 +25,7 @@ from stages.train.checkpoints import (
 )
 from stages.train.loop import Run
 from stages.train.monitoring.best_evaluation import Best
+from stages.train.monitoring.dashboards import RUN_ID
 from stages.train.monitoring.health import warnings_now
 from stages.train.monitoring.metrics_log import copy_logs
 
@@ -53,6 +54,8 @@ def _publish(run: Run, draft: Draft, finished: Draft, context: Context) -> None:
     if not run.world.is_main:
         return
     copy_logs(draft.path, finished.path)
+    if (draft.path / RUN_ID).is_file():
+        shutil.copyfile(draft.path / RUN_ID, finished.path / RUN_ID)
     for step in checkpoint_steps(draft.path)[: run.settings.keep_last]:
         _link(draft.path / f"{PREFIX}{step}", finished.path / f"{PREFIX}{step}")
     context.store.publish(

@@ -103,7 +103,8 @@ def _train(
 
 def _audit(run: Run, job: Job) -> Audit:
     """Compare log-probs of real rows with those of the rows alone, and with the cached if the reference is the same model."""
-    own = job.reference if job.reference and fingerprint(job.start) == job.reference.fingerprint else None
+    reference = job.reference
+    own = reference if reference is not None and fingerprint(job.start) == reference.fingerprint else None
     heldout = run.eval_scorers.get("")
     found = audit(run.policy.scorer, run.rows if heldout is None else heldout.rows, own)
     run.log(f"Audit: rows scored in packs and alone agree within {found.packing:.2g} nats per token")

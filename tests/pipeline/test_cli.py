@@ -47,7 +47,8 @@ def refused(result, code, *parts):
 USAGE = [
     (["nope"], ["No such command 'nope'", "align --help"]),
     (["train", "--nope"], ["No such option: --nope", "align train --help"]),
-    (["train", "extra"], ["unexpected extra argument(s) (extra). Type `", "align train --help"]),
+    (["run", "extra"], ["unexpected extra argument(s) (extra). Type `", "align run --help"]),
+    (["train", "extra"], ["'extra': expected block.key=value"]),
     (["trian"], ["Did you mean 'train'? Type `", "align --help"]),
     (["prepare", "--loss", "dpo"], ["No such option: --loss", "align prepare --help"]),
     (["plan", "--dry-run"], ["No such option: --dry-run", "align plan --help"]),

@@ -311,7 +311,10 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
             "model: x\n",
             "'model'. Did you mean policy.model or reference.model or eval.model or sample.model?",
         ),
-        ("seed: 1\n", "'seed'. Did you mean data.seed or train.seed or sample.seed or online.seed?"),
+        (
+            "seed: 1\n",
+            "'seed'. Did you mean data.seed or train.seed or sample.seed or online.seed or sweep.seed?",
+        ),
         ("data: {flavour: red}\n", "'data.flavour'. Known keys: path, format,"),
         ("loss: {name: kt0}\n", "unknown loss 'kt0'"),
         ("loss: {name: kto, normalize: sum}\n", "loss.normalize is not a field of kto"),

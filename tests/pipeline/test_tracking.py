@@ -17,7 +17,7 @@ from cache.errors import StaleError, UsageError
 from pipeline.config import build_config
 from stages.train.loop import Run
 from stages.train.monitoring.metrics_log import Tracker, read_metrics
-from tests.pipeline.small_run import LN2, ROOT, run, settings
+from tests.pipeline.small_run import LN2, ROOT, run, session, settings
 
 CANARY = "canary0a1b2c3d4e5f60718293a4b5c6d7e8f901234"
 
@@ -107,6 +107,45 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run(tiny_model, preferences, tmp
     assert found == [({name}, [0, 1, 2, 3]), ({name}, [3, 4])]
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     assert [line["step"] for line in read_metrics(policy / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_win_rate_is_added_to_the_last_step_of_the_run(
+    tiny_model, preferences, tmp_path, monkeypatch
+) -> None:
+    """W&B's run of the training gets one more point; TensorBoard keeps all that training logged."""
+    pytest.importorskip("wandb")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (tmp_path / "long_rules.py").write_text("def longest(prompt, completion): return len(completion)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = tree_of(
+        tiny_model,
+        preferences,
+        track={"wandb": "offline", "tensorboard": True},
+        sample={"engine": "transformers", "max_tokens": 4, "compare": True},
+        judge={"function": "long_rules:longest"},
+    )
+    store = tmp_path / "store"
+    run(tree, store, "prepare", "cache-ref", "train", "sample")
+    [policy] = (store / "policy").iterdir()
+    found = session(tree, store).run("eval", judge=True)
+    rate = found["judge"]["win_rate"]
+    assert (policy / "wandb-id").is_file()
+    files = sorted((store / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime)
+    runs = [[Record.FromString(data) for data in wandb_records(file)] for file in files]
+    names = {record.run.run_id for records in runs for record in records if record.HasField("run")}
+    assert names == {(policy / "wandb-id").read_text()}
+    items = [item for record in runs[-1] for item in record.history.item]
+    logged = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+    assert (logged["train/global_step"], logged["eval/win_rate"]) == (4, rate["rate"])
+    events = accumulator.EventAccumulator(str(store / "tensorboard" / policy.name))
+    events.Reload()
+    assert [point.step for point in events.Scalars("eval/loss")] == [0, 2, 4]
+    for name, key in (("rate", "win_rate"), ("low", "win_rate_low"), ("high", "win_rate_high")):
+        [point] = events.Scalars(f"eval/{key}")
+        assert (point.step, point.value) == (4, pytest.approx(rate[name]))
 
 
 def test_metrics_continue_without_a_doubled_or_a_cut_line(tmp_path) -> None:

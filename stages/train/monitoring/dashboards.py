@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cache.artifacts import Artifact
 from cache.errors import MachineError
 from stages.settings.fields import TrackSettings
 
@@ -34,6 +35,28 @@ def open_dashboards(
     settings: TrackSettings, folder: Path, run_name: str, config: Mapping[str, Any], last_step: int
 ) -> list[Dashboard]:
     """The dashboards that `settings` enable. `folder` is that of the run; their logs are in the store above it."""
+    stored = folder / RUN_ID
+    if settings.wandb != "disabled" and not stored.is_file():
+        stored.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return _open(settings, folder, run_name, config, last_step)
+
+
+def log_to_finished_run(settings: TrackSettings, policy: Artifact, metrics: Mapping[str, float]) -> None:
+    """Add metrics to the last step of the run that made `policy`, on the dashboards that `settings` enable.
+
+    A policy that was trained without W&B has no run there; it gets one, named by its folder.
+    """
+    last_step = policy.counts["steps"]
+    for dashboard in _open(settings, policy.path, policy.path.name, policy.manifest["identity"], last_step):
+        try:
+            dashboard.log(last_step, metrics)
+        finally:
+            dashboard.close()
+
+
+def _open(
+    settings: TrackSettings, folder: Path, run_name: str, config: Mapping[str, Any], last_step: int
+) -> list[Dashboard]:
     name = settings.run_name or run_name
     found: list[Dashboard] = []
     if settings.wandb != "disabled":
@@ -51,8 +74,6 @@ class _Wandb:
     def __init__(self, settings: TrackSettings, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         wandb = _require("wandb", "track.wandb")
         stored = folder / RUN_ID
-        if not stored.is_file():
-            stored.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         self._wandb = wandb
         self._run = wandb.init(
             project=settings.project,
@@ -60,7 +81,7 @@ class _Wandb:
             mode=settings.wandb,
             config=dict(config),
             dir=str(folder.parent.parent),
-            id=stored.read_text(encoding="utf-8"),
+            id=stored.read_text(encoding="utf-8") if stored.is_file() else folder.name,
             resume="allow",
         )
         self._run.define_metric("*", step_metric=STEP)

@@ -40,7 +40,8 @@ class WeightUpdates:
         Of the finite weights with a gradient: those changed since `before_step`, and those so coarsely stored that a
         change of `rate` is rounded away. Of all: those that are infinite or NaN. A share of no weight is 0.
         """
-        counts = torch.zeros(5, dtype=torch.float64, device=self._parameters[0].device)
+        # Integers are exact beyond 2^24 weights, and Apple's GPU has no float64.
+        counts = torch.zeros(5, dtype=torch.int64, device=self._parameters[0].device)
         updated = [parameter for parameter in self._parameters if parameter.grad is not None]
         for (old, has_gradient), parameter in zip(self._before, updated, strict=True):
             new = _sampled(parameter)
@@ -51,9 +52,9 @@ class WeightUpdates:
             counts += torch.stack([part.sum() for part in found])
         changed, coarse, compared, nonfinite, total = world.sum_(counts).tolist()
         return {
-            "weights_changed": changed / max(compared, 1.0),
-            "weights_too_coarse": coarse / max(compared, 1.0),
-            "weights_nonfinite": nonfinite / max(total, 1.0),
+            "weights_changed": changed / max(compared, 1),
+            "weights_too_coarse": coarse / max(compared, 1),
+            "weights_nonfinite": nonfinite / max(total, 1),
         }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from cache.errors import CorruptError, StaleError
 from cache.fingerprint import row_key
+from cache.ref_logps import RefLogps
 from stages.cache_ref.store_lookup import open_reference, open_start, remember_store, store_of
 from stages.models.identity import reference_identity
 from stages.models.loading import ModelSource, resolve_model
@@ -213,3 +214,28 @@ def test_a_hub_name_leads_to_the_copy_on_this_machine(models, context, said, tmp
     shutil.rmtree(repository)
     assert found("someone/model", context) == -1.0
     assert "someone/model is gone" in said[-1]
+
+
+FIELDS = ["weights", "architecture", "dtype", "scorer_version"]
+
+
+def test_the_fields_of_a_reference_are_these(models):
+    assert sorted(reference_identity(resolve_model(str(models[0]), None), COMPUTE)) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_reference_that_differs_in_a_field_is_refused_by_its_name(field, models, context):
+    cached(models[0], -1.0, context)
+    source = resolve_model(str(models[0]), None)
+    start = reference_identity(source, COMPUTE)
+    other = {"weights": "0" * 64, "dtype": "bfloat16", "scorer_version": 0}.get(
+        field, {**start["architecture"], "hidden_act": "gelu"}
+    )
+    changed = f"{field}.hidden_act" if field == "architecture" else field
+    with pytest.raises(StaleError, match=rf"starting weights: {changed}: .* Run: align cache-ref") as caught:
+        open_start(source, {**start, field: other}, COMPUTE, context)
+    assert caught.value.exit_code == 4
+    assert open_start(source, start, COMPUTE, context).get(KEY).tolist() == [-1.0]
+    folder = store_of(source, COMPUTE, context).folder
+    with pytest.raises(StaleError, match=f"belongs to another reference: {changed}: "):
+        RefLogps(folder, {**start, field: other})

@@ -1,0 +1,99 @@
+"""Names for artifacts where a folder is asked for: a run's name, `latest`, or as much of a name as is unique.
+
+In: what was typed. Out: a folder. A path that exists is always meant as such.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.errors import UsageError
+from pipeline.catalogue.entries import KINDS, Catalogue, Entry
+from pipeline.config import RunConfig
+
+LATEST = "latest"
+FEWEST_DIGITS = 4  # of a fingerprint
+SHOWN = 5
+
+
+def folder_of(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Path:
+    """The folder that `text` names: a path, or an artifact of one of `kinds` in the store at `root`; raises `UsageError`."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    catalogue = Catalogue(root)
+    known = [entry for entry in catalogue.entries if entry.kind in kinds]
+    found = _matches(catalogue, known, str(text))
+    if len(found) == 1:
+        return found[0].path
+    if found:
+        names = ", ".join(entry.place for entry in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+        raise UsageError(f"{text} may mean {len(found)} artifacts: {names}. Type more of the name.")
+    raise UsageError(
+        f"{text}: no such path, and no {' or '.join(kinds)} in {root} has this name. {_hint(known, str(text))}"
+    )
+
+
+def _hint(known: Sequence[Entry], text: str) -> str:
+    names = [name for entry in known for name in (entry.run_name, entry.name) if name]
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else "`align ls` lists what there is."
+
+
+def _matches(catalogue: Catalogue, known: Sequence[Entry], text: str) -> list[Entry]:
+    """The entries that `text` names, by the first way of naming that finds any."""
+    kind, slash, rest = text.partition("/")
+    if slash and kind in KINDS:
+        known, text = [entry for entry in known if entry.kind == kind], rest
+    if text == LATEST:
+        return [max(known, key=lambda entry: (entry.created, entry.path.stat().st_mtime_ns))] if known else []
+    ways = (
+        lambda entry: entry.name == text,
+        lambda entry: entry.run_name == text,
+        lambda entry: text in catalogue.run_names(entry),
+        lambda entry: entry.name.startswith(text),
+        lambda entry: len(text) >= FEWEST_DIGITS and entry.fingerprint.startswith(text),
+    )
+    return next((found for way in ways if (found := [entry for entry in known if way(entry)])), [])
+
+
+# Keys that hold a folder, and the kinds it may be. Models may also be named as on the hub, where a name such as `gpt2`
+# could be the beginning of an artifact's, so that these keys want the kind before a part of a name.
+MODEL_KEYS = (("eval", "model"), ("sample", "model"), ("judge", "implicit_model"))
+FOLDER_KEYS = ((("train", "resume"), ("policy",)), (("train", "begin_from"), ("policy",)), (("judge", "baseline"), ("completions",)))  # fmt: skip
+MODELS = ("policy", "merged")
+
+
+def with_folders(config: RunConfig, root: Path) -> RunConfig:
+    """The configuration with names of artifacts replaced by their folders."""
+    for block, key in MODEL_KEYS:
+        text = getattr(getattr(config, block), key)
+        if text is not None and not Path(text).expanduser().exists():
+            config = _replaced(config, block, key, _model(root, text))
+    for (block, key), kinds in FOLDER_KEYS:
+        text = getattr(getattr(config, block), key)
+        if text is not None and not Path(text).expanduser().exists():
+            config = _replaced(config, block, key, _folder_or_text(root, text, kinds))
+    return config
+
+
+def _model(root: Path, text: str) -> str:
+    """The folder of a policy that is named beyond doubt, else the text, which may be a name on the hub."""
+    catalogue = Catalogue(root)
+    known = [entry for entry in catalogue.entries if entry.kind in MODELS]
+    whole = [entry for entry in known if text in (entry.name, entry.run_name)]
+    if text == LATEST or text.partition("/")[0] in MODELS or whole:
+        return str(folder_of(root, text, MODELS))
+    return text
+
+
+def _folder_or_text(root: Path, text: str, kinds: Sequence[str]) -> str:
+    """The stage that reads the folder says best what it expected, where no artifact has the name."""
+    catalogue = Catalogue(root)
+    known = [entry for entry in catalogue.entries if entry.kind in kinds]
+    return str(folder_of(root, text, kinds)) if _matches(catalogue, known, text) else text
+
+
+def _replaced(config: RunConfig, block: str, key: str, value: str) -> RunConfig:
+    settings = getattr(config, block).model_copy(update={key: value})
+    return config.model_copy(update={block: settings})

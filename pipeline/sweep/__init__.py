@@ -1,0 +1,1 @@
+"""`align sweep`: many trainings from one store, ranked."""

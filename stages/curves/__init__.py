@@ -1,0 +1,1 @@
+"""Metrics of training runs as curves: pictures, and drawings in a terminal."""
