@@ -14,9 +14,7 @@ import numpy as np
 from cache.errors import UsageError
 from cache.ref_logps import RefLogps
 from stages.data.rows import RowSet
-from stages.engine.prefix_tree import in_order
-
-UNIT_EXAMPLES = 256
+from stages.engine.shared_tokens import UNIT_EXAMPLES, in_units
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,7 @@ def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
 def _examples_alike(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
     """All rows in units of `UNIT_EXAMPLES` examples in the order of their prompts; none goes across two row sets."""
     for rows in row_sets:
-        order = [number for number, _ in in_order([rows.prompt(row) for row in rows.starts])]
-        for begin in range(0, len(order), UNIT_EXAMPLES):
-            examples = order[begin : begin + UNIT_EXAMPLES]
+        for examples in in_units([rows.prompt(row) for row in rows.starts], UNIT_EXAMPLES):
             yield WorkUnit(
                 rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
             )
