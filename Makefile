@@ -15,10 +15,10 @@ UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=a
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast check style docs bench clean
+.PHONY: help install demo test fast check style docs reliability bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(READY) ## put the environment in .venv, with .venv/bin/align
 
@@ -48,6 +48,9 @@ style: $(READY) ## format the code and fix what can be fixed
 
 docs: $(READY) ## write the lists that the documents repeat from the code
 	$(BIN)/python docs/generate.py
+
+reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; some minutes
+	$(BIN)/python benchmarks/reliability.py
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }

@@ -43,7 +43,6 @@ from cache.shards import ShardRecord, read_shard, write_shard
 MANIFEST = "manifest.json"
 DIGEST = "manifest_sha256"
 MANIFEST_VERSION = 1
-DEFAULT_STORE = Path("artifacts")
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,14 @@ class Draft:
 class Store:
     """A folder of artifacts. Looking one up creates no file or folder."""
 
-    def __init__(self, root: Path = DEFAULT_STORE) -> None:
+    def __init__(self, root: Path) -> None:
         """Use `root` (created on the first write)."""
         self.root = Path(root)
+
+    @property
+    def address(self) -> str:
+        """What `--store` takes for it."""
+        return str(self.root)
 
     def folder(self, kind: str, name: str, identity: Mapping[str, Any]) -> Path:
         """The folder of the artifact of this identity, whether it exists or not."""

@@ -50,6 +50,11 @@ class MirroredStore(Store):
         self._remote = Objects(url)
         self._sent: set[Path] = set()
 
+    @property
+    def address(self) -> str:
+        """Its URL."""
+        return self._remote.url
+
     def find(self, kind: str, name: str, identity: Mapping[str, Any]) -> Artifact | None:
         """As of any store; fetched if it is not here, and put back if it is here alone."""
         folder = self.folder(kind, name, identity)

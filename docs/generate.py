@@ -243,6 +243,12 @@ def memory() -> str:
     )
 
 
+def reliability() -> str:
+    """The table of promises, from the results of `make reliability`."""
+    rows = [(row["name"], f"{row['tried']:,}", f"{row['held']:,}") for row in _results("reliability")]
+    return table(("promise", "cases tried", "cases held"), rows)
+
+
 def formats() -> str:
     """Every format by family: its name, whose layout it is, and its columns."""
     parts = []
@@ -279,6 +285,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "engine": engine,
     "prepare": prepare,
     "memory": memory,
+    "reliability": reliability,
 }
 
 

@@ -44,10 +44,13 @@ def _options(version: Annotated[bool, flag("--version", "Print the version.")] =
 def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None:
     """Run a command and print its result, or the error in one line."""
     try:
-        session = options.session()
+        session = options.session(command.reads_data)
         run = session.dry_run if options.dry_run else session.run
+        is_main = os.environ.get("RANK", "0") == "0"
+        if is_main and not options.json_:
+            session.inputs.show = lambda part: part.show(tables.console())
         result = run(command.name, **own)
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             _print(result, options.json_)
             if not options.json_ and not options.dry_run:
                 tables.print_cuts(tables.console(), session.inputs.found_rows)

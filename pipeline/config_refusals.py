@@ -8,7 +8,6 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from cache.errors import UsageError
-from stages.losses import LOSSES
 from stages.settings.fields import Settings
 
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)(_|$)", re.IGNORECASE)
@@ -84,6 +83,8 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], schema: type[BaseModel], prefi
                 )
             _refuse_unknown_keys(value, kind, f"{name}.")
         elif key == "loss" and not isinstance(value, Mapping):
+            from stages.losses import LOSSES  # imports torch
+
             raise UsageError(
                 f"loss: expected a block with a name (one of {', '.join(LOSSES)}), found {value!r}."
             )

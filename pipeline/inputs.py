@@ -4,6 +4,7 @@ In: a `RunConfig` and a `Context`. Out: the arguments that stages take. A missin
 names the command that makes it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -54,8 +55,12 @@ class Inputs:
     """The inputs of one configuration in one store."""
 
     def __init__(self, config: RunConfig, context: Context) -> None:
-        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made."""
+        """Nothing is loaded yet. `found_rows` will have, by name, the rows that a command looked up or made.
+
+        `show` is called with the result of each part of a command that runs others, as it ends.
+        """
         self.config, self.context = config, context
+        self.show: Callable[[Any], None] | None = None
         self.found_rows: dict[str, Artifact] = {}
 
     def with_training(self, config: RunConfig) -> "Inputs":

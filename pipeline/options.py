@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.artifacts import DEFAULT_STORE
+from cache.errors import UsageError
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
+    from pipeline.config_blocks import Blocks
     from pipeline.session import Session
+    from stages.settings.data import DataSettings
+
+DEFAULT_STORE = "artifacts"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class SharedOptions:
             envvar="ALIGN_STORE",
             help="Folder that artifacts are kept in, or a URL such as s3://bucket/store.",
         ),
-    ] = str(DEFAULT_STORE)
+    ] = DEFAULT_STORE
     assignments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -55,19 +59,37 @@ class SharedOptions:
             show_default=False,
         ),
     ] = None
+    offline: Annotated[bool, flag("--offline", "Reach no other machine, whatever is configured.")] = False
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
-    def session(self) -> "Session":
-        """The session of the selected configuration and store; raises `UsageError` for an invalid configuration."""
-        from pipeline.config import load_config
+    def session(self, reads_data: bool) -> "Session":
+        """The session of the selected configuration and store.
+
+        Raises `UsageError` for an invalid configuration, and with `reads_data` `DataError` for data files that are missing:
+        both before torch is imported, unless it is the loss that is invalid.
+        """
+        from pipeline.config_blocks import check_blocks
+        from stages.runtime.offline import go_offline
+
+        if self.offline:
+            go_offline()  # before a library reads the environment
         from pipeline.config_refusals import refuse_url_with_secret
-        from pipeline.session import Session
+        from pipeline.config_sources import merged
 
         refuse_url_with_secret(self.store, "--store")
-        config = load_config(self.config or [], self._assigned, self.loss)
-        return Session(config, self.store, self._arguments(), self.loss)
+        tree = merged(self.config or [], self._assigned, self.loss)
+        blocks = check_blocks(tree)
+        if self.offline:
+            _refuse_what_needs_a_network(self.store, blocks)
+        if reads_data:
+            _check_files(blocks.data)
+
+        from pipeline.config import build_config
+        from pipeline.session import Session
+
+        return Session(build_config(tree), self.store, self._arguments(), self.loss)
 
     @property
     def _assigned(self) -> list[str]:
@@ -77,8 +99,32 @@ class SharedOptions:
         parts: list[str] = []
         parts += [part for path in self.config or [] for part in ("-c", str(path))]
         parts += [part for assignment in self._assigned for part in ("--set", assignment)]
-        parts += ["--store", self.store] if self.store != str(DEFAULT_STORE) else []
+        parts += ["--offline"] if self.offline else []
+        parts += ["--store", self.store] if self.store != DEFAULT_STORE else []
         return shlex.join(parts)
+
+
+def _check_files(data: "DataSettings") -> None:
+    from pipeline.config_sources import EMBEDDED
+    from stages.data.mixing import sources_of
+    from stages.data.readers import local_files
+
+    for source in sources_of(data):
+        if source.data.path != EMBEDDED:
+            local_files(source.data)
+
+
+def _refuse_what_needs_a_network(store: str, config: "Blocks") -> None:
+    from cache.locations import is_url
+
+    if is_url(store):
+        raise UsageError(
+            f"--offline: the store {store} is on another machine. Name a folder with --store DIR."
+        )
+    if config.track.wandb == "online":
+        raise UsageError(
+            "--offline: track.wandb is online. Use --set track.wandb=offline, and `wandb sync` later."
+        )
 
 
 def typer_function(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.mirror import open_store
+from pipeline.catalogue.names import with_folders
 from pipeline.commands import COMMANDS
 from pipeline.commands.command import Result
 from pipeline.config import RunConfig
@@ -26,11 +27,15 @@ class Session:
         loss: str | None = None,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
-        """Load nothing. `arguments` and `loss` are the command line's, for the commands that errors suggest."""
-        self.config = config
+        """Load nothing. `arguments` and `loss` are the command line's, for the commands that errors suggest.
+
+        Names of artifacts in the configuration become folders of `store`.
+        """
+        opened = open_store(str(store))
+        self.config = with_folders(config, opened.root)
         takes_loss = frozenset(name for name, command in COMMANDS.items() if command.takes_loss)
-        self.context = Context(open_store(str(store)), config.to_yaml(), arguments, loss, takes_loss, log)
-        self.inputs = Inputs(config, self.context)
+        self.context = Context(opened, self.config.to_yaml(), arguments, loss, takes_loss, log)
+        self.inputs = Inputs(self.config, self.context)
 
     def run(self, name: str, **options: Any) -> Result:
         """Run a command; `options` are its own, such as `shard` for cache-ref."""

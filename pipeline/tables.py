@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cache.artifacts import Artifact
+if TYPE_CHECKING:
+    from cache.artifacts import Artifact
+
 
 # Where stdout is a file or a pipe, which has no width.
 WIDTH = 100
@@ -31,7 +33,7 @@ def headline(console: Console, name: str, what: str, folder: Path, reused: bool)
     console.print(Text(f"  {folder}", style="dim"), soft_wrap=True)
 
 
-def print_cuts(console: Console, row_sets: Mapping[str, Artifact]) -> None:
+def print_cuts(console: Console, row_sets: "Mapping[str, Artifact]") -> None:
     """Print one line for each set of rows, by name, of which the length limits cut something off."""
     for name, rows in row_sets.items():
         settings = rows.manifest["identity"]["prepare"]

@@ -111,10 +111,14 @@ class Catalogue:
         """What was made from it."""
         return [other for other in self.entries if other is not entry and _made_from(other, entry)]
 
+    def data_files(self, entry: Entry) -> list[str]:
+        """The files or hub names of the data that rows were made of."""
+        return list(entry.manifest.get("provenance", {}).get("data_paths", []))
+
     def run_names(self, entry: Entry) -> set[str]:
         """Its own name and those of the runs it was made from: the completions of a run are found under its name."""
-        names = {entry.run_name} | {other.run_name for other in self.inputs(entry) if other.kind != "rows"}
-        return {name for name in names if name}
+        names = {entry.run_name} if entry.run_name else set[str]()
+        return names.union(*(self.run_names(other) for other in self.inputs(entry) if other.kind != "rows"))
 
 
 def _made_from(entry: Entry, other: Entry) -> bool:
@@ -124,8 +128,10 @@ def _made_from(entry: Entry, other: Entry) -> bool:
     if entry.kind == "rows" and other.kind == "online-rows":
         paths = entry.manifest.get("provenance", {}).get("data_paths", [])
         return any(other.name in Path(path).parts for path in paths)
-    if entry.kind == "verdicts" and other.kind == "completions":
-        return other.manifest.get("counts", {}).get("model") in _texts_of_inputs(entry)
+    if entry.kind == "verdicts":
+        return other.kind == "completions" and other.manifest.get("counts", {}).get(
+            "model"
+        ) in _texts_of_inputs(entry)
     # A model is named by its folder: what was made of it comes later in the order of kinds, so no circle is closed.
     is_later = KINDS.index(entry.kind) > KINDS.index(other.kind)
     return is_later and other.kind in ("policy", "merged") and other.name in entry.mentioned

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from cache.artifacts import MANIFEST
 from cache.errors import UsageError
 from pipeline.catalogue.entries import KINDS, Catalogue, Entry
 from pipeline.config import RunConfig
@@ -34,6 +35,26 @@ def folder_of(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Pat
     )
 
 
+def folder_or_path(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Path:
+    """As `folder_of`, but the path as typed where no artifact has the name: its reader says best what it expected."""
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    catalogue = Catalogue(root)
+    known = [entry for entry in catalogue.entries if entry.kind in kinds]
+    return folder_of(root, text, kinds) if _matches(catalogue, known, str(text)) else path
+
+
+def entry_named(root: Path, text: str) -> tuple[Catalogue, Entry]:
+    """The artifact that `text` names, in the catalogue of its store; raises `UsageError`."""
+    folder = folder_of(root, text).resolve()
+    catalogue = Catalogue(folder.parent.parent if (folder / MANIFEST).is_file() else root)
+    found = [entry for entry in catalogue.entries if entry.path.resolve() == folder]
+    if not found:
+        raise UsageError(f"{text} is no artifact. `align ls` lists what there is.")
+    return catalogue, found[0]
+
+
 def _hint(known: Sequence[Entry], text: str) -> str:
     names = [name for entry in known for name in (entry.run_name, entry.name) if name]
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
@@ -54,7 +75,12 @@ def _matches(catalogue: Catalogue, known: Sequence[Entry], text: str) -> list[En
         lambda entry: entry.name.startswith(text),
         lambda entry: len(text) >= FEWEST_DIGITS and entry.fingerprint.startswith(text),
     )
-    return next((found for way in ways if (found := [entry for entry in known if way(entry)])), [])
+    found = next((found for way in ways if (found := [entry for entry in known if way(entry)])), [])
+    # What was made of a policy is named after it; the beginning of both names means the policy.
+    shortest = min(found, key=lambda entry: len(entry.name), default=None)
+    if shortest and all(other is shortest or other.name.startswith(f"{shortest.name}-") for other in found):
+        return [shortest]
+    return found
 
 
 # Keys that hold a folder, and the kinds it may be. Models may also be named as on the hub, where a name such as `gpt2`
@@ -73,7 +99,7 @@ def with_folders(config: RunConfig, root: Path) -> RunConfig:
     for (block, key), kinds in FOLDER_KEYS:
         text = getattr(getattr(config, block), key)
         if text is not None and not Path(text).expanduser().exists():
-            config = _replaced(config, block, key, _folder_or_text(root, text, kinds))
+            config = _replaced(config, block, key, str(folder_or_path(root, text, kinds)))
     return config
 
 
@@ -85,13 +111,6 @@ def _model(root: Path, text: str) -> str:
     if text == LATEST or text.partition("/")[0] in MODELS or whole:
         return str(folder_of(root, text, MODELS))
     return text
-
-
-def _folder_or_text(root: Path, text: str, kinds: Sequence[str]) -> str:
-    """The stage that reads the folder says best what it expected, where no artifact has the name."""
-    catalogue = Catalogue(root)
-    known = [entry for entry in catalogue.entries if entry.kind in kinds]
-    return str(folder_of(root, text, kinds)) if _matches(catalogue, known, text) else text
 
 
 def _replaced(config: RunConfig, block: str, key: str, value: str) -> RunConfig:

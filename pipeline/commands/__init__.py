@@ -2,10 +2,13 @@
 
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
+from pipeline.commands.diff import DIFF
 from pipeline.commands.evaluate import EVALUATE
 from pipeline.commands.export import EXPORT, IMPORT
+from pipeline.commands.gc import GC
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
+from pipeline.commands.ls import LS
 from pipeline.commands.merge import MERGE
 from pipeline.commands.online import ONLINE
 from pipeline.commands.plan import PLAN
@@ -13,6 +16,7 @@ from pipeline.commands.prepare import PREPARE
 from pipeline.commands.report import REPORT
 from pipeline.commands.run import RUN
 from pipeline.commands.sample import SAMPLE
+from pipeline.commands.show import SHOW
 from pipeline.commands.sweep import SWEEP
 from pipeline.commands.train import TRAIN
 from pipeline.commands.verify import VERIFY
@@ -33,8 +37,12 @@ LISTED = (
     MERGE,
     PLAN,
     INSPECT,
+    LS,
+    SHOW,
+    DIFF,
     VERIFY,
     EXPORT,
     IMPORT,
+    GC,
 )
 COMMANDS = {command.name: command for command in LISTED}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
-from cache.artifacts import Artifact
 from cache.errors import StaleError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cache.artifacts import Artifact
     from pipeline.config import RunConfig
     from pipeline.inputs import Inputs
 
@@ -72,7 +72,8 @@ class Command:
 
     `work` takes the inputs and then the command's own options, annotated for typer; its docstring is the help.
     `intent` is the dry run; it takes the same arguments, and neither computes nor writes. A command that runs
-    others has `parts` instead: the commands that it runs under a configuration. With `takes_assignments` it reads
+    others has `parts` instead: the commands that it runs under a configuration. `reads_data`: whether it reads the files of the
+    block data, which are looked for before anything is imported. With `takes_assignments` it reads
     `BLOCK.KEY=VALUE` without `--set` too.
     """
 
@@ -82,6 +83,7 @@ class Command:
     intent: Callable[..., Intent] | None = None
     parts: "Callable[[RunConfig], Sequence[Command]] | None" = None
     takes_loss: bool = True
+    reads_data: bool = False
     takes_assignments: bool = False
 
     @property
@@ -108,7 +110,7 @@ class Command:
 class StageResult:
     """The artifact of a stage; `reused` if an earlier run made it."""
 
-    artifact: Artifact
+    artifact: "Artifact"
     reused: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -127,8 +129,8 @@ def flag(name: str, help: str) -> Any:
 
 
 def found_or_made(
-    name: str, found: Artifact | None, make: Callable[[], Artifact], log: Callable[[str], None]
-) -> tuple[Artifact, bool]:
+    name: str, found: "Artifact | None", make: "Callable[[], Artifact]", log: Callable[[str], None]
+) -> "tuple[Artifact, bool]":
     """The artifact of a stage, made unless it was `found`; whether it was."""
     if found is None:
         return make(), False

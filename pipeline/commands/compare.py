@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from stages.compare.comparison import Comparison
 
 
+COMPARED = ("completions", "verdicts")
+
+
 @dataclass(frozen=True)
 class ComparedModels:
     """The figures of a baseline and of the models that are compared with it."""
@@ -48,10 +51,12 @@ def compare(
 
     Without a judge, the figures of the texts alone.
     """
+    from pipeline.catalogue.names import folder_or_path
     from pipeline.comparison.page import write_page
     from pipeline.comparison.sources import compare_paths
 
-    found = compare_paths(inputs, completions or [])
+    root = inputs.context.store.root
+    found = compare_paths(inputs, [folder_or_path(root, path, COMPARED) for path in completions or []])
     if html is not None:
         write_page(html, found)
         inputs.context.log(f"compare: wrote {html}")

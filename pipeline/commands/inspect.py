@@ -70,12 +70,18 @@ def inspect(
 
     Colours tell prompt, trained, masked and special tokens apart.
     """
+    from pipeline.catalogue.names import folder_or_path
     from pipeline.inspect.page import write_page
     from pipeline.inspect.prepared_rows import open_rows
 
     if sum((row is not None, random is not None, longest)) > 1:
         raise UsageError("--row, --random and --longest exclude each other. Give one of them.")
-    rows = open_rows(artifact or inputs.rows.path, tokenizer)
+    folder = (
+        inputs.rows.path
+        if artifact is None
+        else folder_or_path(inputs.context.store.root, artifact, ("rows",))
+    )
+    rows = open_rows(folder, tokenizer)
     overview, examples = rows.overview(), rows.chosen(row, random, longest)
     if html is not None:
         write_page(html, overview, examples, ids)

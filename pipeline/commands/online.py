@@ -117,4 +117,5 @@ ONLINE = Command(
         "align online -c configs/ultrafeedback.yaml --set judge.reward_model=FOLDER --set online.rounds=20",
     ),
     intent=would_online,
+    reads_data=True,
 )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cache.artifacts import Artifact
 from pipeline import tables
 from pipeline.commands.command import Command, Intent, StageResult, found_or_made
 
 if TYPE_CHECKING:
+    from cache.artifacts import Artifact
     from pipeline.inputs import Inputs, RowsSource
 
 
@@ -77,7 +77,7 @@ def prepare(inputs: "Inputs") -> Prepared:
     from stages.prepare.stage import find_rows
     from stages.prepare.stage import prepare as make_rows
 
-    def rows(source: "RowsSource") -> tuple[Artifact, bool]:
+    def rows(source: "RowsSource") -> "tuple[Artifact, bool]":
         make = partial(make_rows, *source)
         return found_or_made("prepare", find_rows(*source), make, inputs.context.log)
 
@@ -113,4 +113,5 @@ PREPARE = Command(
     ),
     intent=would_prepare,
     takes_loss=False,
+    reads_data=True,
 )

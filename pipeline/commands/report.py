@@ -52,7 +52,7 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Folders of policies, also unfinished ones, or of sweeps. Default: the policy of the configuration.",
+            help="Policies by folder or name, unfinished trainings, sweeps. Default: the policy of the configuration.",
         ),
     ] = None,
     output: Annotated[
@@ -77,12 +77,15 @@ def report(
     import shlex
 
     from cache.files import write_bytes
+    from pipeline.catalogue.names import folder_of
     from pipeline.report.page import page
     from pipeline.report.runs import open_runs
     from stages.curves.charts import MAIN
     from stages.curves.draw import png as draw
 
-    found = open_runs([Path(run) for run in runs or []] or [inputs.policy_artifact.path], by)
+    root = inputs.context.store.root
+    folders = [folder_of(root, run, ("policy",)) for run in runs or []]
+    found = open_runs(folders or [inputs.policy_artifact.path], by)
     files = []
     if output is not None or not (terminal or png):
         command = shlex.join(["align", "report", *(runs or []), *(["--by", by] if by else [])])

@@ -22,17 +22,18 @@ STAGES = (PREPARE, CACHE_REF, TRAIN, SAMPLE, JUDGE)
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results by stage."""
+    """The results by stage; `shown` if each was printed as it ended."""
 
     stages: Mapping[str, Result]
+    shown: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {name: result.as_json() for name, result in self.stages.items()}
 
     def show(self, console: Console) -> None:
-        """Print one result after the other."""
-        for result in self.stages.values():
+        """Print one result after the other, unless they were printed already."""
+        for result in self.stages.values() if not self.shown else ():
             result.show(console)
 
 
@@ -53,9 +54,17 @@ def run(inputs: "Inputs") -> RunResult:
     for stage in STAGES:
         if stage in needed:
             results[stage.name] = stage.work(inputs)
+            if inputs.show is not None:
+                inputs.show(results[stage.name])
         elif stage is CACHE_REF:
             inputs.context.log(f"{stage.name}: not needed, loss {inputs.loss_name} uses no reference")
-    return RunResult(results)
+    return RunResult(results, inputs.show is not None)
 
 
-RUN = Command("run", run, examples=("align run", "align run -c configs/dpo.yaml"), parts=needed_stages)
+RUN = Command(
+    "run",
+    run,
+    examples=("align run", "align run -c configs/dpo.yaml"),
+    parts=needed_stages,
+    reads_data=True,
+)

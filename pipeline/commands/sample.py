@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cache.artifacts import Artifact
 from pipeline import tables
 from pipeline.commands.command import Command, Intent
 from pipeline.quickstart_world import is_preferred
 
 if TYPE_CHECKING:
+    from cache.artifacts import Artifact
     from pipeline.inputs import Inputs
 
 SHOWN_PROMPTS = 5
@@ -25,7 +25,7 @@ FILE = "completions.jsonl"
 class Sampled:
     """The completions artifact of each side. For the quickstart, `show` also counts the polite completions."""
 
-    artifacts: Mapping[str, Artifact]
+    artifacts: "Mapping[str, Artifact]"
     reused: bool
     is_quickstart: bool
 

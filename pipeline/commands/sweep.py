@@ -91,4 +91,5 @@ SWEEP = Command(
     sweep,
     examples=("align sweep -c configs/sweep-simpo.yaml", "align sweep -c configs/sweep-orpo.yaml --list"),
     intent=would_sweep,
+    reads_data=True,
 )

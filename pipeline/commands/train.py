@@ -1,11 +1,13 @@
 """`align train`: trains the policy."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +33,13 @@ SHOWN_OF_EVAL_SETS = SHOWN_METRICS[:3]
 
 @dataclass(frozen=True)
 class Trained(StageResult):
-    """The policy artifact."""
+    """The policy artifact, and the address that it was uploaded to."""
+
+    uploaded: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {**super().as_json(), **({"uploaded": self.uploaded} if self.uploaded else {})}
 
     def show(self, console: Console) -> None:
         """Print steps, and the held-out metrics before and after training."""
@@ -53,6 +61,8 @@ class Trained(StageResult):
         if "best" in counts:
             best = counts["best"]
             console.print(f"  best {best['metric']}: {best['value']:.4g} at step {best['step']:,}")
+        if self.uploaded:
+            console.print(Text(f"  uploaded to {self.uploaded}"), soft_wrap=True)
         if console.is_terminal:
             _show_curves(console, self.artifact.path)
 
@@ -78,24 +88,45 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     return table
 
 
-def train(inputs: "Inputs") -> Trained:
+def train(
+    inputs: "Inputs",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            metavar="OWNER/NAME",
+            help="Upload the policy to this repository of the Hugging Face hub, which is made private if it is new.",
+        ),
+    ] = None,
+) -> Trained:
     """Stage 3: train the policy with any loss, on cached reference log-probs.
 
     The reference model itself is not loaded.
     """
+    from pipeline.hub import check_repository, push
     from stages.train.job import find_policy
     from stages.train.publish import remove_leftovers
     from stages.train.stage import train as make_policy
 
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     job, context = inputs.job, inputs.context
     found = find_policy(job, context)
     if found:
         remove_leftovers(found)
+        known, wanted = found.manifest["provenance"].get("name"), job.settings.name
+        if wanted not in (None, known):
+            context.log(
+                f"train: these settings were trained before as {known or found.path.name}; that name stays"
+            )
     make = partial(make_policy, job, inputs.config.track, context)
-    return Trained(*found_or_made("train", found, make, context.log))
+    artifact, reused = found_or_made("train", found, make, context.log)
+    if push_to_hub is None or os.environ.get("RANK", "0") != "0":
+        return Trained(artifact, reused)
+    return Trained(artifact, reused, push(artifact.path, push_to_hub))
 
 
-def would_train(inputs: "Inputs") -> Intent:
+def would_train(inputs: "Inputs", push_to_hub: str | None = None) -> Intent:
     """Steps and rates of the run, and whether its policy is there."""
     from stages.train.job import find_policy
     from stages.train.preflight import check_data
@@ -110,6 +141,7 @@ def would_train(inputs: "Inputs") -> Intent:
             "steps": job.resolved.steps,
             "batch_size": job.resolved.batch_size,
             "learning_rate": job.resolved.learning_rate,
+            **({"upload_to": push_to_hub} if push_to_hub else {}),
         },
     )
 

@@ -104,13 +104,15 @@ def verify(
 
     Ends with 4 if something is missing or stale, with 5 if something is damaged.
     """
+    from pipeline.catalogue.names import folder_or_path
     from stages.runtime.context import progress
     from stages.verify import artifacts_in
     from stages.verify import verify as check
 
+    root = inputs.context.store.root
     if path is None:
         inputs.context.store.bring_all()
-    where = path or inputs.context.store.root
+    where = root if path is None else folder_or_path(root, path)
     with progress("verify", len(list(artifacts_in(where))), "artifacts") as advance:
         checked = check(where, advance)
     problems = [problem for one in checked for problem in one.problems]

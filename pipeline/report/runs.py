@@ -14,6 +14,7 @@ from cache.artifacts import open_artifact
 from cache.errors import UsageError
 from cache.files import read_json
 from pipeline import yaml_1_2
+from pipeline.catalogue.differences import flat
 from pipeline.catalogue.entries import Catalogue, Entry, entry_of
 from pipeline.sweep.members import short_name, shown
 from stages.curves.charts import points
@@ -161,15 +162,6 @@ def _open(folder: Path, catalogue: Catalogue) -> ReportedRun:
     text = folder / "config.yaml"
     config = yaml_1_2.load(text.read_text(encoding="utf-8")) if text.is_file() else {}
     return ReportedRun(folder, own, catalogue, config, read_metrics(folder / METRICS))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
 
 
 def settings_of(run: ReportedRun) -> dict[str, Any]:

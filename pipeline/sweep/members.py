@@ -29,6 +29,7 @@ class Member:
     number: int
     values: Mapping[str, Any]
     config: RunConfig
+    assignments: Sequence[str]
 
     @property
     def setting(self) -> str:
@@ -48,7 +49,7 @@ class Member:
 
     def command(self, arguments: str) -> str:
         """The `align train` of this member; `arguments` are the command line's own, such as `-c FILE`."""
-        own = shlex.join(part for line in _assignments(self.values) for part in ("--set", line))
+        own = shlex.join(part for line in self.assignments for part in ("--set", line))
         return " ".join(part for part in ("align train", arguments, own) if part)
 
 
@@ -68,10 +69,14 @@ def members_of(config: RunConfig) -> list[Member]:
     seeds = [{SEED: seed} for seed in sweep.seeds] or [{}]
     found = [{**values, **seed} for values in _combinations(sweep) for seed in seeds]
     base = config.model_copy(update={"sweep": SweepSettings()})
-    return [
-        Member(number, values, varied(base, _assignments(values)))
-        for number, values in enumerate(found, start=1)
-    ]
+    return [_member(base, number, values) for number, values in enumerate(found, start=1)]
+
+
+def _member(base: RunConfig, number: int, values: Mapping[str, Any]) -> Member:
+    assignments = _assignments(values)
+    if base.train.name is not None:  # a name is that of one run
+        assignments.append(f"train.name={_typed(f'{base.train.name}-{number}')}")
+    return Member(number, values, varied(base, assignments), assignments)
 
 
 def _combinations(sweep: SweepSettings) -> Iterator[dict[str, Any]]:

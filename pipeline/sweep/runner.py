@@ -12,19 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cache.errors import BusyError
 from cache.files import write_bytes
 from pipeline.sweep.members import Member
 
 ROOT = Path(__file__).resolve().parents[2]
 # A process that is told to stop writes a checkpoint first.
 PATIENCE_SECONDS = 120.0
+BUSY_PAUSE_SECONDS = 2.0
 # The launcher's variables, which would make a member one rank of many.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -70,7 +72,7 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def run(self, stage: str, config: Path, store: Path, log: Path, device: int | None) -> Ended:
+    def run(self, stage: str, config: Path, store: str, log: Path, device: int | None) -> Ended:
         """Run one stage of one configuration to its end."""
         command = [
             sys.executable,
@@ -98,8 +100,18 @@ class Processes:
         return Ended(process.returncode, result, lines[-1] if lines else "", log)
 
 
+def until_free(attempt: Callable[[], Ended], pause: float = BUSY_PAUSE_SECONDS) -> Ended:
+    """How a stage ended that was tried until no other process wrote what it needs.
+
+    Members of a sweep that run at the same time need the same completions of the reference: one samples them, the others wait.
+    """
+    while (ended := attempt()).code == BusyError.exit_code:
+        time.sleep(pause)
+    return ended
+
+
 @contextmanager
-def processes():
+def processes() -> Iterator[Processes]:
     """Processes that are ended when the block is left, by an interrupt too."""
     own = Processes()
     try:

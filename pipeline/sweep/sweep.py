@@ -8,6 +8,7 @@ member, `curves.png` and `results.json`.
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.commands.prepare import PREPARE
 from pipeline.inputs import Inputs
 from pipeline.sweep.members import Member, members_of
 from pipeline.sweep.ranking import Ranking, Trial, rank
-from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes
+from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes, until_free
 from stages.cache_ref.stage import count_missing
 from stages.runtime.context import Context, progress
 from stages.train.job import find_policy
@@ -125,7 +126,7 @@ def _score(inputs: Inputs, config: Path, folder: Path, own: Processes) -> int:
     )
     if missing:
         inputs.context.log(f"sweep: the reference scores {missing:,} rows, once for all trainings")
-        ended = own.run("cache-ref", config, inputs.context.store.root, folder / "cache-ref.log", None)
+        ended = own.run("cache-ref", config, inputs.context.store.address, folder / "cache-ref.log", None)
         if ended.problem:
             raise _as_error(ended)
     return needed
@@ -184,7 +185,7 @@ class _Trainings:
             return outcome
         ended: Ended | None = None
         for stage in JUDGED:
-            ended = self._stage(stage, outcome.member, config, device)
+            ended = until_free(partial(self._stage, stage, outcome.member, config, device))
             if ended.problem:
                 return replace(outcome, problem=f"{stage}: {ended.problem}", code=ended.code)
         assert ended is not None
@@ -193,7 +194,7 @@ class _Trainings:
 
     def _stage(self, stage: str, member: Member, config: Path, device: int | None) -> Ended:
         log = self.folder / f"{member.number:03}.log"
-        return self.own.run(stage, config, self.context.store.root, log, device)
+        return self.own.run(stage, config, self.context.store.address, log, device)
 
     def _tell(self, outcome: Outcome, total: int) -> None:
         place = f"sweep: {outcome.member.number} of {total}, {outcome.member.name}"

@@ -68,6 +68,18 @@ def svg(chart: Chart, runs: Sequence[DrawnRun]) -> str:
 
 def png(charts: Sequence[Chart], runs: Sequence[DrawnRun], columns: int = 2, legend: bool = True) -> bytes:
     """Charts as one picture, with a legend below them."""
+    target = io.BytesIO()
+    with _settings():
+        picture(charts, runs, columns, legend).savefig(
+            target, format="png", dpi=110, facecolor="white", metadata={"Software": None}
+        )
+    return target.getvalue()
+
+
+def picture(
+    charts: Sequence[Chart], runs: Sequence[DrawnRun], columns: int = 2, legend: bool = True
+) -> "Figure":
+    """Charts as one figure of matplotlib, with a legend below them."""
     charts = [chart for chart in charts if has_points(chart, runs)]
     rows = max(1, -(-len(charts) // columns))
     below = 0.2 * min(len({run.label for run in runs}), MOST_NAMED) + 0.1 if legend else 0.0
@@ -82,10 +94,7 @@ def png(charts: Sequence[Chart], runs: Sequence[DrawnRun], columns: int = 2, leg
     )  # fmt: skip
     if legend and runs:
         _legend(figure, runs)
-    target = io.BytesIO()
-    with _settings():
-        figure.savefig(target, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return target.getvalue()
+    return figure
 
 
 def _figure(size: tuple[float, float]) -> "Figure":

@@ -22,7 +22,7 @@ ONE_FILE_SUFFIXES = (*FILE_SUFFIXES, EXCEL_SUFFIX)
 
 def source_identity(data: DataSettings) -> dict[str, Any]:
     """The identity of the source's content: the sha256 of each file, or the resolved revision of a hub dataset."""
-    files = _local_files(data)
+    files = local_files(data)
     if files is not None:
         return {"sha256": [sha256_file(path) for path in files]}
     return {
@@ -35,7 +35,7 @@ def source_identity(data: DataSettings) -> dict[str, Any]:
 
 def read_source(data: DataSettings) -> Iterator[SourceRow]:
     """Yield source rows in order, at most `data.max_samples`; an unreadable row carries its problem."""
-    files = _local_files(data)
+    files = local_files(data)
     rows = _read_hub(data) if files is None else (row for path in files for row in _read_file(path))
     return islice(rows, data.max_samples)
 
@@ -53,7 +53,7 @@ def files_note(data: DataSettings) -> str | None:
     return f"{path}: the split {data.split} has {len(found.files)} file{'s' * (len(found.files) != 1)}{others}{unread}"
 
 
-def _local_files(data: DataSettings) -> list[Path] | None:
+def local_files(data: DataSettings) -> list[Path] | None:
     """The file that `data.path` names, or the files of a split of the folder it names, or None for a hub dataset."""
     path = Path(data.path).expanduser()
     if path.exists() and data.revision is not None:

@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from cache.files import read_json
+from stages.runtime.offline import go_offline, is_offline
 
 
 def main() -> None:
     """Work on jobs until the process is killed."""
+    if is_offline():
+        go_offline()
     jobs: queue.Queue[Path] = queue.Queue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     _set_environment()

@@ -177,6 +177,7 @@ def load_weights(
 def _read_weights(source: ModelSource, dtype: "torch.dtype", kind: str, options: dict[str, Any]) -> Any:
     """The model, and transformers' report on its weights."""
     import transformers
+    from safetensors import SafetensorError
 
     def load(**attention: str) -> Any:
         return getattr(transformers, kind).from_pretrained(
@@ -193,7 +194,7 @@ def _read_weights(source: ModelSource, dtype: "torch.dtype", kind: str, options:
             return load(attn_implementation="sdpa")
         except (ValueError, ImportError):
             return load()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _unusable(source, "model", error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # such as too little memory

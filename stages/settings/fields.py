@@ -16,6 +16,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def checked_name(value: str) -> str:
+    """A name that cannot be taken for a path; raises `ValueError` for another one."""
+    if not value.strip(".") or set(value) & set("/\\\0"):
+        raise ValueError("expected a name without / and \\, and not of dots alone")
+    return value
+
+
 class Settings(BaseModel):
     """A block that is frozen and refuses unknown keys, NaN and infinities."""
 
@@ -122,13 +129,12 @@ class TrackSettings(Settings):
     )
     project: str = Field(default="align", description="name of the project on W&B and trackio")
     run_name: str | None = Field(
-        default=None, description="name of the run; null takes the name of the policy artifact"
+        default=None,
+        description="name of the run; null takes train.name, or else the name of the policy artifact",
     )
 
     @field_validator("project", "run_name")
     @classmethod
     def _is_no_path(cls, value: str | None) -> str | None:
         # Dashboards on disk name folders and files by it.
-        if value is not None and (not value.strip(".") or set(value) & set("/\\\0")):
-            raise ValueError("expected a name without / and \\, and not of dots alone")
-        return value
+        return None if value is None else checked_name(value)

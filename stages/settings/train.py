@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.settings.fields import (
     Flag,
@@ -12,9 +12,12 @@ from stages.settings.fields import (
     PositiveInt,
     Settings,
     Share,
+    checked_name,
 )
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
+ADAPTER_LEARNING_RATE = 10
 SampleStrategy = Literal["fixed", "round_robin", "random"]
 PairStrategy = Literal["best_worst", "all", "adjacent"]
 
@@ -40,6 +43,10 @@ class AdapterSettings(Settings):
 class TrainSettings(Settings):
     """The training loop. A step is `batch_size` examples, however they are split over ranks and packs."""
 
+    name: str | None = Field(
+        default=None,
+        description="a name for the run, by which commands find its policy; changes no result",
+    )
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="peak learning rate; null takes the default of the loss, ten times that for an adapter",
@@ -153,6 +160,10 @@ class TrainSettings(Settings):
         default="stop",
         description="at a step whose loss or gradient is NaN or infinite: stop with an error that names step and rows, or skip the step and count it",
     )
+    model_card: Flag = Field(
+        default=True,
+        description="write a model card (README.md) with a picture of the curves into the folder of the policy",
+    )
     resume: str | None = Field(
         default=None,
         description="checkpoint folder to continue from, possibly of another run; null means the newest checkpoint of this run",
@@ -165,3 +176,18 @@ class TrainSettings(Settings):
         default=[],
         description="keys that may differ from the run that resume continues, for example [train.learning_rate]",
     )
+
+    def resolved(self, learning_rate: float, batch_size: int, adapter: AdapterSettings) -> "TrainSettings":
+        """With the learning rate and the batch size that a loss recommends where these are null."""
+        recommended = learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
+        return self.model_copy(
+            update={
+                "learning_rate": self.learning_rate or recommended,
+                "batch_size": self.batch_size or batch_size,
+            }
+        )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_path(cls, value: str | None) -> str | None:
+        return None if value is None else checked_name(value)

@@ -27,10 +27,10 @@ from stages.train.without_effect import effective_adapter, effective_train
 
 STAGE_VERSION = 5
 NUM_DEFAULT_EVALS = 5
-# Factor on the learning rate of the loss: low-rank matrices, one of which starts at 0, need about ten times the rate.
-ADAPTER_LEARNING_RATE = 10
 # Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
 NOT_HASHED = {
+    "name",
+    "model_card",
     "learning_rate",
     "batch_size",
     "eval_steps",
@@ -63,15 +63,16 @@ def resolve_run(
     loss: Loss, settings: TrainSettings, num_examples: int, adapter: AdapterSettings
 ) -> ResolvedRun:
     """Fill in the defaults of the loss and count the steps."""
-    batch_size = settings.batch_size or loss.batch_size
-    steps = num_steps(num_examples, batch_size, settings.num_epochs, settings.max_steps)
+    filled = settings.resolved(loss.learning_rate, loss.batch_size, adapter)
+    assert filled.learning_rate is not None
+    assert filled.batch_size is not None
+    steps = num_steps(num_examples, filled.batch_size, settings.num_epochs, settings.max_steps)
     eval_steps = settings.eval_steps or max(1, math.ceil(steps / NUM_DEFAULT_EVALS))
-    recommended = loss.learning_rate * (1 if adapter.name == "none" else ADAPTER_LEARNING_RATE)
     return ResolvedRun(
-        learning_rate=settings.learning_rate or recommended,
-        batch_size=batch_size,
+        learning_rate=filled.learning_rate,
+        batch_size=filled.batch_size,
         steps=steps,
-        steps_per_epoch=-(-num_examples // batch_size),
+        steps_per_epoch=-(-num_examples // filled.batch_size),
         eval_steps=eval_steps,
         save_steps=settings.save_steps or eval_steps,
     )

@@ -6,6 +6,7 @@ each case.
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cache.errors import StaleError
+from cache.errors import CorruptError, StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
 from stages.models.chat_files import ChatFormat, write_chat_files
-from stages.models.loading import ModelSource, load_model, model_of_shapes
+from stages.models.loading import ModelSource, first_line, load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
 from stages.train.fsdp import full_state, load_sharded, load_shards, save_shards
@@ -112,7 +113,17 @@ class Trainable:
         else:
             on_cpu = Compute(torch.device("cpu"), torch.float32, self.scorer.compute.tokens_per_batch)
             self.model.load_state_dict(load_model(replace(self.source, folder=folder), on_cpu).state_dict())
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        optimizer.load_state_dict(_numbers(folder / OPTIMIZER))
+
+
+def _numbers(path: Path) -> dict[str, Any]:
+    """The state of an optimizer; raises `CorruptError` for a file that holds anything but tensors and numbers."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CorruptError(
+            f"{path} is not the state of an optimizer ({first_line(error)[:120]}). Delete that checkpoint's folder."
+        ) from error
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from stages.train.checkpoints import (
     removed_on_failure,
 )
 from stages.train.loop import Run
+from stages.train.model_card import write_card
 from stages.train.monitoring.best_evaluation import Best
 from stages.train.monitoring.dashboards import RUN_ID
 from stages.train.monitoring.health import warnings_now
@@ -58,9 +59,11 @@ def _publish(run: Run, draft: Draft, finished: Draft, context: Context) -> None:
         shutil.copyfile(draft.path / RUN_ID, finished.path / RUN_ID)
     for step in checkpoint_steps(draft.path)[: run.settings.keep_last]:
         _link(draft.path / f"{PREFIX}{step}", finished.path / f"{PREFIX}{step}")
-    context.store.publish(
-        finished, _counts(run, best, loss_state), {}, context.config_text, policy=run.job.source.name
-    )
+    name = {} if run.settings.name is None else {"name": run.settings.name}
+    counts = _counts(run, best, loss_state)
+    if run.settings.model_card:
+        write_card(run, counts, finished.path, draft.final.name)
+    context.store.publish(finished, counts, {}, context.config_text, policy=run.job.source.name, **name)
     shutil.rmtree(draft.path, ignore_errors=True)  # the next start of this run may remove it too
 
 

@@ -91,7 +91,9 @@ def _train(
     tracker = Tracker(None)
     if world.is_main:
         with writing(draft.path):
-            boards = open_dashboards(track, draft.path, draft.final.name, job.identity, last_step)
+            boards = open_dashboards(
+                track, draft.path, job.settings.name or draft.final.name, job.identity, last_step
+            )
         tracker = Tracker(draft.path, boards)
     try:
         run.go(tracker, difference)

@@ -101,12 +101,14 @@ def test_log_probs_are_put_together_shard_by_shard(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_flip_in_any_byte_is_noticed_or_changes_no_file(tmp_path):
+def test_a_flip_in_any_byte_is_noticed_or_changes_no_file(tmp_path, record_property):
     content, original = packed(REF_LOGPS), content_of(GOLDEN)
     contents = [
         (content.index(part), content.index(part) + len(part)) for part in content_of(REF_LOGPS).values()
     ]
-    for position in range(0, len(content), 17):
+    positions = range(0, len(content), 17)
+    record_property("cases", len(positions))
+    for position in positions:
         folder = tmp_path / str(position)
         folder.mkdir()
         flipped = bytearray(content)
@@ -122,10 +124,12 @@ def test_a_flip_in_any_byte_is_noticed_or_changes_no_file(tmp_path):
             assert not any(begin <= position < end for begin, end in contents)
 
 
-def test_a_cut_at_any_length_is_noticed(tmp_path):
+def test_a_cut_at_any_length_is_noticed(tmp_path, record_property):
     content = packed(REF_LOGPS)
     end = len(content.rstrip(b"\0"))
-    for length in (*range(0, end, 97), end - 1):
+    lengths = (*range(0, end, 97), end - 1)
+    record_property("cases", len(lengths))
+    for length in lengths:
         store = Store(tmp_path / str(length))
         with pytest.raises(CorruptError):
             take(content[:length], store)

@@ -75,8 +75,9 @@ def score(folder: Path, numbers: list[int]) -> None:
 
 
 @each_kind_of_lock
-def test_writers_of_log_probs_give_one_store(locks, tmp_path):
+def test_writers_of_log_probs_give_one_store(locks, tmp_path, record_property):
     """Each has rows of its own, and some that all have: these are one shard."""
+    record_property("cases", ROUNDS)
     for round_ in range(ROUNDS):
         folder = tmp_path / str(round_)
         works = [partial(score, folder, [own * 10, 1, own * 10 + 1, 2]) for own in range(1, PROCESSES + 1)]
@@ -105,7 +106,10 @@ def read(root: Path) -> list | None:
 
 
 @each_kind_of_lock
-def test_publishers_of_one_artifact_leave_one_of_them_whole_and_readers_see_it_or_nothing(locks, tmp_path):
+def test_publishers_of_one_artifact_leave_one_of_them_whole_and_readers_see_it_or_nothing(
+    locks, tmp_path, record_property
+):
+    record_property("cases", ROUNDS)
     for round_ in range(ROUNDS):
         root = tmp_path / str(round_)
         whole = [[[value]] * 3 for value in range(PROCESSES)]

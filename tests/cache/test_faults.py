@@ -225,7 +225,9 @@ ERRORS = [
     ("number", "lasting"), [case[1:] for case in ERRORS], ids=[case[0] for case in ERRORS]
 )
 @each_work
-def test_an_error_at_any_change_is_one_line_and_the_same_command_completes(work, number, lasting, tmp_path):
+def test_an_error_at_any_change_is_one_line_and_the_same_command_completes(
+    work, number, lasting, tmp_path, record_property
+):
     work.write(begin(work, tmp_path / "whole"))
     whole = content(tmp_path / "whole")
     for n in itertools.count(1):
@@ -254,12 +256,15 @@ def test_an_error_at_any_change_is_one_line_and_the_same_command_completes(work,
             assert not list(root.rglob(f"{TEMPORARY_PREFIX}*"))
         if not disk.was_reached:
             break
+    record_property("cases", n)
     assert n > 5
 
 
 @pytest.mark.slow
 @each_work
-def test_a_kill_at_any_change_leaves_old_or_new_and_the_same_command_completes(work, tmp_path):
+def test_a_kill_at_any_change_leaves_old_or_new_and_the_same_command_completes(
+    work, tmp_path, record_property
+):
     work.write(begin(work, tmp_path / "whole"))
     whole = content(tmp_path / "whole")
     for n in itertools.count(1):
@@ -274,6 +279,7 @@ def test_a_kill_at_any_change_leaves_old_or_new_and_the_same_command_completes(w
         if code == 0:
             break
         assert code == 9
+    record_property("cases", n)
     assert n > 5
 
 
@@ -292,7 +298,8 @@ def lose_power(work, n: int, names_are_kept: bool, tmp_path: Path, skipped=()) -
     return after, done
 
 
-def check_power_losses(work, names_are_kept: bool, tmp_path: Path, skipped=()) -> None:
+def check_power_losses(work, names_are_kept: bool, tmp_path: Path, skipped=()) -> int:
+    """The number of losses."""
     work.write(begin(work, tmp_path / "whole"))
     whole = content(tmp_path / "whole")
     for n in itertools.count(1):
@@ -304,12 +311,13 @@ def check_power_losses(work, names_are_kept: bool, tmp_path: Path, skipped=()) -
         if done:
             break
     assert n > 5
+    return n
 
 
 @pytest.mark.parametrize("names_are_kept", [True, False], ids=["bytes", "names"])
 @each_work
-def test_a_loss_of_power_at_any_change_leaves_old_or_new(work, names_are_kept, tmp_path):
-    check_power_losses(work, names_are_kept, tmp_path)
+def test_a_loss_of_power_at_any_change_leaves_old_or_new(work, names_are_kept, tmp_path, record_property):
+    record_property("cases", check_power_losses(work, names_are_kept, tmp_path))
 
 
 # The same checks on writers without the protection: they fail.

@@ -114,8 +114,9 @@ def test_a_plain_copy_of_a_local_store_is_one(url, machine, tmp_path):
     assert read(machine("a")) == [[1, 2, 3], [3, 2, 1]]
 
 
-def test_damage_is_noticed_on_arrival_and_nothing_of_it_is_kept(url, machine):
+def test_damage_is_noticed_on_arrival_and_nothing_of_it_is_kept(url, machine, record_property):
     publish(machine("a"))
+    record_property("cases", 3 * len(objects(url)))
     for name, content in objects(url).items():
         damages = [content[:-2], content + b"x", content[:9] + bytes([content[9] ^ 1]) + content[10:]]
         for damage in damages:
@@ -163,6 +164,9 @@ def test_of_two_writers_of_different_bytes_one_stays_whole(url, machine):
     assert read(machine("b")) == [[2], [2]]  # its own mirror
 
 
+# fsspec's memory shows an object before it is whole, which no object storage does.
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
 def test_a_reader_beside_writers_sees_old_or_new(url, machine, tmp_path):
     """Writers of different bytes race; a fresh machine reads nothing, or one of them whole."""
     stores = [machine(f"writer-{number}") for number in range(4)]

@@ -95,8 +95,9 @@ def test_a_deleted_shard_is_rows_to_score_again(folder, shard):
         reference.require([*KEYS, key(5)], "align cache-ref")
 
 
-def test_a_bit_flipped_in_any_byte_is_noticed(folder, shard):
+def test_a_bit_flipped_in_any_byte_is_noticed(folder, shard, record_property):
     content = shard.read_bytes()
+    record_property("cases", len(content))
     for position in range(len(content)):
         shard.write_bytes(
             content[:position] + bytes([content[position] ^ (1 << position % 8)]) + content[position + 1 :]
@@ -107,8 +108,9 @@ def test_a_bit_flipped_in_any_byte_is_noticed(folder, shard):
     assert len(RefLogps(folder, REFERENCE)) == 3
 
 
-def test_a_shard_cut_at_any_length_is_noticed(folder, shard):
+def test_a_shard_cut_at_any_length_is_noticed(folder, shard, record_property):
     content = shard.read_bytes()
+    record_property("cases", len(content))
     for length in range(len(content)):
         shard.write_bytes(content[:length])
         with pytest.raises(CorruptError, match="is damaged"):

@@ -26,7 +26,14 @@ def settings(model: Path, data: Path, **changes: dict) -> dict:
         "policy": {"model": str(model)},
         "prepare": {"max_length": 128, "heldout_fraction": 0.25},
         "compute": {"dtype": "float32", "device": "cpu", "tokens_per_batch": 300},
-        "train": {"learning_rate": 1e-3, "batch_size": 4, "num_epochs": 2, "eval_steps": 2},
+        # A card takes longer than such a training.
+        "train": {
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "num_epochs": 2,
+            "eval_steps": 2,
+            "model_card": False,
+        },
     }
     for block, values in changes.items():
         tree[block] = {**tree.get(block, {}), **values}

@@ -137,7 +137,9 @@ def test_later_files_win_over_earlier_and_assignments_over_files(tmp_path):
 def test_the_resolved_configuration_gives_the_same_run(tmp_path):
     config = load_config([], ["data.path=x.jsonl", "train.learning_rate=3e-7"], "kto")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert load_config([tmp_path / "config.yaml"], [], None) == config
+    loaded = load_config([tmp_path / "config.yaml"], [], None)
+    assert loaded.train.batch_size == config.loss.batch_size
+    assert loaded == config.model_copy(update={"train": loaded.train})
 
 
 def test_data_that_cannot_be_used_ends_with_3(align, config, preferences, tmp_path):
@@ -300,21 +302,27 @@ def test_no_command_is_help_and_2(align):
 
 
 @pytest.mark.slow
-def test_help_and_version_do_not_wait_for_heavy_imports():
-    """In a fresh interpreter: the help of every command, and none of the slow packages."""
+def test_help_and_errors_do_not_wait_for_heavy_imports():
+    """In a fresh interpreter: help and errors of the configuration, and none of the slow packages."""
     script = (
         "import contextlib, io, sys\n"
         "from pipeline.cli import main\n"
-        "for line in ['--help', '--version', 'prepare --help', 'train --help', 'run --help', 'nope']:\n"
+        "lines = ['--help', '--version', 'prepare --help', 'train --help', 'run --help', 'nope']\n"
+        "lines += ['train --set train.lerning_rate=1', 'train --set train.learning_rate=x', 'train -c nope.yaml']\n"
+        "for line in lines:\n"
         "    sys.argv = ['align', *line.split()]\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
-        "slow = {'torch', 'transformers', 'datasets', 'vllm', 'wandb', 'pyarrow.parquet'} & set(sys.modules)\n"
-        "print(sorted(slow))\n"
+        "slow = {'torch', 'transformers', 'datasets', 'vllm', 'wandb', 'pyarrow', 'numpy'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+        "sys.argv = ['align', 'run', '--set', 'data.path=missing.jsonl']\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "print(sorted((slow - {'pyarrow', 'numpy'}) & set(sys.modules)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "[]\n"
+    assert done.stdout == "[]\n[]\n"
+    assert done.stderr.endswith("Give a file or a hub dataset with --set data.path=PATH.\n")
 
 
 @pytest.mark.slow
@@ -373,3 +381,18 @@ def test_a_new_evaluation_set_is_no_reason_to_train_again(align, config, prefere
     code, out, err = align("eval", *more, "--set", f"eval.model={policy}", "--json")
     assert (code, list(json.loads(out)["sets"])) == (0, ["heldout", "more"]), err
     refused(align("eval", *more, "--set", "train.seed=5"), 4, "Train it with: align train")
+
+
+@pytest.mark.slow
+def test_run_shows_each_stage_as_it_ends(align, config, tmp_path):
+    """A stage that fails leaves what was printed of those before it."""
+    few = ["--set", "train.max_steps=1", "--set", "sample.engine=transformers"]
+    missing = ["--set", f"sample.prompts={tmp_path / 'missing.jsonl'}"]
+    code, out, err = align("run", "-c", config, *few, *missing)
+    assert (code, err.splitlines()[-1].split(":")[1]) == (3, " No such file of prompts")
+    shown = [line.split()[0] for line in out.splitlines() if line.endswith("(done)")]
+    assert shown == ["prepare", "cache-ref", "train"]
+    code, out, err = align("run", "-c", config, *few)
+    assert code == 0, err
+    shown = [line.split()[0] for line in out.splitlines() if line.endswith(("(done)", "(reused)"))]
+    assert shown == ["prepare", "cache-ref", "train", "sample"]

@@ -3,18 +3,23 @@
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cache.errors import UsageError
 from pipeline.commands import COMMANDS
-from pipeline.config import CONFIGS, MAX_YAML_BYTES, RunConfig, build_config, load_config
+from pipeline.config import RunConfig, build_config, load_config
+from pipeline.config_sources import CONFIGS, MAX_YAML_BYTES
 from stages.formats import FORMATS
 from stages.losses import LOSSES, parse_loss
+from stages.train.job import resolve_run
 
 REFERENCE = CONFIGS / "reference.yaml"
 SEED_RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem in LOSSES)
@@ -319,7 +324,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
         ("loss: {name: kt0}\n", "unknown loss 'kt0'"),
         ("loss: {name: kto, normalize: sum}\n", "loss.normalize is not a field of kto"),
         ("loss: kto\n", "loss: expected a block with a name"),
-        ("train:\n", "train: expected a block of keys (learning_rate,"),
+        ("train:\n", "train: expected a block of keys (name, learning_rate,"),
         ("train: {seed: 1.5}\n", "train.seed: Input should be a valid integer, found 1.5"),
         ("train: {seed: 010}\n", "train.seed: Input should be a valid integer"),
         ("train: {batch_size: 0}\n", "train.batch_size: Input should be greater than 0, found 0"),
@@ -406,7 +411,16 @@ def test_a_nested_assignment_is_no_traceback(tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_saved_configuration_is_the_same_run(tmp_path, path):
     config = load_config([path], [], None)
-    assert load(config.to_yaml(), tmp_path) == config
+    loaded = load(config.to_yaml(), tmp_path)
+    assert resolve_run(loaded.loss, loaded.train, 1000, loaded.adapter) == resolve_run(
+        config.loss, config.train, 1000, config.adapter
+    )
+    filled = {
+        "learning_rate": loaded.train.learning_rate or 0,
+        "batch_size": loaded.train.batch_size or 0,
+    }
+    assert all(filled.values())
+    assert loaded == config.model_copy(update={"train": config.train.model_copy(update=filled)})
 
 
 @pytest.mark.parametrize(
@@ -414,5 +428,26 @@ def test_a_saved_configuration_is_the_same_run(tmp_path, path):
 )
 def test_text_that_looks_like_something_else_survives_saving(tmp_path, text):
     config = build_config({"track": {"run_name": text}})
-    assert load(config.to_yaml(), tmp_path) == config
+    assert load(config.to_yaml(), tmp_path).track == config.track
     assert yaml.safe_load(config.to_yaml())["track"]["run_name"] == text
+
+
+keys = st.sampled_from(sorted(RunConfig.model_fields)) | st.text(max_size=8)
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+trees = st.dictionaries(keys, leaves | st.dictionaries(st.text(max_size=8), leaves, max_size=3), max_size=3)
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60) | trees.map(yaml.safe_dump))
+def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load_config([path], [], None), RunConfig)
+    except UsageError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@given(st.text(max_size=40), st.sampled_from(["data.path=", "loss.beta=", "train.seed=", "loss=", ""]))
+def test_any_assignment_is_read_or_one_line(text, key):
+    with suppress(UsageError):
+        assert isinstance(load_config([], [f"{key}{text}"], None), RunConfig)

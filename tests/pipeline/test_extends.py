@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cache.errors import UsageError
-from pipeline.config import CONFIGS, RunConfig, load_config
+from pipeline.config import RunConfig, load_config
+from pipeline.config_sources import CONFIGS
 from stages.losses import LOSSES, parse_loss
 
 RUNS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem in LOSSES)

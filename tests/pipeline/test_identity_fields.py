@@ -125,6 +125,7 @@ TABLE = {
     "train.sample_prompts": Key("policy", 2, {"train.sample_steps": 2}),
     "train.sample_strategy": Key("policy", "random", {"train.sample_steps": 2}),
     "train.on_nonfinite": Key("policy", "skip"),
+    "train.name": Key("-", "other"),
     "train.resume": Key("-", "checkpoint"),
     "train.begin_from": Key("-", "checkpoint"),
     "train.resume_override": Key("-", ["seed"]),

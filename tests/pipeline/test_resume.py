@@ -110,7 +110,7 @@ def kill_at_forward(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowScorer, "score", counted)
 
 
-def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None:
+def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared, record_property) -> None:
     """Log lines, checkpoints being written, renamed and removed, the policy being put together and published."""
     tree, store = prepared
     tree["train"]["max_steps"] = 3
@@ -129,6 +129,7 @@ def test_killed_at_every_file_effect_it_ends_in_the_same_bytes(prepared) -> None
         result = train(tree, store)
         assert digest(Path(result["artifact"])) == whole, f"killed at file effect {number}"
         assert not list((store / "policy").glob(".tmp-*")), f"killed at file effect {number}"
+    record_property("cases", points)
     assert points >= 6
 
 

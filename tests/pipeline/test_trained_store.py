@@ -27,7 +27,7 @@ def tree_of(model: Path, data: Path, loss: dict, **train) -> dict:
         data,
         prepare={"mismatched": False},
         loss=loss,
-        train={"max_steps": 4, "sample_steps": None, **train},
+        train={"max_steps": 4, "sample_steps": None, "model_card": True, **train},
         sample={"engine": "transformers", "num_prompts": 3, "max_tokens": 8, "compare": True},
         judge={"function": "pipeline.quickstart_world:politeness"},
     )
@@ -187,3 +187,163 @@ def test_the_session_finds_the_policy_of_a_report_without_arguments(folder):
     tree = yaml.safe_load((folder / "dpo.yaml").read_text())
     result = session(tree, folder / STORED).run("report", png=folder / "own.png")
     assert [Path(one["run"]).name.startswith("tiny-dpo") for one in result["runs"]] == [True]
+
+
+# The store, seen
+
+
+def listing(align, folder: Path, *arguments: str) -> dict:
+    code, out, err = align(*arguments, "--store", folder / STORED, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_ls_names_what_each_artifact_was_made_from(align, folder, policies):
+    found = {f"{one['kind']}/{one['name']}": one for one in listing(align, folder, "ls")["artifacts"]}
+    kinds = [place.partition("/")[0] for place in found]
+    assert kinds == ["rows", "ref-logps", "policy", "policy", "completions", "completions", "verdicts"]
+    by_kind = {kind: [place for place in found if place.startswith(f"{kind}/")] for kind in kinds}
+    (rows,), (logps,) = by_kind["rows"], by_kind["ref-logps"]
+    assert found[rows]["data"] == [str(folder / "preferences.jsonl")]
+    assert found[rows]["made_from"] == found[logps]["made_from"] == []
+    assert found[f"policy/{policies['dpo'].name}"]["made_from"] == [rows, logps]
+    assert found[f"policy/{policies['simpo'].name}"]["made_from"] == [rows]
+    made = {place: found[place]["made_from"] for place in by_kind["completions"]}
+    (sampled,) = [place for place, inputs in made.items() if inputs]
+    assert made[sampled] == [f"policy/{policies['dpo'].name}"]
+    (verdicts,) = by_kind["verdicts"]
+    assert set(found[verdicts]["made_from"]) == set(made)
+    assert [
+        place for place in listing(align, folder, "ls", "policy")["artifacts"] if place["kind"] != "policy"
+    ] == []
+    size = sum(path.stat().st_size for path in policies["dpo"].iterdir())
+    assert found[f"policy/{policies['dpo'].name}"]["bytes"] == size
+
+
+def test_show_leads_from_the_data_to_the_completions(align, folder, policies):
+    code, out, err = align("show", policies["dpo"].name[:-6], "--store", folder / STORED)
+    assert code == 0, err
+    for part in ("preferences.jsonl", "rows/", "ref-logps/", "completions/tiny-dpo-", "beta: 0.2"):
+        assert part in out
+    shown = listing(align, folder, "show", "policy/latest")
+    assert Path(shown["path"]) == policies["simpo"]
+    assert shown["used_by"] == []
+
+
+def test_diff_has_what_differs_and_nothing_else(align, folder, policies):
+    found = listing(align, folder, "diff", policies["dpo"], policies["simpo"])
+    assert found["settings"]["loss.name"] == ["dpo", "simpo"]
+    assert found["settings"]["train.seed"] == [0, 3]
+    assert "train.batch_size" not in found["settings"]
+    counts = [
+        json.loads((policies[name] / "manifest.json").read_text())["counts"] for name in ("dpo", "simpo")
+    ]
+    assert found["results"]["final.loss"] == [one["final"]["loss"] for one in counts]
+    same = listing(align, folder, "diff", policies["dpo"], policies["dpo"])
+    assert [same[part] for part in ("settings", "identity", "results")] == [{}, {}, {}]
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    shutil.copytree(folder / STORED, tmp_path / STORED)
+    return tmp_path
+
+
+def test_gc_takes_what_nothing_was_made_from_and_only_when_told(align, copy):
+    assert listing(align, copy, "gc") == {"deleted": False, "unused": []}
+    (dpo,) = [path for path in (copy / STORED / "policy").iterdir() if "-dpo-" in path.name]
+    shutil.rmtree(dpo)
+    leftover = copy / STORED / "rows" / ".tmp-rows-1.host.7.abc"
+    leftover.mkdir()
+    unused = listing(align, copy, "gc")
+    assert {one["kind"] for one in unused["unused"]} == {"ref-logps", "rows"}
+    assert {Path(one["path"]).name for one in unused["unused"] if one["kind"] == "rows"} == {leftover.name}
+    assert leftover.is_dir()
+    assert listing(align, copy, "gc", "--yes")["deleted"]
+    assert not leftover.exists()
+    assert [path.name for path in (copy / STORED / "ref-logps").iterdir()] == ["by-place"]
+    assert list((copy / STORED / "ref-logps/by-place").iterdir()) == []
+    assert listing(align, copy, "gc")["unused"] == []
+    assert len(list((copy / STORED / "rows").iterdir())) == 1
+
+
+def test_gc_keeps_what_an_interrupted_training_needs_and_waits_for_a_running_one(align, copy):
+    from cache.ownership import claim
+
+    policies = copy / STORED / "policy"
+    (dpo,) = [path for path in policies.iterdir() if "-dpo-" in path.name]
+    identity = json.loads((dpo / "manifest.json").read_text())["identity"]
+    working = policies / f".tmp-{dpo.name}"
+    (working / "checkpoint-2").mkdir(parents=True)
+    (working / "checkpoint-2/state.json").write_text(json.dumps({"step": 2, "identity": identity}))
+    shutil.rmtree(dpo)
+    assert listing(align, copy, "gc")["unused"] == []
+    assert listing(align, copy, "ls")["unfinished"][0]["checkpoint_step"] == 2
+    held = claim(working)
+    try:
+        code, _, err = align("gc", "--yes", "--store", copy / STORED)
+        assert code == 7
+        assert "A process is writing" in err
+    finally:
+        held.release()
+
+
+def test_names_lead_to_folders(align, folder, copy):
+    """A run trained under a name; its completions are found under it too; the name changes no identity."""
+    from pipeline.catalogue.names import folder_of
+
+    tree = yaml.safe_load((folder / "dpo.yaml").read_text())
+    tree["train"] |= {"name": "first try", "seed": 9}
+    store = copy / STORED
+    trained = Path(run(tree, store, "train")["artifact"])
+    tree["train"]["name"] = "second"
+    assert Path(run(tree, store, "train")["artifact"]) == trained
+    assert folder_of(store, "first try") == trained
+    assert folder_of(store, "latest", ("policy",)) == trained
+    assert folder_of(store, trained.name[-12:-4]) == trained  # digits of its fingerprint
+    assert folder_of(store, trained) == trained
+    tree["train"]["name"] = "first try"
+    tree["sample"] |= {"model": "first try", "compare": False}
+    sampled = session(tree, store).run("sample")["completions"]["model"]
+    assert Path(sampled["artifact"]).name.startswith(trained.name)
+    assert folder_of(store, "first try", ("completions",)) == Path(sampled["artifact"])
+    config = yaml.safe_load((Path(sampled["artifact"]) / "config.yaml").read_text())
+    assert config["sample"]["model"] == str(trained)
+    with pytest.raises(UsageError, match="may mean 3 artifacts"):
+        folder_of(store, "tiny-", ("policy",))
+    with pytest.raises(UsageError, match="Did you mean first try"):
+        folder_of(store, "frist try")
+
+
+def test_a_beginning_of_a_name_on_the_hub_leads_to_no_artifact(folder):
+    from pipeline.catalogue.names import with_folders
+    from pipeline.config import build_config
+
+    config = build_config({"eval": {"model": "tiny"}, "sample": {"model": "latest"}})
+    found = with_folders(config, folder / STORED)
+    assert found.eval.model == "tiny"
+    assert Path(found.sample.model or "").name.startswith("tiny-simpo")
+
+
+# The model card
+
+
+def test_a_policy_has_a_card_with_what_was_measured_and_no_path_of_this_machine(policies, folder):
+    from huggingface_hub import ModelCard
+    from PIL import Image
+
+    for name, path in policies.items():
+        card = ModelCard.load(path / "README.md")
+        counts = json.loads((path / "manifest.json").read_text())["counts"]
+        assert card.data.tags == ["align", "preference-optimization", name]
+        assert card.data.library_name == "transformers"
+        assert card.data.eval_results[0].metric_value == counts["final"]["rewards/accuracies"]
+        before, after = (counts[part]["rewards/margins"] for part in ("step0", "final"))
+        assert f"| margin | {before:.4f} | {after:.4f} |" in card.text
+        assert "preferences.jsonl" in card.text
+        assert str(folder.parent.parent) not in card.content
+        assert "![held-out accuracy" in card.text
+        assert Image.open(path / "curves.png").width > 500
+        listed = {one["name"] for one in json.loads((path / "manifest.json").read_text())["files"]}
+        assert {"README.md", "curves.png"} <= listed
+    assert "| loss | name dpo, beta 0.2," in ModelCard.load(policies["dpo"] / "README.md").text

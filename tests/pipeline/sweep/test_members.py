@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from cache.errors import UsageError
-from pipeline.config import CONFIGS, build_config, load_config
+from pipeline.config import build_config, load_config
+from pipeline.config_sources import CONFIGS
 from pipeline.sweep.members import members_of
 from stages.settings.sweep import SweepSettings
 

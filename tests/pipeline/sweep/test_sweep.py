@@ -16,7 +16,15 @@ import yaml
 from pipeline.cli import app
 from pipeline.config import build_config, load_config
 from pipeline.sweep.members import members_of
-from pipeline.sweep.runner import Processes, _environment, config_file, each_on_a_device, processes
+from pipeline.sweep.runner import (
+    Ended,
+    Processes,
+    _environment,
+    config_file,
+    each_on_a_device,
+    processes,
+    until_free,
+)
 from tests.pipeline.small_run import ROOT, run, session, settings
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -68,7 +76,9 @@ def test_a_killed_training_is_named_as_killed(tiny_model, preferences, tmp_path)
     with processes() as own:
         killer = threading.Thread(target=_kill_first, args=[own])
         killer.start()
-        ended = own.run("train", config_file(tmp_path, member), tmp_path / "store", tmp_path / "log", None)
+        ended = own.run(
+            "train", config_file(tmp_path, member), str(tmp_path / "store"), tmp_path / "log", None
+        )
         killer.join()
     assert ended.code == -signal.SIGKILL
     assert "killed by SIGKILL" in (ended.problem or "")
@@ -90,13 +100,20 @@ def test_an_interrupt_ends_the_processes_and_starts_no_further_one(tiny_model, p
         started.append(member.number)
         if member.number == 2:
             raise KeyboardInterrupt
-        own.run("train", config_file(tmp_path, member), tmp_path / "store", tmp_path / "log", device)
+        own.run("train", config_file(tmp_path, member), str(tmp_path / "store"), tmp_path / "log", device)
 
     own = Processes()
     with pytest.raises(KeyboardInterrupt):
         each_on_a_device(members, [0, 1], work, own)
     assert own.running == set()
     assert 3 not in started
+
+
+def test_a_member_waits_for_what_another_one_is_writing(tmp_path):
+    codes = iter([7, 7, 0, 7])
+    ended = until_free(lambda: Ended(next(codes), {}, "", tmp_path), pause=0)
+    assert ended.code == 0
+    assert next(codes) == 7
 
 
 def test_each_device_trains_one_at_a_time():
