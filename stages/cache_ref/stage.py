@@ -25,7 +25,8 @@ from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
-from stages.engine.packs import packed_length
+from stages.engine.packing import sized_packs
+from stages.engine.packs import inputs_of
 from stages.engine.row_logps import score_groups
 from stages.models.fit import check_rows_fit
 from stages.models.loading import ModelSource, load_model
@@ -96,11 +97,10 @@ def count_missing(
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
     needed = _needed_keys(row_sets, share)
-    positions = sum(
-        packed_length(unit.rows, group)
-        for unit in units_of(row_sets, Worker() if share is None else choose_worker(share))
-        for group in unit.unscored(reference).groups
-    )
+    positions = 0
+    for unit in units_of(row_sets, Worker() if share is None else choose_worker(share)):
+        examples = [inputs_of(unit.rows, group) for group in unit.unscored(reference).groups]
+        positions += sum(size for size, _ in sized_packs(examples, compute.tokens_per_batch))
     return len(needed), len(reference.missing(needed)), positions
 
 

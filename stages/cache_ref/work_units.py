@@ -1,7 +1,9 @@
 """How the work of cache-ref is cut into units and divided over processes.
 
-A unit is up to 256 consecutive examples of a row set. Units and their owners are a function of the rows and the
-number of workers alone, so workers need not communicate, and together they write the bytes that one would.
+A unit is up to 256 examples, in the order of their prompts' tokens within a large window of a row set, so that examples that
+begin alike meet.
+Units and their owners are a function of the rows and the number of workers alone, so workers need not communicate, and
+together they write the bytes that one would.
 """
 
 import os
@@ -14,8 +16,10 @@ from cache.errors import UsageError
 from cache.ref_logps import RefLogps
 from cache.row_keys import RowKeys
 from stages.data.rows import RowSet
+from stages.engine.shared_tokens import UNIT_EXAMPLES, in_units
 
-UNIT_EXAMPLES = 256
+# Consecutive examples whose prompts are put in order together: prompts of more are not held at once.
+WINDOW = 256 * UNIT_EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,19 @@ def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     firsts_of = {
         id(rows): is_first[begin:][: len(rows)] for rows, begin in zip(row_sets, begins, strict=False)
     }
-    for number, unit in enumerate(_consecutive_examples(row_sets)):
+    for number, unit in enumerate(_examples_alike(row_sets)):
         firsts = unit.firsts(firsts_of[id(unit.rows)])
         if firsts.groups and number % worker.count == worker.index:
             yield firsts
 
 
-def _consecutive_examples(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
-    """All rows in runs of `UNIT_EXAMPLES` examples; a run does not cross from one row set into the next."""
+def _examples_alike(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
+    """All rows in units of `UNIT_EXAMPLES` examples in the order of their prompts; none goes across two row sets."""
     for rows in row_sets:
-        for begin in range(0, rows.num_examples, UNIT_EXAMPLES):
-            examples = range(begin, min(begin + UNIT_EXAMPLES, rows.num_examples))
-            yield WorkUnit(
-                rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
-            )
+        for begin in range(0, rows.num_examples, WINDOW):
+            prompts = [rows.prompt(row) for row in rows.starts[begin : begin + WINDOW]]
+            for unit in in_units(prompts, UNIT_EXAMPLES):
+                examples = [begin + number for number in unit]
+                yield WorkUnit(
+                    rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
+                )
