@@ -3,7 +3,7 @@
     benchmarks/gpu.sh                        the tests that need a GPU, then this
     python benchmarks/gpu.py [--device cpu] [--tiny] [--seconds 80] [--out FOLDER]
 
-Out: `results/gpu.*` and `gpu_training.*`. Without a CUDA device the rows say that nothing was measured; `--device cpu
+Out: `results/gpu.*`, `gpu_training.*` and `gpu_tree.*`. Without a CUDA device the rows say that nothing was measured; `--device cpu
 --tiny` runs the same code on a tiny model.
 """
 
@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import gpu_engine, gpu_training
+from benchmarks import gpu_engine, gpu_training, gpu_tree
 from benchmarks.record import RESULTS, write_results
 
-PARTS = {"gpu": gpu_engine, "gpu_training": gpu_training}
+PARTS = {"gpu": gpu_engine, "gpu_training": gpu_training, "gpu_tree": gpu_tree}
 
 
 def main() -> None:

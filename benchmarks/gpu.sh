@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh [--device cpu --tiny] [--out FOLDER] [--wheels FOLDER] [--seconds N]
 #
 # --wheels: a folder of wheels for what the machine's Python lacks; they are installed beside it for this run only.
-# --seconds: the most that each of the two measurements may take (80). PYTHON names the interpreter.
+# --seconds: the most that each of the three measurements may take (80). PYTHON names the interpreter.
 # --device cpu --tiny: the same code on a CPU and a tiny model in a minute.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ if [ "$device" = cpu ]; then export ALIGN_GPU_TESTS_ON=cpu; fi
 timeout 200 "$python" -m pytest tests/gpu "${only[@]}" "${workers[@]}" -p no:cacheprovider -rs --durations=10 2>&1 | tee "$out/gpu_tests.log"
 tests=${PIPESTATUS[0]}
 
-timeout $((3 * seconds + 30)) "$python" benchmarks/gpu.py --device "$device" $tiny --seconds "$seconds" --out "$out" 2>&1 | tee "$out/gpu.log"
+timeout $((3 * seconds + 60)) "$python" benchmarks/gpu.py --device "$device" $tiny --seconds "$seconds" --out "$out" 2>&1 | tee "$out/gpu.log"
 measured=${PIPESTATUS[0]}
 
 echo "tests ended with $tests, measurements with $measured; results in $out"

@@ -60,7 +60,7 @@ def measured(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
                 continue
             torch.manual_seed(0)
             with device:
-                model = _model(shape)
+                model = model_of(shape)
             try:
                 yield {
                     "name": name,
@@ -81,7 +81,7 @@ def _problem(way: str, device: torch.device) -> str:
     return ""
 
 
-def _model(shape: dict[str, int]) -> Any:
+def model_of(shape: dict[str, int]) -> Any:
     from transformers import AutoModelForCausalLM, Olmo2Config
 
     return AutoModelForCausalLM.from_config(Olmo2Config(**shape, pad_token_id=0))

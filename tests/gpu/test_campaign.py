@@ -24,6 +24,8 @@ def test_the_dry_run_on_a_cpu_ends_well_and_writes_its_rows(tmp_path) -> None:
     rows = {row["name"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
     assert {"hh, runs", "hh, varlen", "hh, padded", "long answers, padded, presorted"} <= rows.keys()
     assert rows["hh, runs"]["pairs_per_second"] > 0
+    [tree] = json.loads((tmp_path / "gpu_tree.json").read_text())["rows"]
+    assert tree["examples_per_second_tree"] > 0
     assert json.loads((tmp_path / "gpu_training.json").read_text())["rows"][0]["predicted_gib"] >= 0
 
 
