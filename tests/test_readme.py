@@ -24,7 +24,7 @@ from stages.settings.data import PrepareSettings
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.md"), *DOCS.glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").rglob("*.md"), *DOCS.glob("*.md")])
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(rf"(?:align|torchrun [^`;#\n]*-m pipeline) (?:{'|'.join(COMMANDS)})\b[^`;#>\n]*")
