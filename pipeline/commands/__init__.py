@@ -3,6 +3,7 @@
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
 from pipeline.commands.diff import DIFF
+from pipeline.commands.doctor import DOCTOR
 from pipeline.commands.evaluate import EVALUATE
 from pipeline.commands.export import EXPORT, IMPORT
 from pipeline.commands.gc import GC
@@ -44,5 +45,6 @@ LISTED = (
     EXPORT,
     IMPORT,
     GC,
+    DOCTOR,
 )
 COMMANDS = {command.name: command for command in LISTED}
