@@ -95,6 +95,7 @@ def test_the_documents_hold_commands_of_every_stage():
         "export": "artifacts",
         "import": "reference.tar",
         "doctor": "",
+        "init": "--model",
     }
     assert [name for name, end in without_config.items() if f"align {name} {end}" not in lines] == []
     others = [name for name in COMMANDS if name not in without_config]
