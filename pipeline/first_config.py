@@ -6,17 +6,20 @@ In: a model and a source of data.  Out: the rows that their first source rows be
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cache.artifacts import Artifact
+from cache.artifacts import Artifact, Store
 from pipeline import yaml_1_2
 from pipeline.config import build_config
+from pipeline.inputs import Inputs
 from pipeline.inspect.prepared_rows import PreparedRows
-from pipeline.session import Session
 from stages.formats import FORMATS
 from stages.losses import LOSSES
 from stages.models.fit import num_positions
+from stages.prepare.stage import prepare
+from stages.runtime.context import Context
 from stages.settings.data import PrepareSettings
 
 SAMPLE_ROWS = 64
@@ -96,10 +99,9 @@ def guessed(model: str, data: str) -> Iterator[tuple[Guess, Artifact, Any]]:
         "prepare": {"heldout_fraction": 0.0, "mismatched": False, "max_length": NO_LIMIT},
     }
     with TemporaryDirectory(prefix="align-init-") as store:
-        session = Session(build_config(tree), store)
-        session.run("prepare")
-        template = session.inputs.template
-        rows = PreparedRows(session.inputs.rows, template.tokenizer)
+        inputs = Inputs(build_config(tree), Context(Store(Path(store))))
+        template = inputs.template
+        rows = PreparedRows(prepare(*inputs.rows_source), template.tokenizer)
         loss, why = _loss_for(rows.artifact.counts["rows_by_role"])
         guess = Guess(
             model,
@@ -110,7 +112,7 @@ def guessed(model: str, data: str) -> Iterator[tuple[Guess, Artifact, Any]]:
             why,
             rows.artifact.counts["rows_in"],
             rows.max_tokens,
-            min(PrepareSettings().max_length, num_positions(session.inputs.policy_source) or NO_LIMIT),
+            min(PrepareSettings().max_length, num_positions(inputs.policy_source) or NO_LIMIT),
         )
         yield guess, rows.artifact, template.tokenizer
 

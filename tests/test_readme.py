@@ -63,7 +63,8 @@ def commands() -> list[str]:
     found = [line for command in COMMANDS.values() for line in command.examples]
     for path in DOCUMENTS:
         found += [match.rstrip() for match in COMMAND.findall(read(path))]
-    return sorted({line.replace("$loss", "kto").replace("$beta", "0.1") for line in found})
+    lines = {line.replace("$loss", "kto").replace("$beta", "0.1") for line in found}
+    return sorted(lines - {"align init"})  # the table of commands has it without the options that it needs
 
 
 @pytest.fixture
