@@ -49,7 +49,7 @@ style: $(READY) ## format the code and fix what can be fixed
 docs: $(READY) ## write the lists that the documents repeat from the code
 	$(BIN)/python docs/generate.py
 
-reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; some minutes
+reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; 20 minutes on two busy cores
 	$(BIN)/python benchmarks/reliability.py
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour

@@ -20,16 +20,15 @@ from benchmarks import varlen
 from benchmarks.gpu_shape import OLMO2_1B, TINY, peak_flops
 from benchmarks.gpu_trl import TrlStep
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine import flex_attention, segment_attention
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import build_pack, packed_length
+from stages.engine import flex_attention, tree_attention
+from stages.engine.packs import build_pack
 from stages.engine.scorer import Scorer
 from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
 
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
 LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (500, 0.6), 2048)}
-BACKENDS = {"flex": flex_attention.NAME, "varlen": varlen.NAME, "segments": segment_attention.NAME}
+BACKENDS = {"flex": flex_attention.NAME, "varlen": varlen.NAME, "runs": tree_attention.NAME}
 WAYS = (*BACKENDS, "padded", "padded, presorted", "TRL")
 PAIRS, ROUNDS, BUDGET = 64, 5, 16_384
 TITLE = "The engine on a GPU"
@@ -93,7 +92,7 @@ def _step_of(way: str, model: Any, rows: RowSet, compute: Compute) -> Callable[[
         return TrlStep(model, rows, compute)
     if way not in BACKENDS:
         return partial(padded_step, model, rows, compute, presorted=way != "padded")
-    scorer = Scorer(model, compute, print, backends=[segment_attention.NAME])
+    scorer = Scorer(model, compute, print, backends=[tree_attention.NAME])
     scorer.way = Way(BACKENDS[way])
     check(scorer, rows)
     return partial(packed_step, scorer, rows)
@@ -101,10 +100,10 @@ def _step_of(way: str, model: Any, rows: RowSet, compute: Compute) -> Callable[[
 
 @torch.no_grad()
 def check(scorer: Scorer, rows: RowSet) -> None:
-    """Segment attention, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
+    """Attention run by run, which the tests hold exact, and this backend agree as far as bfloat16 can tell."""
     batch = build_pack(rows, [rows.example_rows(example, mismatched=False) for example in (0, 1, 2)])
     way, found = scorer.way, scorer(batch).completion_logps
-    scorer.way = Way(segment_attention.NAME)
+    scorer.way = Way(tree_attention.NAME)
     difference = float((found - scorer(batch).completion_logps).abs().max())
     scorer.way = way
     assert difference < 0.2, f"{way.backend} is off by {difference} nats"
@@ -134,9 +133,8 @@ def draw_rows(data: str, pairs: int, vocabulary: int, shorter: int = 1) -> RowSe
 
 def packed_step(scorer: Scorer, rows: RowSet) -> None:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    lengths = [packed_length(rows, group) for group in groups]
     with scorer.weights_cast_once():
-        for items in pack_lengths(lengths, scorer.compute.tokens_per_batch):
+        for items in scorer.plan(rows, groups):
             batch = build_pack(rows, [groups[item] for item in items])
             logps = scorer(batch).completion_logps
             owner = batch.token_rows.to(logps.device)

@@ -21,8 +21,8 @@ from benchmarks.record import RESULTS, write_results
 from stages.cache_ref.stage import score_unit
 from stages.cache_ref.work_units import WorkUnit
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import packed_length
+from stages.engine.packs import inputs_of
+from stages.engine.prefix_tree import num_tokens
 from stages.engine.scorer import Scorer
 from stages.runtime.compute import Compute
 from stages.runtime.malloc import keep_freed_memory
@@ -89,9 +89,9 @@ def draw_rows(count: int, prompt: int, completion: int) -> RowSet:
 
 def measure(scorer: Scorer, rows: RowSet) -> dict[str, float]:
     groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    lengths = [packed_length(rows, group) for group in groups]
+    lengths = [num_tokens(inputs_of(rows, group)) for group in groups]
     began = time.perf_counter()
-    pack_lengths(lengths, scorer.compute.tokens_per_batch)
+    scorer.plan(rows, groups)
     planning = time.perf_counter() - began
     seconds = []
     for _ in range(ROUNDS if sum(lengths) < 500_000 else 1):

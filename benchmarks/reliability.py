@@ -1,7 +1,7 @@
 """The promises of the cache and the stages, each with the tests that try it: cases tried, cases held.
 
 In: nothing. Out: `results/reliability.json` and `.md`, and exit code 1 if a case did not hold. A test that loops over fault points, bytes or races
-says how many cases it tried; any other test is one case. Minutes on two cores. Run from the repository root:
+says how many cases it tried; any other test is one case. 20 minutes on two busy cores. Run from the repository root:
 
     python benchmarks/reliability.py
 """

@@ -1,7 +1,6 @@
-"""A candidate for GPUs: torch's varlen attention with gathered keys, which is exact sharing of prompts.
+"""A candidate for GPUs: torch's varlen attention with gathered keys, which is exact sharing of what rows begin with.
 
-Each prompt and each completion is a sequence of queries of its own; a completion's keys are its prompt's and
-its own, gathered. The mask is causal from the lower right, so it needs bfloat16 and a FlashAttention kernel;
+Each run of the tree is a sequence of queries of its own; its keys are those of its row, gathered. The mask is causal from the lower right, so it needs bfloat16 and a FlashAttention kernel;
 on a CPU the same gathering runs through plain attention, sequence by sequence, to check it.
 """
 
@@ -13,26 +12,21 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from stages.engine.packs import Segment
-from stages.engine.segment_attention import no_mask
+from stages.engine.prefix_tree import TreeIndex
+from stages.engine.tree_attention import no_mask
 
 NAME = "align_varlen"
 
 
-def gathered(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gathered(tree: TreeIndex) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions of the keys of every sequence, and the cumulative lengths of queries and of keys."""
-    keys, queries, sizes = [], [], []
-    for segment in segments:
-        prompt = np.arange(segment.start, segment.start + segment.prompt_length)
-        cursor = segment.start + segment.prompt_length
-        for length, before in [(len(prompt), 0), *((n, len(prompt)) for n in segment.completion_lengths)]:
-            if length:
-                own = prompt if not before else np.arange(cursor, cursor + length)
-                keys.append(np.concatenate([prompt[:before], own]))
-                queries.append(length)
-                sizes.append(len(keys[-1]))
-            cursor += length if before else 0
-    return np.concatenate(keys), np.cumsum([0, *queries]), np.cumsum([0, *sizes])
+    row_at = np.zeros(tree.longest, np.int64)
+    keys = []
+    for run in tree.runs:
+        row_at[run.place : run.place + run.length] = run.start + np.arange(run.length)
+        keys.append(row_at[: run.place + run.length].copy())
+    queries = [run.length for run in tree.runs]
+    return np.concatenate(keys), np.cumsum([0, *queries]), np.cumsum([0, *map(len, keys)])
 
 
 def varlen_forward(
@@ -42,12 +36,12 @@ def varlen_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: tuple[Segment, ...],
+    tree: TreeIndex,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a pack: query (1, heads, positions, dim) -> (1, positions, heads, dim)."""
-    index, query_ends, key_ends = gathered(segments)
+    index, query_ends, key_ends = gathered(tree)
     picked = torch.from_numpy(index).to(key.device)
     queries = query[0].transpose(0, 1).contiguous()
     keys, values = (side[0].transpose(0, 1)[picked] for side in (key, value))

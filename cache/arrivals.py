@@ -87,7 +87,7 @@ def _check_ref_logps(staged: Path, where: str) -> None:
     identity = manifest.get("identity") if isinstance(manifest, dict) else None
     if not isinstance(identity, dict):
         raise CorruptError(f"{where} holds log-probs without the {MANIFEST} of their reference.")
-    _check_fingerprint(staged, RefLogps(staged, identity).fingerprint, identity, where)
+    _check_fingerprint(staged, RefLogps(staged, identity, believe_notes=False).fingerprint, identity, where)
     _refuse_others(staged, {MANIFEST, *(path.name for path in staged.glob(f"*{SHARD_SUFFIX}"))}, where)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from cache import effects
-from cache.checked import check_files, note_checked
+from cache.checked import check_files, note_checked, unchanged_files
 from cache.errors import StaleError
 from cache.files import (
     TEMPORARY_PREFIX,
@@ -38,7 +38,7 @@ from cache.files import (
 )
 from cache.fingerprint import differing_fields, fingerprint, short
 from cache.ownership import OWNER, Claim, claim_temporary
-from cache.shards import ShardRecord, read_shard, write_shard
+from cache.shards import ShardRecord, map_shard, read_shard, write_shard
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest_sha256"
@@ -63,10 +63,19 @@ class Artifact:
         return self.manifest["counts"]
 
     def shards(self, prefix: str) -> list[pa.Table]:
-        """Every shard whose name starts with `prefix`, in name order, each checked against its sha256."""
-        records = [record for record in self.manifest["files"] if record["name"].startswith(prefix)]
+        """Every shard whose name starts with `prefix`, in name order, memory-mapped.
+
+        Each is checked against its sha256, unless it has the size and times that it had when it was last checked.
+        """
+        sha256 = {name: digest for name, digest in self._sha256.items() if name.startswith(prefix)}
+        unchanged = unchanged_files(self.path, sha256)
         repair = f"Delete {self.path} and run `align {self.manifest['stage']}` again."
-        return [read_shard(self.path / record["name"], record["sha256"], repair) for record in records]
+        return [
+            map_shard(self.path / name, repair, validates=True)
+            if name in unchanged
+            else read_shard(self.path / name, digest, repair)
+            for name, digest in sha256.items()
+        ]
 
     def check_files(self) -> None:
         """Compare every listed file with its sha256; raises `CorruptError` or `StaleError`.

@@ -16,14 +16,24 @@ from cache.files import read_json, sha256_file, write_json
 CHECKED = ".checked.json"
 
 
+def unchanged_files(folder: Path, sha256: Mapping[str, str]) -> set[str]:
+    """The names of those files that are as they were when they were last found to have this content."""
+    noted = _noted(folder)
+    return {
+        name
+        for name, expected in sha256.items()
+        if name in noted and (folder / name).is_file() and noted[name] == _note(folder / name, expected)
+    }
+
+
 def check_files(folder: Path, sha256: Mapping[str, str], repair: str) -> None:
     """Compare the files of `folder`, a sha256 by name, with what they were; raises `StaleError` or `CorruptError`."""
-    noted = _noted(folder)
+    unchanged = unchanged_files(folder, sha256)
     for name, expected in sha256.items():
         path = folder / name
         if not path.is_file():
             raise StaleError(f"{path} is missing. {repair}")
-        if noted.get(name) != _note(path, expected) and sha256_file(path) != expected:
+        if name not in unchanged and sha256_file(path) != expected:
             raise CorruptError(f"{path} is damaged: its sha256 is not the one that was written. {repair}")
     note_checked(folder, sha256)
 

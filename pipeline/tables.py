@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -94,3 +94,12 @@ def percent(share: float) -> str:
 def signed(value: float | None) -> str:
     """A number with four decimals, a blank in place of a plus; empty for None."""
     return "" if value is None else f"{value:+.4f}".replace("+", " ")
+
+
+def shared_tokens(counts: Mapping[str, Any]) -> list[str]:
+    """What rows of an artifact share, by the counts of its manifest; nothing for one of an earlier version."""
+    if "tokens_of_tree" not in counts:
+        return []
+    from stages.engine.shared_tokens import SharedTokens
+
+    return [str(SharedTokens(counts["tokens_without_sharing"], counts["tokens"], counts["tokens_of_tree"]))]

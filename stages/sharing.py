@@ -71,7 +71,7 @@ def import_archive(file: IO[bytes], where: str, store: Store) -> list[Arrived]:
 def _files_in(folder: Path) -> dict[str, str | None]:
     """The files of an artifact by name, with the sha256 that they must have where that is known from elsewhere."""
     if folder.parent.name == REF_LOGPS:
-        RefLogps(folder, identity_in(folder))
+        RefLogps(folder, identity_in(folder), believe_notes=False)
         shards = {path.name: path.name.removesuffix(SHARD_SUFFIX) for path in folder.glob(f"*{SHARD_SUFFIX}")}
         return {MANIFEST: None, **shards}
     artifact = open_artifact(folder)

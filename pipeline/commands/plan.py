@@ -76,8 +76,10 @@ def _run(plan: "TrainingPlan") -> Table:
     predicted, measured = plan.predicted, plan.measured
     table.add_row("steps", f"{plan.steps:,} of {plan.batch_size:,} examples")
     table.add_row(
-        "tokens", f"{plan.tokens:,} in total, about {plan.tokens_per_step:,} per step; a prompt counts once"
+        "tokens",
+        f"{plan.tokens:,} in total, about {plan.tokens_per_step:,} per step, what a pack shares once",
     )
+    table.add_row("tokens of a step", str(plan.shared))
     table.add_row("parameters", f"{predicted.num_parameters:,}, {predicted.num_trained:,} of them trained")
     if measured:
         table.add_row(

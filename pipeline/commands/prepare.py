@@ -51,6 +51,7 @@ def _lines(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("examples", f"{examples['train']:,} for training, {examples['heldout']:,} held out"),
         ("rows", tables.counted(roles)),
     ]
+    lines += [("tokens", text) for text in tables.shared_tokens(counts)]
     lines += [(f"{name} truncated", _cuts(counts["cuts"][name])) for name in ("prompts", "completions")]
     if len(counts["sources"]) > 1:
         lines += [

@@ -45,6 +45,10 @@ class Histogram:
         return {"median": self.median, "p90": self.p90, "max": self.longest, "bins": self.bins}
 
 
+# Not in rows of an earlier version.
+SHARED = ("tokens_without_sharing", "tokens_of_tree")
+
+
 @dataclass(frozen=True)
 class Overview:
     """The whole artifact; `tokens` counts a prompt once for all its completions."""
@@ -62,6 +66,7 @@ class Overview:
         return {
             "artifact": str(self.folder),
             "tokens": self.tokens,
+            **{name: self.counts[name] for name in SHARED if name in self.counts},
             "completion_tokens": self.completion_tokens,
             "trained_tokens": self.trained_tokens,
             "cuts": self.counts["cuts"],

@@ -8,6 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import tables as common
 from pipeline.inspect.overview import Histogram, Overview
 from pipeline.inspect.prepared_rows import ShownCompletion, ShownExample, Span
 
@@ -40,7 +41,8 @@ def show_overview(console: Console, overview: Overview) -> None:
         "examples",
         f"{counts['examples']['train']:,} for training, {counts['examples']['heldout']:,} held out",
     )
-    table.add_row("tokens", f"{overview.tokens:,}; a prompt counts once")
+    [text] = common.shared_tokens(counts) or [f"{overview.tokens:,}; a prompt counts once"]
+    table.add_row("tokens", text)
     table.add_row(
         "tokens trained",
         f"{overview.trained_tokens:,} = {share(overview.trained_tokens, overview.tokens)} of all tokens, "

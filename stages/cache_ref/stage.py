@@ -20,11 +20,13 @@ from cache.artifacts import MANIFEST, Artifact
 from cache.files import TEMPORARY_PREFIX
 from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
+from cache.row_keys import RowKeys
 from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
 from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
-from stages.engine.packs import packed_length
+from stages.engine.packing import sized_packs
+from stages.engine.packs import inputs_of
 from stages.engine.row_logps import score_groups
 from stages.models.fit import check_rows_fit
 from stages.models.loading import ModelSource, load_model
@@ -95,18 +97,20 @@ def count_missing(
     reference = store_of(source, compute, context)
     row_sets = _row_sets(rows)
     needed = _needed_keys(row_sets, share)
-    positions = sum(
-        packed_length(unit.rows, group)
-        for unit in units_of(row_sets, Worker() if share is None else choose_worker(share))
-        for group in unit.unscored(reference).groups
-    )
+    positions = 0
+    for unit in units_of(row_sets, Worker() if share is None else choose_worker(share)):
+        examples = [inputs_of(unit.rows, group) for group in unit.unscored(reference).groups]
+        positions += sum(size for size, _ in sized_packs(examples, compute.tokens_per_batch))
     return len(needed), len(reference.missing(needed)), positions
 
 
-def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> set[bytes]:
+def _needed_keys(row_sets: Sequence[RowSet], share: str | None) -> RowKeys:
+    """Each key once."""
     if share is None:
-        return {key for row_set in row_sets for key in row_set.keys}
-    return {key for unit in units_of(row_sets, choose_worker(share)) for key in unit.keys}
+        keys = RowKeys.joined(row_set.keys for row_set in row_sets)
+        return keys.only(keys.is_first())
+    units = units_of(row_sets, choose_worker(share))
+    return RowKeys.joined(unit.rows.keys.only(np.concatenate(unit.groups)) for unit in units)
 
 
 def _row_sets(rows: Sequence[Artifact]) -> list[RowSet]:

@@ -1,7 +1,9 @@
 """How the work of cache-ref is cut into units and divided over processes.
 
-A unit is up to 256 consecutive examples of a row set. Units and their owners are a function of the rows and the
-number of workers alone, so workers need not communicate, and together they write the bytes that one would.
+A unit is up to 256 examples, in the order of their prompts' tokens within a large window of a row set, so that examples that
+begin alike meet.
+Units and their owners are a function of the rows and the number of workers alone, so workers need not communicate, and
+together they write the bytes that one would.
 """
 
 import os
@@ -12,9 +14,12 @@ import numpy as np
 
 from cache.errors import UsageError
 from cache.ref_logps import RefLogps
+from cache.row_keys import RowKeys
 from stages.data.rows import RowSet
+from stages.engine.shared_tokens import UNIT_EXAMPLES, in_units
 
-UNIT_EXAMPLES = 256
+# Consecutive examples whose prompts are put in order together: prompts of more are not held at once.
+WINDOW = 256 * UNIT_EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,16 @@ class WorkUnit:
 
     def unscored(self, reference: RefLogps) -> "WorkUnit":
         """The unit without the rows that the store holds already."""
-        groups = [
-            np.array([row for row in group if self.rows.keys[row] not in reference]) for group in self.groups
-        ]
+        is_missing = reference.is_missing(self.rows.keys.only(np.concatenate(self.groups)))
+        ends = np.cumsum([len(group) for group in self.groups])
+        return self._only(np.split(is_missing, ends[:-1]))
+
+    def firsts(self, is_first: np.ndarray) -> "WorkUnit":
+        """The unit without the rows whose key an earlier row has; `is_first` is bool over the rows of the set."""
+        return self._only([is_first[group] for group in self.groups])
+
+    def _only(self, chosen: Sequence[np.ndarray]) -> "WorkUnit":
+        groups = [group[mask] for group, mask in zip(self.groups, chosen, strict=True)]
         return WorkUnit(self.rows, [group for group in groups if len(group)])
 
 
@@ -65,24 +77,24 @@ def choose_worker(share: str | None) -> Worker:
 
 def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     """This worker's units. A key belongs to the first unit that holds it, so the units of all workers are disjoint."""
-    seen: set[bytes] = set()
-    for number, unit in enumerate(_consecutive_examples(row_sets)):
-        keys, firsts = unit.rows.keys, []
-        for group in unit.groups:
-            unseen = [row for row in group if keys[row] not in seen]
-            first_of_key = {keys[row]: row for row in reversed(unseen)}
-            seen.update(first_of_key)
-            if first_of_key:
-                firsts.append(np.array(sorted(first_of_key.values())))
-        if firsts and number % worker.count == worker.index:
-            yield WorkUnit(unit.rows, firsts)
+    is_first = RowKeys.joined(rows.keys for rows in row_sets).is_first()
+    begins = np.cumsum([0, *map(len, row_sets)])
+    firsts_of = {
+        id(rows): is_first[begin:][: len(rows)] for rows, begin in zip(row_sets, begins, strict=False)
+    }
+    for number, unit in enumerate(_examples_alike(row_sets)):
+        firsts = unit.firsts(firsts_of[id(unit.rows)])
+        if firsts.groups and number % worker.count == worker.index:
+            yield firsts
 
 
-def _consecutive_examples(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
-    """All rows in runs of `UNIT_EXAMPLES` examples; a run does not cross from one row set into the next."""
+def _examples_alike(row_sets: Sequence[RowSet]) -> Iterator[WorkUnit]:
+    """All rows in units of `UNIT_EXAMPLES` examples in the order of their prompts; none goes across two row sets."""
     for rows in row_sets:
-        for begin in range(0, rows.num_examples, UNIT_EXAMPLES):
-            examples = range(begin, min(begin + UNIT_EXAMPLES, rows.num_examples))
-            yield WorkUnit(
-                rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
-            )
+        for begin in range(0, rows.num_examples, WINDOW):
+            prompts = [rows.prompt(row) for row in rows.starts[begin : begin + WINDOW]]
+            for unit in in_units(prompts, UNIT_EXAMPLES):
+                examples = [begin + number for number in unit]
+                yield WorkUnit(
+                    rows, [np.arange(rows.starts[example], rows.ends[example]) for example in examples]
+                )

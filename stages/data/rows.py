@@ -6,14 +6,17 @@ lists and KTO's mismatched completions are all examples. A *mismatch group* is a
 each example's completions serve as the mismatched rows of another, with another prompt.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.artifacts import Artifact
 from cache.fingerprint import ROW_KEY_BYTES, row_key
+from cache.row_keys import RowKeys
 
 ROLES = ("chosen", "rejected", "desirable", "undesirable", "ranked", "mismatched")
 SPLITS = ("train", "heldout")
@@ -96,27 +99,29 @@ def _lists(arrays: Sequence[np.ndarray], dtype: type) -> pa.Array:
 
 
 class RowSet:
-    """The rows of one split in memory, addressed by row number; examples are ranges of rows."""
+    """The rows of one split, addressed by row number; examples are ranges of rows.
+
+    Token ids, masks, sources and ids of examples stay in the memory-mapped shards, and are read when they are asked for.
+    """
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
         """`tables` are the shards of a split, in order."""
         table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-        self.keys: list[bytes] = table.column("row_key").to_pylist()
-        self.roles = np.array(table.column("role").to_pylist(), dtype="U12")
+        self.keys = RowKeys.of_column(table.column("row_key"))
+        self.roles = _roles(table.column("role"))
         self.scores = table.column("score").to_numpy(zero_copy_only=False).astype(np.float64)
         self.weights = table.column("weight").to_numpy().astype(np.float32)
-        self.sources: list[str] = table.column("source").to_pylist()
-        self.example_ids: list[str] = table.column("example_id").to_pylist()
-        self._prompts = _Ragged(table.column("prompt_ids"), pa.int32())
-        self._completions = _Ragged(table.column("completion_ids"), pa.int32())
-        self._masks = _Ragged(table.column("completion_mask"), pa.uint8())
+        self.sources: Sequence[str] = _Texts(table.column("source"))
+        self.example_ids: Sequence[str] = _Texts(table.column("example_id"))
+        self._prompts = _Ragged(table.column("prompt_ids"))
+        self._completions = _Ragged(table.column("completion_ids"))
+        self._masks = _Ragged(table.column("completion_mask"))
         self.prompt_lengths = self._prompts.lengths
         self.completion_lengths = self._completions.lengths
         # Two copies of an example have one id; their sources keep them apart.
-        names = list(zip(self.example_ids, self.sources, strict=True))
-        changes = [row for row in range(len(names)) if row == 0 or names[row] != names[row - 1]]
-        self.starts = np.array(changes, dtype=np.int64)
-        self.ends = np.array([*changes[1:], len(names)][: len(changes)], dtype=np.int64)
+        changes = _changes(table.column("example_id")) | _changes(table.column("source"))
+        self.starts = np.flatnonzero(changes).astype(np.int64)
+        self.ends = np.append(self.starts[1:], len(changes))[: len(self.starts)].astype(np.int64)
         self.mismatch_groups = table.column("cycle").to_numpy()[self.starts]
 
     @classmethod
@@ -136,7 +141,7 @@ class RowSet:
     def token_ids(self) -> np.ndarray:
         """Every token id in the rows once, ascending, int64."""
         present = np.zeros(0, bool)
-        for values in (self._prompts.flat, self._completions.flat):
+        for values in (*self._prompts.flats(), *self._completions.flats()):
             longer = np.zeros(max(len(present), int(values.max(initial=-1)) + 1), bool)
             longer[: len(present)] = present
             longer[values] = True
@@ -164,13 +169,9 @@ class RowSet:
         """Example number of each of these row numbers."""
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
-    def scored_keys(self, with_mismatched: bool) -> list[bytes]:
+    def scored_keys(self, with_mismatched: bool) -> RowKeys:
         """Keys of the rows that a loss scores: all, or all but the mismatched ones."""
-        return [
-            key
-            for key, role in zip(self.keys, self.roles, strict=True)
-            if with_mismatched or role != "mismatched"
-        ]
+        return self.keys if with_mismatched else self.keys.only(self.roles != "mismatched")
 
     def max_length(self) -> int:
         """Tokens in the longest prompt and completion together."""
@@ -178,17 +179,52 @@ class RowSet:
 
 
 class _Ragged:
-    """A list column as one flat array and offsets."""
+    """A list column: the values of each shard, and the length of each row."""
 
-    def __init__(self, column: pa.ChunkedArray, dtype: pa.DataType) -> None:
-        joined = column.cast(pa.large_list(dtype)).combine_chunks()
-        array = joined if isinstance(joined, pa.Array) else joined.chunk(0)
-        self._offsets = array.offsets.to_numpy()
-        self.flat = array.values.to_numpy(zero_copy_only=False)
-        self.lengths = np.diff(self._offsets)
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._begins = np.cumsum([0, *map(len, self._chunks)])
+        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in self._chunks]
+        self.lengths = np.concatenate([np.zeros(0, np.int32), *lengths])
+
+    def flats(self) -> Iterator[np.ndarray]:
+        """The values of each shard's rows."""
+        return (chunk.flatten().to_numpy() for chunk in self._chunks)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.flat[self._offsets[row] : self._offsets[row + 1]]
+        """The values of one row; bits of a mask become 0 and 1."""
+        shard = int(np.searchsorted(self._begins, row, side="right")) - 1
+        values = self._chunks[shard][int(row - self._begins[shard])].values
+        return (values.cast(pa.uint8()) if pa.types.is_boolean(values.type) else values).to_numpy()
+
+
+class _Texts(Sequence[str]):
+    """A column of texts, of which one is read when it is asked for."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._column[int(row)].as_py()
+
+
+def _roles(column: pa.ChunkedArray) -> np.ndarray:
+    """The column of roles, dtype object: of each role one object."""
+    places = pc.call_function("index_in", [column], pc.SetLookupOptions(pa.array(ROLES))).to_numpy()
+    return np.array(ROLES, dtype=object)[places]
+
+
+def _changes(column: pa.ChunkedArray) -> np.ndarray:
+    """For each row whether its value differs from that of the row before, bool."""
+    changed = np.ones(len(column), bool)
+    if len(column) > 1:
+        changed[1:] = pc.call_function(
+            "not_equal", [column.slice(1), column.slice(0, len(column) - 1)]
+        ).to_numpy()
+    return changed
 
 
 def distinct_ids(row_sets: Iterable[RowSet]) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Attention of a pack on a GPU: `flex_attention` with a block mask, compiled once for a fixed pack length.
 
 In: query, key and value of a pack, and its block masks.  Out: attention with the same visibility as in
-`stages/engine/segment_attention.py`: within an example the prompt attends to itself causally, each completion to
-the prompt and to itself. Blocks of 128 x 128 positions without a visible pair are skipped. On a CPU it runs uncompiled
+`stages/engine/tree_attention.py`: a token sees the tokens of its own row up to itself. What follows a token in its rows is
+one stretch of positions, so a key is seen from its own position up to the end of this stretch. Blocks of 128 x 128
+positions without a visible pair are skipped. On a CPU it runs uncompiled
 and without a backward pass, which is enough to test the mask.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from stages.engine.packs import Segment
-from stages.engine.segment_attention import chunk_of, no_mask
+from stages.engine.prefix_tree import TreeIndex
+from stages.engine.tree_attention import chunk_of, no_mask
 
 NAME = "align_flex"
 BLOCK = 128
@@ -27,21 +27,10 @@ BLOCK = 128
 class BlockMasks:
     """The block masks of one pack, one for each window and chunk of the model's layers; each is made on first use."""
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        """Note for each position of the pack its example, its branch and its position in the row.
-
-        The branch is 0 in the prompt and k in the k-th completion.
-        """
-        examples, branches, positions = [], [], []
-        for number, segment in enumerate(segments):
-            lengths = [segment.prompt_length, *segment.completion_lengths]
-            examples.append(np.full(sum(lengths), number))
-            branches.append(np.repeat(np.arange(len(lengths)), lengths))
-            positions.append(np.arange(segment.prompt_length))
-            positions += [segment.prompt_length + np.arange(length) for length in lengths[1:]]
+    def __init__(self, tree: TreeIndex, device: torch.device) -> None:
+        """Note for each position of the pack its place in its row, and the end of the positions that see it."""
         self._index = [  # (positions,) each
-            torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device)
-            for parts in (examples, branches, positions)
+            torch.from_numpy(values.astype(np.int32)).to(device) for values in (tree.places, tree.ends)
         ]
         self._made: dict[tuple[int | None, int | None], BlockMask] = {}
 
@@ -52,16 +41,15 @@ class BlockMasks:
         return self._made[window, chunk]
 
     def _make(self, window: int | None, chunk: int | None) -> BlockMask:
-        examples, branches, positions = self._index
-        length, device = len(examples), examples.device
+        places, ends = self._index
+        length, device = len(places), places.device
 
-        # A function of three small tensors, so that no mask of shape (positions, positions) is made.
+        # A function of two small tensors, so that no mask of shape (positions, positions) is made.
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            same_row = (branches[key] == 0) | (branches[key] == branches[query])
-            seen = (examples[query] == examples[key]) & same_row & (key <= query)
+            seen = (key <= query) & (query < ends[key])
             if window is not None:
-                seen = seen & (positions[query] - positions[key] < window)
-            return seen if chunk is None else seen & (positions[query] // chunk == positions[key] // chunk)
+                seen = seen & (places[query] - places[key] < window)
+            return seen if chunk is None else seen & (places[query] // chunk == places[key] // chunk)
 
         on_gpu = device.type == "cuda"
         return create_block_mask(visible, None, None, length, length, device, BLOCK, _compile=on_gpu)

@@ -1,15 +1,16 @@
-"""A pack: many examples in one row of tokens, each prompt once, without padding between them.
+"""A pack: many rows as a tree of tokens (`prefix_tree.py`), what several of them begin with once, without padding.
 
     [ prompt A | completion A1 | completion A2 | prompt B | completion B1 | ... ]
 
-Position ids restart after the prompt for each completion. The first token of a completion is predicted at the last
-position of the prompt, which is therefore a predictor once for each completion. The last token of a completion predicts
-no target, so it is not an input.
+Position ids are the places of tokens in their rows. The first token of a completion is predicted at the last token of the
+prompt, which is therefore a predictor once for each completion. The last token of a completion predicts no target, so it
+is not an input.
 
 Axes in the shape comments of `stages/engine/`:
 
     positions           inputs of one forward pass
     targets             scored tokens: the completion tokens, then the prompt tokens if prompts are scored
+    distinct targets    the same, where rows that share the target and all before it count once
     completion tokens   all tokens of the pack's completions, masked or not, row after row
     prompt tokens       the tokens of each prompt from the second on
     rows                completions of the pack
@@ -17,7 +18,7 @@ Axes in the shape comments of `stages/engine/`:
     heads, head_dim, width (of a hidden state), vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from stages.data.rows import RowSet
+from stages.engine.prefix_tree import Run, grow
 
 # A pack is filled up to a multiple of this many positions. On a CPU, matmuls of a few rows and the ends of vectorised
 # loops round differently. With whole multiples the float32 log-probs of a row do not depend on the other rows of its
@@ -32,21 +34,12 @@ from stages.data.rows import RowSet
 POSITION_MULTIPLE = 16
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The positions of one example in a pack: the first one, the prompt's number, and each completion's number.
+class PackedExample(NamedTuple):
+    """Tokens of the prompt that these rows share, their number, and whether the prompt's own tokens are scored."""
 
-    A completion has one position less than tokens.
-    """
-
-    start: int
     prompt_length: int
-    completion_lengths: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """Number of positions of the example."""
-        return self.prompt_length + sum(self.completion_lengths)
+    num_rows: int
+    is_scored: bool
 
 
 @dataclass(frozen=True)
@@ -55,9 +48,13 @@ class Pack:
 
     input_ids: torch.Tensor  # (1, positions), int64
     position_ids: torch.Tensor  # (1, positions), int64
-    segments: tuple[Segment, ...]
+    runs: tuple[Run, ...]
+    inputs: tuple[np.ndarray, ...]  # of each row: the positions of its inputs
+    examples: tuple[PackedExample, ...]  # in the order of the rows
     predictors: torch.Tensor  # (targets,): the position whose hidden state predicts the target
     targets: torch.Tensor  # (targets,): token ids
+    distinct: torch.Tensor  # (distinct targets,): index into `targets`
+    copies: torch.Tensor  # (targets,): index into `distinct`
     token_rows: torch.Tensor  # (completion tokens,): index into `rows`
     mask: torch.Tensor  # (completion tokens,), float32: the completion mask
     rows: np.ndarray  # (rows,): row numbers in the row set
@@ -65,19 +62,21 @@ class Pack:
     @property
     def row_lengths(self) -> np.ndarray:
         """Tokens of each row, prompt and whole completion: (rows,)."""
-        lengths = [
-            segment.prompt_length + fed + 1 for segment in self.segments for fed in segment.completion_lengths
-        ]
-        return np.array(lengths, dtype=np.int64)
+        return np.array([len(positions) + 1 for positions in self.inputs], dtype=np.int64)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each row's prompt: (rows,)."""
+        return np.repeat(*np.array([(one.prompt_length, one.num_rows) for one in self.examples]).T)
 
     def row_tokens(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The token ids of each row's prompt and of its whole completion."""
         cursor = 0
-        for segment in self.segments:
-            prompt = self.input_ids[0, segment.start : segment.start + segment.prompt_length]
-            for fed in segment.completion_lengths:
-                yield prompt, self.targets[cursor : cursor + fed + 1]
-                cursor += fed + 1
+        for inputs, prompt_length in zip(self.inputs, self.prompt_lengths, strict=True):
+            size = len(inputs) + 1 - prompt_length
+            places = torch.from_numpy(inputs[:prompt_length]).to(self.input_ids.device)
+            yield self.input_ids[0, places], self.targets[cursor : cursor + size]
+            cursor += size
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
@@ -89,12 +88,21 @@ class Pack:
         length = self.input_ids.shape[1]
         if not (padding := -length % multiple):
             return self
-        segments = (*self.segments, Segment(length, padding, ()))
         ids = torch.nn.functional.pad(self.input_ids, (0, padding))
         # Small positions: some architectures take the largest one for the length of the row.
         tail = torch.arange(padding, device=ids.device)[None] % POSITION_MULTIPLE
         positions = torch.cat([self.position_ids, tail], dim=1)
-        return replace(self, input_ids=ids, position_ids=positions, segments=segments)
+        return replace(
+            self, input_ids=ids, position_ids=positions, runs=(*self.runs, Run(length, 0, padding))
+        )
+
+
+class PackedRow(NamedTuple):
+    """Token ids of a row's prompt and whole completion, and the completion mask."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    mask: np.ndarray
 
 
 class PackLogps(NamedTuple):
@@ -116,82 +124,67 @@ def part_of(pack: Pack, kept: np.ndarray) -> tuple[Pack, torch.Tensor, torch.Ten
 
     These are (completion tokens,) bool and (prompt tokens,) bool; a prompt is scored with the first row of its example.
     """
-    positions = np.zeros(pack.input_ids.shape[1], bool)
-    segments, prompts, row, start = [], [np.zeros(0, bool)], 0, 0
-    for segment in pack.segments:
-        own = kept[row : row + len(segment.completion_lengths)]
-        lengths = [segment.prompt_length, *segment.completion_lengths]
-        positions[segment.start : segment.start + segment.length] = np.repeat([own.any(), *own], lengths)
-        if own.any():
-            segments.append(Segment(start, lengths[0], tuple(np.array(lengths[1:])[own].tolist())))
-            start += segments[-1].length
-        if len(own):  # else positions that nobody looks at
-            prompts.append(np.full(lengths[0] - 1, own[0]))
-        row += len(own)
     device = pack.input_ids.device
-    chosen, rows = torch.from_numpy(positions).to(device), torch.from_numpy(kept).to(device)
-    tokens = rows[pack.token_rows]
-    with_prompts = len(pack.targets) > len(tokens)
-    prompt_tokens = torch.from_numpy(np.concatenate(prompts)).to(device)[: None if with_prompts else 0]
-    scored = torch.cat([tokens, prompt_tokens])
-    part = Pack(
-        input_ids=pack.input_ids[:, chosen],
-        position_ids=pack.position_ids[:, chosen],
-        segments=tuple(segments),
-        predictors=(chosen.cumsum(0) - 1)[pack.predictors[scored]],
-        targets=pack.targets[scored],
-        token_rows=(rows.cumsum(0) - 1)[pack.token_rows[tokens]],
-        mask=pack.mask[tokens],
-        rows=pack.rows[kept],
-    )
-    return part.filled(POSITION_MULTIPLE), tokens, prompt_tokens
+    tokens = torch.from_numpy(kept).to(device)[pack.token_rows]
+    masks = pack.mask.split(pack.token_rows.bincount(minlength=len(kept)).tolist())
+    rows = [
+        PackedRow(prompt.cpu().numpy(), completion.cpu().numpy(), mask.cpu().numpy())
+        for (prompt, completion), mask in zip(pack.row_tokens(), masks, strict=True)
+    ]
+    examples, prompts, first = [], [np.zeros(0, bool)], 0
+    for example in pack.examples:
+        own = kept[first : first + example.num_rows]
+        scored = example.is_scored and bool(own[0])
+        if example.is_scored:
+            prompts.append(np.full(example.prompt_length - 1, own[0]))
+        if own.any():
+            examples.append(PackedExample(example.prompt_length, int(own.sum()), scored))
+        first += example.num_rows
+    part = _pack([row for row, is_kept in zip(rows, kept, strict=True) if is_kept], examples, pack.rows[kept])
+    return part.to(device), tokens, torch.from_numpy(np.concatenate(prompts)).to(device)
 
 
-def packed_length(rows: RowSet, group: np.ndarray) -> int:
-    """Number of positions of an example in a pack; `group` has the row numbers of the example."""
-    return int(rows.prompt_lengths[group[0]] + (rows.completion_lengths[group] - 1).sum())
+def inputs_of(rows: RowSet, numbers: Iterable[int]) -> list[np.ndarray]:
+    """The inputs of rows: prompt and completion without the last token of the latter, int32."""
+    return [np.concatenate([rows.prompt(row), rows.completion(row)[:-1]]) for row in numbers]
 
 
 def build_pack(rows: RowSet, groups: Sequence[np.ndarray], with_prompts: bool = False) -> Pack:
     """The pack of `groups`, each the row numbers of one example; `with_prompts` makes the prompts' tokens targets too."""
-    ids, positions, segments, predictors, targets, token_rows, masks = [], [], [], [], [], [], []
-    prompt_predictors, prompt_targets = [], []
-    start = 0
-    for group in groups:
-        prompt = rows.prompt(group[0])
-        if with_prompts:
-            prompt_predictors.append(np.arange(start, start + len(prompt) - 1))
-            prompt_targets.append(prompt[1:])
-        ids.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        cursor = start + len(prompt)
-        for row in group:
-            completion = rows.completion(row)
-            length = len(completion) - 1
-            ids.append(completion[:-1])
-            positions.append(np.arange(len(prompt), len(prompt) + length))
-            predictors.append(np.concatenate([[start + len(prompt) - 1], np.arange(cursor, cursor + length)]))
-            targets.append(completion)
-            masks.append(rows.mask(row))
-            cursor += length
-        segments.append(
-            Segment(start, len(prompt), tuple(int(rows.completion_lengths[row]) - 1 for row in group))
-        )
-        start = cursor
     numbers = np.concatenate(groups)
-    token_rows = np.repeat(np.arange(len(numbers)), rows.completion_lengths[numbers])
+    packed = [PackedRow(rows.prompt(row), rows.completion(row), rows.mask(row)) for row in numbers]
+    examples = [
+        PackedExample(int(rows.prompt_lengths[group[0]]), len(group), with_prompts) for group in groups
+    ]
+    return _pack(packed, examples, numbers)
+
+
+def _pack(rows: Sequence[PackedRow], examples: Sequence[PackedExample], numbers: np.ndarray) -> Pack:
+    tree = grow([np.concatenate([row.prompt, row.completion[:-1]]) for row in rows])
+    predictors = [inputs[len(row.prompt) - 1 :] for row, inputs in zip(rows, tree.rows, strict=True)]
+    targets = [row.completion for row in rows]
+    first = 0
+    for example in examples:
+        if example.is_scored:
+            predictors.append(tree.rows[first][: example.prompt_length - 1])
+            targets.append(rows[first].prompt[1:])
+        first += example.num_rows
+    predicting, scored = np.concatenate(predictors), np.concatenate(targets).astype(np.int64)
+    pairs = predicting * (scored.max() + 1) + scored
+    _, distinct, copies = np.unique(pairs, return_index=True, return_inverse=True)
+    places = np.concatenate([run.place + np.arange(run.length) for run in tree.runs])
     pack = Pack(
-        input_ids=_tensor(ids, np.int64)[None],
-        position_ids=_tensor(positions, np.int64)[None],
-        segments=tuple(segments),
-        predictors=_tensor(predictors + prompt_predictors, np.int64),
-        targets=_tensor(targets + prompt_targets, np.int64),
-        token_rows=torch.from_numpy(token_rows),
-        mask=_tensor(masks, np.float32),
+        input_ids=torch.from_numpy(tree.tokens.astype(np.int64))[None],
+        position_ids=torch.from_numpy(places)[None],
+        runs=tree.runs,
+        inputs=tree.rows,
+        examples=tuple(examples),
+        predictors=torch.from_numpy(predicting),
+        targets=torch.from_numpy(scored),
+        distinct=torch.from_numpy(distinct),
+        copies=torch.from_numpy(copies),
+        token_rows=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(row.completion) for row in rows])),
+        mask=torch.from_numpy(np.concatenate([row.mask for row in rows]).astype(np.float32)),
         rows=numbers,
     )
     return pack.filled(POSITION_MULTIPLE)
-
-
-def _tensor(arrays: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays).astype(dtype))

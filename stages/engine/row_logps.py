@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.data.rows import RowSet
-from stages.engine.packs import build_pack, packed_length
+from stages.engine.packs import build_pack
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer
@@ -22,15 +22,13 @@ def score_groups(
 
     Each group has the row numbers of one example, int64.
     """
-    if (
-        not scorer.packed
-    ):  # a prompt is not shared, so rows of like length come together whatever their example
+    if not scorer.packed:  # nothing is shared, so rows of like length come together whatever their example
         groups = [np.array([row]) for group in groups for row in group]
     packs = (build_pack(rows, [groups[index] for index in indices]) for indices in scorer.plan(rows, groups))
     # Values stay on the device until all are there, so that a GPU computes while the next pack is built.
-    scored = [(one.rows, scorer(one).completion_logps) for one in packs]
+    scored = [(one.rows, one.input_ids.shape[1], scorer(one).completion_logps) for one in packs]
     found: dict[int, np.ndarray] = {}
-    for numbers, token_logps in scored:
+    for numbers, _, token_logps in scored:
         ends = np.cumsum(rows.completion_lengths[numbers])
         found.update(zip(numbers.tolist(), np.split(token_logps.cpu().numpy(), ends[:-1]), strict=True))
-    return found, sum(packed_length(rows, group) for group in groups)
+    return found, sum(positions for _, positions, _ in scored)

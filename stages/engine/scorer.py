@@ -1,6 +1,6 @@
 """`score(model, pack) -> token log-probs`: the one piece of arithmetic that cache-ref and train share.
 
-A `Scorer` runs the transformer body once over a pack (every prompt once, no padding), takes hidden
+A `Scorer` runs the transformer body once over a pack (what rows begin with once, no padding), takes hidden
 states at the positions that predict completion tokens, and turns them into log-probs. At load it
 checks itself against the model's own logits; an architecture that cannot take a pack is scored in
 right-padded batches instead, or one completion at a time, said in one line.
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from stages.data.rows import RowSet
-from stages.engine import flex_attention, segment_attention
+from stages.engine import flex_attention, tree_attention
 from stages.engine.activation_offload import offloaded
 from stages.engine.checkpointing import disable_dropout, enable_checkpointing
 from stages.engine.lm_head import TokenLogps, collision_logps, collisions_of
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import POSITION_MULTIPLE, Pack, PackLogps, packed_length, part_of
+from stages.engine.packing import plan_packs
+from stages.engine.packs import POSITION_MULTIPLE, Pack, PackLogps, inputs_of, part_of
 from stages.engine.padded_batches import FEWEST_ROWS, examples_alike, padded_batches, padded_length
+from stages.engine.prefix_tree import TreeIndex
 from stages.engine.row_lengths import forget_longer_rows
 from stages.engine.self_check import Way, can_checkpoint, choose_way
 from stages.runtime.compute import Compute
@@ -32,7 +33,7 @@ T = TypeVar("T")
 # Positions of a padded batch on a CPU, with gradient.
 SMALL_BATCH = 512
 # Ways to attend over a pack, the one to try first first. A CPU has no backward pass of flex_attention.
-BACKENDS = {"cuda": (flex_attention.NAME, segment_attention.NAME)}
+BACKENDS = {"cuda": (flex_attention.NAME, tree_attention.NAME)}
 
 
 class Scorer(nn.Module):
@@ -64,11 +65,11 @@ class Scorer(nn.Module):
         disable_dropout(model)
         forget_longer_rows(model)
         model.eval()
-        if config._attn_implementation in (segment_attention.NAME, flex_attention.NAME):  # wrapped before
+        if config._attn_implementation in (tree_attention.NAME, flex_attention.NAME):  # wrapped before
             model.set_attn_implementation("sdpa")
         # flex_attention compiles for one length, so every pack is filled up to the token budget.
         self._flex_length = -(-compute.tokens_per_batch // flex_attention.BLOCK) * flex_attention.BLOCK
-        names = backends or BACKENDS.get(compute.device.type, (segment_attention.NAME,))
+        names = backends or BACKENDS.get(compute.device.type, (tree_attention.NAME,))
         self.way = checked or Way()
         if not checked:
             self.way = choose_way(self, names, log)
@@ -98,10 +99,10 @@ class Scorer(nn.Module):
         if self.way.backend == flex_attention.NAME:
             pack = pack.filled(self._flex_length)
             visible: dict[str, Any] = {
-                "block_masks": flex_attention.BlockMasks(pack.segments, self.compute.device)
+                "block_masks": flex_attention.BlockMasks(TreeIndex(pack.runs), self.compute.device)
             }
         else:
-            visible = {"segments": pack.segments}
+            visible = {"tree": TreeIndex(pack.runs)}
         with self._autocast(), offloaded(self._activation_offload):
             body = _body(self.model)
             hidden = body(
@@ -110,7 +111,7 @@ class Scorer(nn.Module):
                 use_cache=False,
                 **visible,
             ).last_hidden_state[0]
-            return self._logps_of(hidden[pack.predictors], pack, with_collisions)
+            return self._logps_of(hidden[pack.predictors[pack.distinct]], pack, with_collisions)
 
     def _padded(self, pack: Pack, with_collisions: bool) -> PackLogps:
         """Score the rows of a pack in right-padded batches."""
@@ -125,13 +126,12 @@ class Scorer(nn.Module):
                 hidden = body(input_ids=_right_padded([fed[row] for row in batch]), use_cache=False)[0]
                 states.update({row: hidden[place, : len(fed[row])] for place, row in enumerate(batch)})
             predictors = [states[row][len(prompt) - 1 :] for row, (prompt, _) in enumerate(rows)]
-            if len(pack.targets) > len(pack.token_rows):
-                firsts = np.cumsum([0, *(len(segment.completion_lengths) for segment in pack.segments)])[:-1]
-                for row, segment in zip(firsts, pack.segments, strict=True):
-                    predictors += (
-                        [states[row][: segment.prompt_length - 1]] if segment.completion_lengths else []
-                    )
-            return self._logps_of(torch.cat(predictors), pack, with_collisions)
+            first = 0
+            for example in pack.examples:
+                if example.is_scored:
+                    predictors.append(states[first][: example.prompt_length - 1])
+                first += example.num_rows
+            return self._logps_of(torch.cat(predictors)[pack.distinct], pack, with_collisions)
 
     def _padded_budget(self) -> int:
         """Positions of a padded batch."""
@@ -141,19 +141,20 @@ class Scorer(nn.Module):
         return min(SMALL_BATCH, self.compute.tokens_per_batch) if is_small else self.compute.tokens_per_batch
 
     def _logps_of(self, states: Tensor, pack: Pack, with_collisions: bool) -> PackLogps:
-        """Log-probs of the pack's targets from the hidden states that predict them: (targets, width)."""
+        """Log-probs of the pack's targets from the hidden states that predict distinct ones: (distinct targets, width)."""
         states = states.to(self.compute.dtype)
         head = self.model.get_output_embeddings()
         # A matmul of a few rows rounds differently, and a pack may have a single target.
         few = max(0, POSITION_MULTIPLE - len(states))
-        filled, targets = nn.functional.pad(states, (0, 0, 0, few)), nn.functional.pad(pack.targets, (0, few))
+        filled = nn.functional.pad(states, (0, 0, 0, few))
+        targets = nn.functional.pad(pack.targets[pack.distinct], (0, few))
         logps = TokenLogps.apply(filled, head.weight, head.bias, targets, self.scale, self.softcap)
-        completions, prompts, _ = logps.tensor_split([len(pack.token_rows), len(pack.targets)])
+        completions, prompts = logps[pack.copies].tensor_split([len(pack.token_rows)])
         if not with_collisions:
             return PackLogps(completions, prompts)
-        own_states = states[: len(pack.token_rows)].detach()
-        collisions = collision_logps(own_states, head.weight, head.bias, self.scale, self.softcap)
-        return PackLogps(completions, prompts, collisions)
+        own = pack.copies[: len(pack.token_rows)]
+        collisions = collision_logps(states.detach(), head.weight, head.bias, self.scale, self.softcap)
+        return PackLogps(completions, prompts, collisions[own])
 
     def in_generation_mode(self, sample: Callable[[Any], T]) -> T:
         """Call `sample(model)` with the model switched to generation mode, under autocast, then switch back.
@@ -188,8 +189,7 @@ class Scorer(nn.Module):
     def plan(self, rows: RowSet, groups: Sequence[np.ndarray]) -> list[list[int]]:
         """Which groups, each the row numbers of one example, are scored together: their numbers, within the token budget."""
         if self.packed:
-            lengths = [packed_length(rows, group) for group in groups]
-            return pack_lengths(lengths, self.compute.tokens_per_batch)
+            return plan_packs([inputs_of(rows, group) for group in groups], self.compute.tokens_per_batch)
         fed = rows.prompt_lengths + rows.completion_lengths - 1
         return examples_alike([fed[group].tolist() for group in groups], self.compute.tokens_per_batch)
 
@@ -219,13 +219,12 @@ class Scorer(nn.Module):
 
     def _one_by_one(self, pack: Pack, with_collisions: bool) -> PackLogps:
         """Score each completion in a forward pass of its own, through the model's own attention and logits."""
-        scores_prompts = len(pack.targets) > len(pack.token_rows)
         self._attend(self.way.attention)
         logps, prompt_logps, collisions = [], [], []
-        firsts = [index == 0 for segment in pack.segments for index in range(len(segment.completion_lengths))]
-        for (prompt, targets), is_first in zip(pack.row_tokens(), firsts, strict=True):
-            logits = self._logits(prompt, targets, scores_prompts and is_first)
-            if scores_prompts and is_first:
+        scored = [one.is_scored and not index for one in pack.examples for index in range(one.num_rows)]
+        for (prompt, targets), with_prompt in zip(pack.row_tokens(), scored, strict=True):
+            logits = self._logits(prompt, targets, with_prompt)
+            if with_prompt:
                 prompt_logps.append(_picked(logits[: -len(targets)], prompt[1:]))
             logits = logits[-len(targets) :]
             logps.append(_picked(logits, targets))

@@ -109,22 +109,29 @@ def _first_not_finite(model: nn.Module, ids: Tensor) -> str:
 
 
 def trial_pack(vocab_size: int) -> Pack:
-    """Two small examples of fixed pseudo-random ids; rows of `SHORT` tokens, of one more, and of many more."""
+    """Three small examples of fixed pseudo-random ids; rows of `SHORT` tokens, of one more, and of many more.
+
+    The third goes on from the middle of a completion of the first, and one of its rows ends within another.
+    """
     random = np.random.default_rng(0)
 
     def draw(length: int) -> np.ndarray:
         return random.integers(0, vocab_size, length).astype(np.int32)
 
+    prompts = [draw(9), draw(4)]
+    completions = [
+        [draw(length) for length in lengths] for lengths in ((5, 1, 7), (SHORT + 1 - 4, SHORT - 4))
+    ]
+    prompts.append(np.concatenate([prompts[0], completions[0][2][:4], draw(2)]))
+    completions.append([draw(6), draw(3)])
+    completions[2].append(completions[2][0][:4])
     examples = [
         Example(
-            str(number),
-            "trial",
-            draw(prompt),
-            [Row("ranked", draw(length), np.ones(length, bool)) for length in lengths],
+            str(number), "trial", prompt, [Row("ranked", ids, np.ones(len(ids), bool)) for ids in answers]
         )
-        for number, (prompt, lengths) in enumerate([(9, (5, 1, 7)), (4, (SHORT + 1 - 4, SHORT - 4))])
+        for number, (prompt, answers) in enumerate(zip(prompts, completions, strict=True))
     ]
-    rows = RowSet([to_table(examples, [0, 0])])
+    rows = RowSet([to_table(examples, [0] * len(examples))])
     return build_pack(
         rows, [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
     )

@@ -61,8 +61,8 @@ class Shapes:
     ) -> None:
         """With `num_layers`, only the first layers of the model are built."""
         from stages.engine.scorer import Scorer
-        from stages.engine.segment_attention import NAME as SEGMENTS
         from stages.engine.self_check import Way
+        from stages.engine.tree_attention import NAME
 
         config = open_config(source)
         if num_layers is not None:
@@ -78,7 +78,7 @@ class Shapes:
             attach_adapter(model, adapter, 0, source)
             if compute.dtype == torch.bfloat16:
                 halve_frozen_weights(model)
-        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, checked=Way(SEGMENTS))
+        self._scorer = Scorer(model, on_cpu, print, train.gradient_checkpointing, checked=Way(NAME))
         with self._mode:
             _replace_tensors(model)
         self._parameters = list(model.parameters())

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from stages.data.rows import RowSet
-from stages.engine.packing import pack_lengths
-from stages.engine.packs import Pack, build_pack, packed_length
+from stages.engine.packing import sized_packs
+from stages.engine.packs import Pack, build_pack, inputs_of
+from stages.engine.shared_tokens import SharedTokens, shared_tokens
 from stages.models.fit import num_positions
 from stages.models.loading import open_config
 from stages.plan.measure import measure
@@ -59,12 +61,16 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The prediction. `tokens` counts a prompt once for all its completions; `positions` is the size of the largest pack."""
+    """The prediction. `tokens` counts what rows of a pack begin with once, `shared` is what those of a step share.
+
+    `positions` is the size of the largest pack.
+    """
 
     steps: int
     batch_size: int
     tokens: int
     tokens_per_step: int
+    shared: SharedTokens
     available_bytes: int
     predicted: Memory
     positions: int
@@ -75,6 +81,7 @@ class TrainingPlan:
         """Plain data for `--json`, in bytes and seconds."""
         plain = asdict(self)
         positions = plain.pop("positions")
+        plain["shared"] = self.shared._asdict()
         plain["predicted"] |= {"total": self.predicted.total, "positions": positions}
         if self.measured is None:
             del plain["measured"]
@@ -87,7 +94,7 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
     Raises `UsageError` or `MachineError` for settings that this machine cannot train with.
     """
     check_settings(job)
-    packs, tokens_per_step = _largest_packs(job, RowSet.of(job.rows, "train"))
+    packs, tokens_per_step, shared = _largest_packs(job, RowSet.of(job.rows, "train"))
     log(f"Predicting the memory of {job.source.name} from tensor shapes")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
     tokens = tokens_per_step * job.resolved.steps
@@ -99,6 +106,7 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
         batch_size=job.resolved.batch_size,
         tokens=tokens,
         tokens_per_step=tokens_per_step,
+        shared=shared,
         available_bytes=available_bytes(job.compute.device),
         predicted=predicted,
         positions=packs[0].input_ids.shape[1],
@@ -107,23 +115,37 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
     )
 
 
-def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int]:
-    """The largest packs of the first steps, the largest first, and the mean positions of a step."""
+def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int, SharedTokens]:
+    """The largest packs of the first steps, the largest first, the mean positions of a step, and what steps share."""
     order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
-    size, found, total = job.resolved.batch_size, [], 0
+    size, budget, found, total = job.resolved.batch_size, job.compute.tokens_per_batch, [], 0
     starts = range(0, len(order), size)[:COUNTED_STEPS]
+    shares: list[SharedTokens] = []
     for start in starts:
         groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
-        lengths = [packed_length(rows, group) for group in groups]
         if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
             others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
-            total += sum(packed_length(rows, group) for group in others if len(group))
-        total += sum(lengths)
-        for items in pack_lengths(lengths, job.compute.tokens_per_batch):
-            found.append((sum(lengths[item] for item in items), [groups[item] for item in items]))
+            total += sum(
+                length for length, _ in _packs(rows, [group for group in others if len(group)], budget)
+            )
+        shares.append(
+            shared_tokens(
+                [(rows.prompt(group[0]), [rows.completion(row) for row in group]) for group in groups]
+            )
+        )
+        packs = _packs(rows, groups, budget)
+        total += sum(length for length, _ in packs)
+        found += packs
     found.sort(key=lambda entry: -entry[0])
-    packs = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
-    return packs, round(total / max(1, len(starts)))
+    largest = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
+    mean = np.array(shares or [SharedTokens(0, 0, 0)]).mean(0).round().astype(int).tolist()
+    return largest, round(total / max(1, len(starts))), SharedTokens(*mean)
+
+
+def _packs(rows: RowSet, groups: list[np.ndarray], budget: int) -> list[tuple[int, list[np.ndarray]]]:
+    """The groups of each pack, and its positions."""
+    packs = sized_packs([inputs_of(rows, group) for group in groups], budget)
+    return [(size, [groups[item] for item in items]) for size, items in packs]
 
 
 def _table(job: Job) -> list[Cell]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stages.data.rows import SPLITS, Example
+from stages.engine.shared_tokens import in_units, shared_tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class RowCounts:
     weighted_rows: int = 0
     chat_rows: int = 0
     tokens: int = 0
+    tokens_apart: int = 0
+    tokens_of_tree: int = 0
 
     def drop(self, source: str, reason: str) -> None:
         """Count a row that is not used."""
@@ -92,11 +95,17 @@ class RowCounts:
     def write(self, split: str, examples: Sequence[Example]) -> None:
         """Count examples that go into a shard."""
         self.examples[split] += len(examples)
+        for unit in in_units([example.prompt_ids for example in examples]):
+            shared = shared_tokens(
+                [(examples[number].prompt_ids, [row.ids for row in examples[number].rows]) for number in unit]
+            )
+            self.tokens_apart += shared.apart
+            self.tokens += shared.prompt_once
+            self.tokens_of_tree += shared.tree
         for example in examples:
             self.rows.update(row.role for row in example.rows)
             self.weighted_rows += sum(row.weight != 1 for row in example.rows)
             self.scored_rows += sum(row.score is not None for row in example.rows)
-            self.tokens += len(example.prompt_ids) + sum(len(row.ids) for row in example.rows)
 
     def add(self, batch: "RowCounts") -> None:
         """Add the counts of a batch, whose examples have not been kept or written yet."""
@@ -143,6 +152,8 @@ class RowCounts:
             "scored_rows": self.scored_rows,
             "weighted_rows": self.weighted_rows,
             "tokens": self.tokens,
+            "tokens_without_sharing": self.tokens_apart,
+            "tokens_of_tree": self.tokens_of_tree,
         }
 
     def _of_source(self, source: str, format_: str) -> dict[str, Any]:

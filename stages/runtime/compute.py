@@ -11,7 +11,7 @@ from stages.runtime.malloc import keep_freed_memory
 from stages.settings.fields import ComputeSettings
 
 # Part of the identity of a reference log-prob: raise it when a change of the scoring engine changes results.
-SCORER_VERSION = 4
+SCORER_VERSION = 5
 
 
 @dataclass(frozen=True)

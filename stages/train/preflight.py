@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from cache.artifacts import Artifact
 from cache.errors import DataError, MachineError, StaleError, UsageError
+from cache.row_keys import RowKeys
 from stages.data.rows import RowSet
 from stages.losses import LOSSES
 from stages.losses.contract import Loss
@@ -60,7 +61,7 @@ def check_rows(job: Job, row_sets: Iterable[RowSet], model: ModelSource, context
     """Raise `StaleError` if reference log-probs of a row are missing, `UsageError` if a row does not fit the model."""
     row_sets = list(row_sets)
     if job.reference is not None:
-        keys = [key for row_set in row_sets for key in row_set.scored_keys("kl" in job.loss.needs)]
+        keys = RowKeys.joined(row_set.scored_keys("kl" in job.loss.needs) for row_set in row_sets)
         job.reference.require(keys, context.command("cache-ref"))
     check_rows_fit(model, row_sets)
 

@@ -31,7 +31,7 @@ def test_prepared_rows_of_version_1() -> None:
     assert rows.weights.tolist() == [1.0, 0.5, 1.0]
     assert rows.scores[:2].tolist() == [4.0, 1.5]
     assert np.isnan(rows.scores[2])
-    assert rows.sources == ["pairs.jsonl:1", "pairs.jsonl:1", "pairs.jsonl:2"]
+    assert list(rows.sources) == ["pairs.jsonl:1", "pairs.jsonl:1", "pairs.jsonl:2"]
     assert rows.starts.tolist() == [0, 2]
 
 

@@ -49,21 +49,21 @@ def test_what_was_added_is_read_back_bit_by_bit(folder, shard):
         assert reference.get(row).tobytes() == values.tobytes()
     assert key(7) not in reference
     assert shard.name == hashlib.sha256(shard.read_bytes()).hexdigest() + ".arrow"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.json", shard.name])
+    assert sorted(path.name for path in folder.glob("[!.]*")) == sorted(["manifest.json", shard.name])
 
 
 def test_opening_an_empty_store_writes_nothing(folder):
-    assert RefLogps(folder, REFERENCE).missing(KEYS) == KEYS
+    assert list(RefLogps(folder, REFERENCE).missing(KEYS)) == KEYS
     assert not folder.exists()
 
 
 def test_only_what_is_missing_is_missing(folder, shard):
     reference = RefLogps(folder, REFERENCE)
     asked = [key(5), KEYS[1], key(4), key(5), KEYS[0]]
-    assert reference.missing(asked) == [key(5), key(4)]
+    assert list(reference.missing(asked)) == [key(5), key(4)]
     reference.add([key(5)], [np.array([-9.0])])
-    assert reference.missing(asked) == [key(4)]
-    assert RefLogps(folder, REFERENCE).missing(asked) == [key(4)]
+    assert list(reference.missing(asked)) == [key(4)]
+    assert list(RefLogps(folder, REFERENCE).missing(asked)) == [key(4)]
     assert RefLogps(folder, REFERENCE).get(key(5)).tolist() == [-9.0]
 
 
@@ -266,3 +266,38 @@ def test_a_file_with_the_right_checksum_that_is_no_arrow_file_is_corrupt(tmp_pat
     (tmp_path / "a.arrow").write_bytes(b"text")
     with pytest.raises(CorruptError, match="not a readable Arrow file"):
         read_shard(tmp_path / "a.arrow", hashlib.sha256(b"text").hexdigest(), "repair")
+
+
+def test_shards_that_have_not_changed_are_not_read_again(folder, shard):
+    """A flipped shard is believed where the note says that it was checked as it is now: only then is nothing read."""
+    RefLogps(folder, REFERENCE)
+    content = bytearray(shard.read_bytes())
+    position = content.index(VALUES[1].tobytes())
+    content[position + 2] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(CorruptError, match="is damaged"):
+        RefLogps(folder, REFERENCE)
+    noted = json.loads((folder / ".checked.json").read_text())
+    stat = shard.stat()
+    noted[shard.name][:4] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    (folder / ".checked.json").write_text(json.dumps(noted))
+    assert RefLogps(folder, REFERENCE).get(KEYS[1]).tolist() != [-3.0]
+    with pytest.raises(CorruptError, match="is damaged"):
+        RefLogps(folder, REFERENCE, believe_notes=False)
+    (folder / ".checked.json").write_text("[]")
+    with pytest.raises(CorruptError, match="is damaged"):
+        RefLogps(folder, REFERENCE)
+
+
+def test_rows_that_were_added_are_found_before_and_after_they_are_sorted(folder, monkeypatch):
+    monkeypatch.setattr("cache.ref_logps.PENDING_ROWS", 2)
+    reference = RefLogps(folder, REFERENCE)
+    for number in range(7):
+        reference.add([key(number)], [np.array([-number], np.float32)])
+        assert len(reference) == number + 1
+        assert [reference.get(key(one)).tolist() for one in range(number + 1)] == [
+            [-one] for one in range(number + 1)
+        ]
+        assert list(reference.missing([key(number), key(99)])) == [key(99)]
+    with pytest.raises(KeyError):
+        reference.get(key(99))

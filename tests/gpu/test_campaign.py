@@ -22,8 +22,8 @@ def test_the_dry_run_on_a_cpu_ends_well_and_writes_its_rows(tmp_path) -> None:
     assert " passed" in log
     assert "failed" not in log
     rows = {row["name"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
-    assert {"hh, segments", "hh, varlen", "hh, padded", "long answers, padded, presorted"} <= rows.keys()
-    assert rows["hh, segments"]["pairs_per_second"] > 0
+    assert {"hh, runs", "hh, varlen", "hh, padded", "long answers, padded, presorted"} <= rows.keys()
+    assert rows["hh, runs"]["pairs_per_second"] > 0
     assert json.loads((tmp_path / "gpu_training.json").read_text())["rows"][0]["predicted_gib"] >= 0
 
 

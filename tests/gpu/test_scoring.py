@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.engine import flex_attention, segment_attention
+from stages.engine import flex_attention, tree_attention
 from stages.engine.scorer import Scorer
 from stages.runtime.compute import Compute
 from tests.stages.engine import test_architectures as table
@@ -19,7 +19,7 @@ from tests.stages.engine import tiny_architectures as tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-BACKENDS = (flex_attention.NAME, segment_attention.NAME)
+BACKENDS = (flex_attention.NAME, tree_attention.NAME)
 # Nats a token: float32 sums of some hundred terms, and what a pack adds to eager's own error.
 FLOAT32_FLOOR, TIMES_EAGER = 2e-5, 4.0
 
@@ -102,7 +102,7 @@ def test_float32_gradients_are_those_of_eager_attention(name: str, backend: str,
 def test_the_first_choice_on_a_gpu_is_flex_attention(device) -> None:
     said: list[str] = []
     scorer = Scorer(table.model_of("llama/plain", "sdpa").to(device), computed_on(device), said.append)
-    assert scorer.way.backend == (flex_attention.NAME if device.type == "cuda" else segment_attention.NAME)
+    assert scorer.way.backend == (flex_attention.NAME if device.type == "cuda" else tree_attention.NAME)
     assert said == []
 
 

@@ -196,7 +196,7 @@ def test_the_audit_stops_a_store_whose_values_were_changed_consistently(
     folder = Path(run.run("cache-ref")["artifact"])
     stored = json.loads((folder / "manifest.json").read_text())["identity"]
     reference = RefLogps(folder, stored)
-    keys = list(reference._where)
+    keys = list(reference.keys())
     values = [reference.get(key).copy() for key in keys]
     for value in values:
         value[0] -= 0.25
@@ -231,7 +231,7 @@ def test_the_policy_folder_is_a_model_that_transformers_opens(tiny_model, prefer
         not torch.equal(start[name], tensor)
         for name, tensor in load_file(folder / "model.safetensors").items()
     )
-    assert model.config._attn_implementation != "align_segments"
+    assert model.config._attn_implementation != "align_tree"
     assert not list(folder.glob("checkpoint-*"))
     open_artifact(folder).check_files()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

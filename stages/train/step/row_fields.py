@@ -92,11 +92,7 @@ class ScoredPack:
     @cached_property
     def prompts(self) -> list[tuple[int, int]]:
         """For each example: the number of scored tokens of its prompt, and the number of its rows."""
-        return [
-            (segment.prompt_length - 1, len(segment.completion_lengths))
-            for segment in self.pack.segments
-            if segment.completion_lengths
-        ]
+        return [(example.prompt_length - 1, example.num_rows) for example in self.pack.examples]
 
     def repeat_for_rows(self, values: Tensor) -> Tensor:
         """Repeat the value of each example for each of its rows: (examples,) -> (rows,)."""

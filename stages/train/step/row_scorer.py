@@ -13,7 +13,8 @@ from cache.ref_logps import RefLogps
 from stages.data.pairs import Pairs
 from stages.data.rows import RowSet
 from stages.engine.packing import deal
-from stages.engine.packs import Pack, build_pack, packed_length
+from stages.engine.packs import Pack, build_pack, inputs_of
+from stages.engine.prefix_tree import num_tokens
 from stages.losses.contract import Batch, Loss, Rows
 from stages.runtime.distributed import World
 from stages.settings.train import PairStrategy
@@ -63,14 +64,17 @@ class RowScorer:
             return []
         _, shares = self._assign(groups)
         idle = max(len(share) for share in shares) - len(shares[self.world.rank])
-        shortest = min(groups, key=lambda group: packed_length(self.rows, group))
+        shortest = min(groups, key=lambda group: num_tokens(inputs_of(self.rows, group)))
         return [build_pack(self.rows, [shortest])] * idle
 
     def _assign(self, groups: Sequence[np.ndarray]) -> tuple[list[list[int]], list[list[int]]]:
         """The groups of each pack, and the packs of each rank; computed alike on every rank."""
-        lengths = [packed_length(self.rows, group) for group in groups]
         packs = self.scorer.plan(self.rows, groups)
-        return packs, deal([sum(lengths[item] for item in items) for items in packs], self.world.size)
+        costs = [
+            num_tokens([row for item in items for row in inputs_of(self.rows, groups[item])])
+            for items in packs
+        ]
+        return packs, deal(costs, self.world.size)
 
     def score(self, pack: Pack) -> Rows:
         """The fields of the pack's rows that the loss needs, (rows of the pack,) each; with gradient if it is enabled."""

@@ -172,7 +172,7 @@ def test_a_damaged_manifest_of_a_store_costs_no_row(models, context):
             store_of(source, COMPUTE, context)
     path.unlink()
     store = store_of(source, COMPUTE, context)
-    assert store.missing([KEY]) == []
+    assert list(store.missing([KEY])) == []
     remember_store(source, COMPUTE, store, context)
     assert path.is_file()
 

@@ -118,7 +118,7 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain"])
-def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_segment_attention(name: str) -> None:
+def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_tree_attention(name: str) -> None:
     """The GPU's way, forward on a CPU."""
     said: list[str] = []
     with torch.no_grad():
@@ -223,13 +223,9 @@ def test_rows_longer_than_any_length_known_are_compared_with_themselves_alone() 
     attention = scorer.model.model.layers[1].self_attn
     original = attention.forward
 
-    def sees_less_of_packs(
-        hidden_states: torch.Tensor, *args: Any, segments: Any = None, **kwargs: Any
-    ) -> Any:
-        output, weights = original(
-            hidden_states, *args, **kwargs, **({"segments": segments} if segments else {})
-        )
-        return (output * (1.0 if segments is None or hidden_states.shape[1] < 100 else 0.9)), weights
+    def sees_less_of_packs(hidden_states: torch.Tensor, *args: Any, tree: Any = None, **kwargs: Any) -> Any:
+        output, weights = original(hidden_states, *args, **kwargs, **({"tree": tree} if tree else {}))
+        return (output * (1.0 if tree is None or hidden_states.shape[1] < 100 else 0.9)), weights
 
     attention.forward = sees_less_of_packs
     assert longest_example(ROWS) == 2

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine import flex_attention, segment_attention
+from stages.engine import flex_attention, tree_attention
 from stages.engine.packs import build_pack
+from stages.engine.prefix_tree import Run, TreeIndex
 from stages.engine.scorer import Scorer
 from stages.engine.self_check import Way
 from stages.runtime.compute import Compute
@@ -24,7 +25,7 @@ SMALL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -70,18 +71,32 @@ def make_model(name: str) -> torch.nn.Module:
 
 
 def make_rows() -> RowSet:
-    """Three examples: a pair, a single completion of one token, and a ranked list of four."""
+    """Five examples: a pair, a single completion of one token, a ranked list of four, and two that begin like the last.
+
+    One goes on from a completion of the list, as the next turn of a dialogue does. Its completions begin alike, two are
+    one, and one is the beginning of another.
+    """
     random = np.random.default_rng(3)
 
     def draw(length: int) -> np.ndarray:
         return random.integers(3, VOCABULARY, length).astype(np.int32)
 
-    shapes = [(11, (7, 4)), (3, (1,)), (19, (2, 13, 5, 1))]
-    examples = [
-        Example(
-            str(n), f"made:{n}", draw(prompt), [Row("ranked", draw(k), np.ones(k, bool)) for k in lengths]
+    made = [
+        (draw(prompt), [draw(k) for k in lengths])
+        for prompt, lengths in [(11, (7, 4)), (3, (1,)), (19, (2, 13, 5, 1))]
+    ]
+    listed, answers = made[-1]
+    begun = draw(9)
+    made.append(
+        (
+            np.concatenate([listed, answers[1], draw(6)]),
+            [np.concatenate([begun, draw(3)]), begun, begun[:4], begun, draw(5)],
         )
-        for n, (prompt, lengths) in enumerate(shapes)
+    )
+    made.append((np.concatenate([listed[:14], draw(2)]), [draw(6), draw(2)]))
+    examples = [
+        Example(str(n), f"made:{n}", prompt, [Row("ranked", ids, np.ones(len(ids), bool)) for ids in rows])
+        for n, (prompt, rows) in enumerate(made)
     ]
     return RowSet([to_table(examples, [0] * len(examples))])
 
@@ -135,8 +150,8 @@ def prompts_apart(model: torch.nn.Module, rows: RowSet) -> torch.Tensor:
 def test_prompts_are_scored_once_and_as_in_separate_forwards(way: str) -> None:
     """Every way of the engine; the completions' log-probs, and their collisions, are what they are without."""
     model, rows = make_model("llama"), make_rows()
-    weights = torch.linspace(0.5, 1.5, 11 - 1 + 3 - 1 + 19 - 1)
     wanted = prompts_apart(model, rows)
+    weights = torch.linspace(0.5, 1.5, len(wanted))
     (wanted * weights).sum().backward()
     gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
@@ -160,7 +175,7 @@ def test_prompts_are_scored_once_and_as_in_separate_forwards(way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral", "smollm3"])
-def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
+def test_flex_attention_sees_what_tree_attention_sees(name: str) -> None:
     """The block mask, soft-capped scores and sliding windows of the GPU's way, forward on a CPU."""
     model, rows = make_model(name), make_rows()
     with torch.no_grad():
@@ -175,7 +190,7 @@ def test_flex_attention_sees_what_segment_attention_sees(name: str) -> None:
 
 
 def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
-    """The reason why a CPU attends segment by segment: once this fails, it need not."""
+    """The reason why a CPU attends run by run: once this fails, it need not."""
     sides = [torch.randn(1, 2, 128, 16, requires_grad=True) for _ in range(3)]
     with pytest.raises(NotImplementedError, match="backward on CPU"):
         flex_attention.flex_attention(*sides)
@@ -184,8 +199,8 @@ def test_flex_attention_has_no_backward_pass_on_a_cpu() -> None:
 def test_a_backend_that_fails_gives_way_to_the_next_and_says_so() -> None:
     """One completion a row is the last resort, not the second."""
     model, said = make_model("llama"), []
-    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", segment_attention.NAME])
-    assert scorer.way.backend == segment_attention.NAME
+    scorer = Scorer(model, FLOAT32, said.append, backends=["no_such_attention", tree_attention.NAME])
+    assert scorer.way.backend == tree_attention.NAME
     assert len(said) == 1
     assert "no_such_attention" in said[0]
 
@@ -202,8 +217,60 @@ def test_log_probs_do_not_depend_on_the_packing_to_the_bit() -> None:
     assert torch.equal(together, torch.cat(pieces[::-1]))
 
 
+def long_rows() -> RowSet:
+    """Rows of 400 to 700 tokens, beyond where calls and key blocks are cut, in a tree of three levels."""
+    random = np.random.default_rng(5)
+
+    def draw(length: int) -> np.ndarray:
+        return random.integers(3, VOCABULARY, length).astype(np.int32)
+
+    system, examples = draw(390), []
+    for number in range(3):
+        question = np.concatenate([system, draw(150), draw(17 * number)])
+        answers = [draw(140), draw(5)]
+        examples.append(
+            Example(
+                f"{number}",
+                "made",
+                question,
+                [Row("ranked", ids, np.ones(len(ids), bool)) for ids in answers],
+            )
+        )
+    return RowSet([to_table(examples, [0] * len(examples))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "smollm3"])
+def test_a_row_has_the_same_log_probs_to_the_bit_whatever_shares_its_tokens(name: str) -> None:
+    """Alone, with what shares its prompt, and in a tree: the cached log-probs are those of any training step."""
+    model, rows = make_model(name), long_rows()
+    with torch.no_grad():
+        wanted = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
+        scorer = Scorer(model, FLOAT32, print)
+        together = scorer(build_pack(rows, groups_of(rows))).completion_logps
+        alone = torch.cat(
+            [scorer(build_pack(rows, [np.array([row])])).completion_logps for row in range(len(rows))]
+        )
+    assert torch.equal(together, alone)
+    torch.testing.assert_close(together.double(), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_gradients_of_long_rows_in_a_tree_are_those_of_separate_forwards(name: str) -> None:
+    model, rows = make_model(name), long_rows()
+    for row in range(len(rows)):
+        expected_logps(model, rows, row).sum().backward()
+    wanted = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    Scorer(model, FLOAT32, print)(build_pack(rows, groups_of(rows))).completion_logps.sum().backward()
+    for key, parameter in model.named_parameters():
+        scale = wanted[key].abs().max()
+        assert (parameter.grad - wanted[key]).abs().max() <= 2e-5 * scale + 1e-7, key
+
+
 def test_plain_sdpa_without_a_mask_hides_the_prompt_from_the_second_completion() -> None:
-    """The trap the segment attention exists for: no error, and log-probs far from the truth."""
+    """The trap that attention along the tree exists for: no error, and log-probs far from the truth."""
     model, rows = make_model("llama"), make_rows()
     pack = build_pack(rows, groups_of(rows)[:1])
     model.set_attn_implementation("sdpa")
@@ -236,7 +303,7 @@ def test_an_architecture_that_cannot_be_packed_is_scored_in_padded_batches_and_s
         found = scorer(build_pack(rows, groups_of(rows))).completion_logps
         wanted = torch.cat([expected_logps(model, rows, row) for row in range(len(rows))])
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
-    assert scorer.forwards == 2  # rows of 3 to 30 tokens are padded to 16 or 32
+    assert scorer.forwards == 4  # rows of 3 to 49 inputs are padded to 16, 32, 48 or 64
 
 
 def test_a_model_that_looks_beyond_a_row_in_its_batch_is_scored_one_by_one() -> None:
@@ -258,22 +325,16 @@ def test_a_model_that_looks_beyond_a_row_in_its_batch_is_scored_one_by_one() -> 
 
 
 def test_a_model_that_lies_about_its_attention_is_caught_by_the_self_check() -> None:
-    """A layer that quietly ignores the segments makes packed scores wrong, not failing."""
+    """A layer that quietly ignores the tree makes packed scores wrong, not failing."""
     model = make_model("llama")
     attention = model.model.layers[1].self_attn
     original = attention.forward
-    attention.forward = lambda *args, segments=None, **kwargs: original(
-        *args, **kwargs, segments=None if segments is None else segments[:0] or _one_segment(segments)
+    attention.forward = lambda *args, tree=None, **kwargs: original(
+        *args, **kwargs, tree=None if tree is None else TreeIndex([Run(0, 0, tree.size)])
     )
     said: list[str] = []
     assert not Scorer(model, FLOAT32, said.append).packed
     assert "differ" in said[0]
-
-
-def _one_segment(segments: tuple) -> tuple:
-    """The whole pack as one prompt: every completion sees everything before it."""
-    total = sum(segment.length for segment in segments)
-    return (type(segments[0])(0, total, ()),)
 
 
 def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
