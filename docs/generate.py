@@ -22,7 +22,7 @@ import typer.main  # noqa: E402
 import cache.errors  # noqa: E402
 from cache.errors import AlignError  # noqa: E402
 from pipeline.cli import app  # noqa: E402
-from pipeline.config import load_config  # noqa: E402
+from pipeline.config import RunConfig, load_config  # noqa: E402
 from stages.formats import FAMILIES, FORMATS  # noqa: E402
 from stages.losses import LOSSES  # noqa: E402
 from stages.losses.contract import Loss  # noqa: E402
@@ -35,7 +35,7 @@ COMMENT_WIDTH = 106
 
 def documents() -> list[Path]:
     """The files that may hold a block, and the one YAML file."""
-    return [*sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")}), REFERENCE]
+    return [*sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/*.md")}), REFERENCE]
 
 
 def rewritten(path: Path) -> str:
@@ -126,22 +126,46 @@ def runs() -> str:
     rows = []
     for name in LOSSES:
         config = load_config([ROOT / "configs" / f"{name}.yaml"], [], None)
-        fields = config.loss.model_dump(exclude_unset=True)
-        parts = fields.pop("parts", [])
-        shown = [f"{part['loss']['name']} {part['weight']:g}" for part in parts]
-        shown += [
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in fields.items()
-            if key != "name"
-        ]
-        rows.append(
-            [
-                f"[{name}.yaml]({name}.yaml)",
-                ", ".join(shown),
-                f"{config.train.learning_rate:g}".replace("e-0", "e-"),
-            ]
-        )
+        rows.append([f"[{name}.yaml]({name}.yaml)", ", ".join(_loss_fields(config)), _rate(config)])
     return table(["file", "loss fields", "learning rate"], rows)
+
+
+def recipes() -> str:
+    """Each recipe: model and values from its keys, what is published and the memory from its first lines."""
+    rows = []
+    for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml")):
+        if path.stem.startswith("shared-"):
+            continue
+        config, said = load_config([path], [], None), _said(path)
+        loss = " ".join([config.loss.model_dump()["name"], ", ".join(_loss_fields(config))]).strip()
+        file = f"[{path.stem}]({path.name})"
+        memory = said["Memory"].split(",")[0]
+        rows.append(
+            [file, loss, _rate(config), str(config.train.batch_size), memory, said["Published"].rstrip(".")]
+        )
+    return table(["recipe", "loss", "learning rate", "batch", "memory", "published"], rows)
+
+
+def _said(path: Path) -> dict[str, str]:
+    """The parts of a recipe's first lines by the word that each begins with."""
+    lines = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))
+    words = " ".join(lines[0].replace("# ", "").split()) if lines else ""
+    parts = re.split(r"\b(Source|Published|Note|Memory): ", words)[1:]
+    return {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _loss_fields(config: RunConfig) -> list[str]:
+    fields = config.loss.model_dump(exclude_unset=True)
+    shown = [f"{part['loss']['name']} {part['weight']:g}" for part in fields.pop("parts", [])]
+    return shown + [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in fields.items()
+        if key != "name"
+    ]
+
+
+def _rate(config: RunConfig) -> str:
+    return f"{config.train.learning_rate:g}".replace("e-0", "e-")
 
 
 def commands() -> str:
@@ -279,6 +303,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example-rows": example_rows,
     "losses": losses,
     "runs": runs,
+    "recipes": recipes,
     "commands": commands,
     "options": options,
     "exit-codes": exit_codes,

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from pipeline import tables
 from pipeline.commands import COMMANDS
 from pipeline.commands.command import Command, Result, flag
 from pipeline.options import SharedOptions, typer_function
+
+if TYPE_CHECKING:
+    from pipeline.session import Session
 
 INTERRUPTED = 130
 
@@ -44,15 +47,16 @@ def _options(version: Annotated[bool, flag("--version", "Print the version.")] =
 def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None:
     """Run a command and print its result, or the error in one line."""
     try:
-        session = options.session(command.reads_data)
-        run = session.dry_run if options.dry_run else session.run
         is_main = os.environ.get("RANK", "0") == "0"
-        if is_main and not options.json_:
-            session.inputs.show = lambda part: part.show(tables.console())
-        result = run(command.name, **own)
+        session = None if command.without_config is not None else options.session(command.reads_data)
+        if session is None:
+            options.go_offline()
+            result = command.work(options, **own)
+        else:
+            result = _run(session, command, options, own, shows_parts=is_main and not options.json_)
         if is_main:
             _print(result, options.json_)
-            if not options.json_ and not options.dry_run:
+            if session is not None and not options.json_ and not options.dry_run:
                 tables.print_cuts(tables.console(), session.inputs.found_rows)
         if (
             failure := getattr(result, "failure", None)
@@ -63,6 +67,14 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
             raise
         _complain(str(error))
         raise typer.Exit(error.exit_code) from None
+
+
+def _run(
+    session: "Session", command: Command, options: SharedOptions, own: dict[str, Any], shows_parts: bool
+) -> Result:
+    if shows_parts:
+        session.inputs.show = lambda part: part.show(tables.console())
+    return (session.dry_run if options.dry_run else session.run)(command.name, **own)
 
 
 def _print(result: Result, as_json: bool) -> None:

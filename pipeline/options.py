@@ -71,10 +71,8 @@ class SharedOptions:
         both before torch is imported, unless it is the loss that is invalid.
         """
         from pipeline.config_blocks import check_blocks
-        from stages.runtime.offline import go_offline
 
-        if self.offline:
-            go_offline()  # before a library reads the environment
+        self.go_offline()
         from pipeline.config_refusals import refuse_url_with_secret
         from pipeline.config_sources import merged
 
@@ -90,6 +88,13 @@ class SharedOptions:
         from pipeline.session import Session
 
         return Session(build_config(tree), self.store, self._arguments(), self.loss)
+
+    def go_offline(self) -> None:
+        """With `--offline`, reach no other machine from here on; before a library reads the environment."""
+        if self.offline:
+            from stages.runtime.offline import go_offline
+
+            go_offline()
 
     @property
     def _assigned(self) -> list[str]:
@@ -134,10 +139,13 @@ def typer_function(
     left_out = {"loss"} if not command.takes_loss else set()
     left_out |= {"assignments"} if not command.takes_assignments else set()
     left_out |= {"dry_run"} if not command.has_dry_run else set()
+    names = [field.name for field in fields(SharedOptions) if field.name not in left_out]
+    if command.without_config is not None:
+        names = [name for name in names if name in command.without_config]
     shared = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(SharedOptions)
-        if field.name not in left_out
+        if field.name in names
     ]
     own = [
         parameter.replace(kind=Parameter.KEYWORD_ONLY)

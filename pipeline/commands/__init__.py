@@ -3,9 +3,11 @@
 from pipeline.commands.cache_ref import CACHE_REF
 from pipeline.commands.compare import COMPARE
 from pipeline.commands.diff import DIFF
+from pipeline.commands.doctor import DOCTOR
 from pipeline.commands.evaluate import EVALUATE
 from pipeline.commands.export import EXPORT, IMPORT
 from pipeline.commands.gc import GC
+from pipeline.commands.init import INIT
 from pipeline.commands.inspect import INSPECT
 from pipeline.commands.judge import JUDGE
 from pipeline.commands.ls import LS
@@ -44,5 +46,7 @@ LISTED = (
     EXPORT,
     IMPORT,
     GC,
+    INIT,
+    DOCTOR,
 )
 COMMANDS = {command.name: command for command in LISTED}

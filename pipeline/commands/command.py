@@ -31,6 +31,15 @@ class Result(Protocol):
         ...
 
 
+class Given(Protocol):
+    """What a command that reads no configuration is told: the shared options."""
+
+    @property
+    def store(self) -> str:
+        """The folder or URL of the store."""
+        ...
+
+
 @dataclass(frozen=True)
 class Intent:
     """What a stage would do: a verb, and details such as the number of steps."""
@@ -74,7 +83,8 @@ class Command:
     `intent` is the dry run; it takes the same arguments, and neither computes nor writes. A command that runs
     others has `parts` instead: the commands that it runs under a configuration. `reads_data`: whether it reads the files of the
     block data, which are looked for before anything is imported. With `takes_assignments` it reads
-    `BLOCK.KEY=VALUE` without `--set` too.
+    `BLOCK.KEY=VALUE` without `--set` too. A command that reads no configuration names in `without_config` the shared options that it
+    takes; its `work` gets these instead of the inputs.
     """
 
     name: str
@@ -85,6 +95,7 @@ class Command:
     takes_loss: bool = True
     reads_data: bool = False
     takes_assignments: bool = False
+    without_config: tuple[str, ...] | None = None
 
     @property
     def has_dry_run(self) -> bool:

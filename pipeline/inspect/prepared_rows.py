@@ -173,11 +173,18 @@ class PreparedRows:
         ]
         return ShownCompletion(row["role"], row["score"], len(ids), sum(mask), row["completion_cut"], spans)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt with its longest completion."""
+        return int(self._sizes().max())
+
     def _longest(self) -> int:
-        sizes = self._lengths["prompt_ids"][self._starts] + np.maximum.reduceat(
-            self._lengths["completion_ids"], self._starts
-        )
-        return int(sizes.argmax()) + 1
+        return int(self._sizes().argmax()) + 1
+
+    def _sizes(self) -> np.ndarray:
+        """For each example the tokens of its prompt and its longest completion."""
+        completions = np.maximum.reduceat(self._lengths["completion_ids"], self._starts)
+        return self._lengths["prompt_ids"][self._starts] + completions
 
 
 def _starts(table: pa.Table) -> np.ndarray:

@@ -121,10 +121,27 @@ def test_the_reference_names_every_format_and_every_loss(reference):
 # The other files in configs/
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_loads_and_says_what_it_is(path):
     load_config([path], [], None)
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_where_it_is_from_what_is_published_and_what_it_needs(path):
+    text = path.read_text(encoding="utf-8")
+    wanted = ["Source: "] if path.stem.startswith("shared-") else ["Source: ", "# Published: ", "# Memory: "]
+    assert [word for word in wanted if word not in text] == []
+    config = load_config([path], [], None)
+    assert config.loss.model_dump()["name"] in path.stem or path.stem.startswith("shared-")
+
+
+def test_the_table_of_recipes_lists_every_file():
+    table = (CONFIGS / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert sorted(set(re.findall(r"\]\(([\w.-]+\.yaml)\)", table))) == [path.name for path in RECIPES]
 
 
 def test_there_is_a_configuration_for_every_loss():

@@ -1,0 +1,1 @@
+"""`align doctor`: what this machine has and lacks for the stages."""
