@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AttentionInterface
@@ -205,7 +206,8 @@ def _merge(result: Tensor, logsumexp: Tensor, found: Tensor, sums: Tensor) -> No
 
 def _calls(key: Tensor, value: Tensor, tree: TreeIndex, rules: Rules) -> Iterator[_Call]:
     """The attention calls over the rows of a pack."""
-    on_cpu = key.device.type == "cpu"
+    # Tensors of shapes alone (`align plan`) have no rounding, and each call takes a millisecond of Python.
+    on_cpu = key.device.type == "cpu" and not isinstance(key, FakeTensor)
     block, fewest = (BLOCK, FEWEST) if on_cpu else (LARGE_BLOCK, 1)
     limited = rules.window is not None or rules.chunk is not None
     longest = -(-tree.longest // block) * block
