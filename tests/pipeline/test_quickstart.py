@@ -108,7 +108,8 @@ def built_before(tmp_path_factory) -> tuple[Path, list[str]]:
 
     root, said = tmp_path_factory.mktemp("here"), []
     final = quickstart.folder_of(root, SHORT_RECIPE)
-    killed = final.with_name(f".tmp-{final.name}.{host()}.1.0123abcd")
+    never = 1 << 22  # larger than any process id of Linux
+    killed = final.with_name(f".tmp-{final.name}.{host()}.{never + 1}.0123abcd")
     killed.mkdir(parents=True)
     (killed / OWNER).touch()
     threads = torch.get_num_threads()
