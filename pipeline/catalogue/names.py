@@ -22,9 +22,7 @@ def folder_of(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Pat
     path = Path(text).expanduser()
     if path.exists():
         return path
-    catalogue = Catalogue(root)
-    known = [entry for entry in catalogue.entries if entry.kind in kinds]
-    found = _matches(catalogue, known, str(text))
+    known, found = _named(root, text, kinds)
     if len(found) == 1:
         return found[0].path
     if found:
@@ -38,11 +36,14 @@ def folder_of(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Pat
 def folder_or_path(root: Path, text: str | Path, kinds: Sequence[str] = KINDS) -> Path:
     """As `folder_of`, but the path as typed where no artifact has the name: its reader says best what it expected."""
     path = Path(text).expanduser()
-    if path.exists():
-        return path
+    return path if path.exists() or not _named(root, text, kinds)[1] else folder_of(root, text, kinds)
+
+
+def _named(root: Path, text: str | Path, kinds: Sequence[str]) -> tuple[list[Entry], list[Entry]]:
+    """The artifacts of these kinds in the store at `root`, and those of them that `text` names."""
     catalogue = Catalogue(root)
     known = [entry for entry in catalogue.entries if entry.kind in kinds]
-    return folder_of(root, text, kinds) if _matches(catalogue, known, str(text)) else path
+    return known, _matches(catalogue, known, str(text))
 
 
 def entry_named(root: Path, text: str) -> tuple[Catalogue, Entry]:
