@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 from pipeline import tables
-from pipeline.commands.command import Command, Intent
+from pipeline.commands.command import Command, Intent, Shard
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
@@ -46,15 +45,7 @@ class Scored:
         tables.headline(console, "cache-ref", what, self.folder, self.rows_scored == 0)
 
 
-def cache_ref(
-    inputs: "Inputs",
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard", metavar="i/N", help="Score share i of N, for N independent jobs; i starts at 1."
-        ),
-    ] = None,
-) -> Scored:
+def cache_ref(inputs: "Inputs", shard: Shard = None) -> Scored:
     """Stage 2: score new rows with the frozen reference and store their log-probs."""
     from stages.cache_ref.stage import cache_ref as score
 

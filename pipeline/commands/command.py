@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -132,6 +132,13 @@ class StageResult:
             "reused": self.reused,
             **self.artifact.counts,
         }
+
+
+# The option of the stages that independent jobs can share.
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="i/N", help="Do share i of N, for N independent jobs; i starts at 1."),
+]
 
 
 def flag(name: str, help: str) -> Any:
