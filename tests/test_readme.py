@@ -69,10 +69,12 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A folder with configs/ and the README's own files, as its reader would have them."""
+    """A folder with configs/ and the files that the documents show, as its reader would have them."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "mine.yaml").write_text(blocks(README, "yaml")[0])
     (tmp_path / "pairs.jsonl").write_text(blocks(README, "jsonl")[0])
+    (tmp_path / "thumbs.yaml").write_text(blocks(DOCS / "thumbs.md", "yaml")[0])
+    (tmp_path / "feedback.csv").write_text(blocks(DOCS / "thumbs.md", "csv")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -136,6 +138,12 @@ def test_the_index_links_every_page():
     linked = {link for link in LINK.findall(read(DOCS / "README.md")) if "/" not in link}
     pages = {path.name for kind in ("*.md", "*.ipynb") for path in DOCS.glob(kind)}
     assert linked == pages - {"README.md"}
+
+
+def test_the_menu_of_the_site_lists_every_page():
+    menu = read(ROOT / "mkdocs.yml").partition("nav:")[2]
+    pages = [path for kind in ("*.md", "*.ipynb") for path in DOCS.glob(kind)]
+    assert [path.name for path in pages if f"docs/{path.name}" not in menu] == []
 
 
 def test_the_readme_is_one_screen():
