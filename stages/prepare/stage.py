@@ -37,7 +37,7 @@ from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 8
+STAGE_VERSION = 9
 # Settings of which the identity of the template has the effect.
 PART_OF_THE_TEMPLATE = {"template", "append_eos", "thinking", "chat_template_kwargs", "system"}
 NOTHING_FILTERED = FilterSettings()
