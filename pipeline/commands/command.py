@@ -140,6 +140,16 @@ Shard = Annotated[
     typer.Option("--shard", metavar="i/N", help="Do share i of N, for N independent jobs; i starts at 1."),
 ]
 
+# The option of the commands whose work is tasks of a cluster.
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ray[:ADDRESS]",
+        help="Do the work as tasks of a Ray cluster: the one at ADDRESS, or one started on this machine.",
+    ),
+]
+
 
 def flag(name: str, help: str) -> Any:
     """A switch as a typer option; without the metavar, typer's help shows it as `{name} <bool>`."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cache.errors import UsageError
 from pipeline import tables
-from pipeline.commands.command import Command, Intent, Shard, StageResult, flag, found_or_made
+from pipeline.commands.command import Command, Intent, On, Shard, StageResult, flag, found_or_made
 
 if TYPE_CHECKING:
     from cache.artifacts import Artifact
@@ -113,6 +113,7 @@ def prepare(
     inputs: "Inputs",
     shard: Shard = None,
     join: Annotated[bool, flag("--join", "Join the shares of all jobs into the rows.")] = False,
+    on: On = None,
 ) -> Prepared | PreparedShare:
     """Stage 1: tokenize preference data into Arrow shards of token ids and masks."""
     from stages.prepare.stage import find_rows
@@ -124,9 +125,15 @@ def prepare(
         choose_worker(shard)
         if join:
             raise UsageError("--shard and --join are both given. Make every share first, then join them.")
+    if on is not None and (shard is not None or join):
+        raise UsageError("--on makes the shares and joins them by itself. Leave --shard and --join out.")
     sources = [inputs.rows_source, *inputs.eval_sources.values()]
-    if shard is not None and any(find_rows(*source) is None for source in sources):
+    is_done = all(find_rows(*source) is not None for source in sources)
+    if shard is not None and not is_done:
         return _prepare_share(inputs, shard)
+    if on is not None:
+        join = True
+        _prepare_on(on, inputs, is_done)
 
     def rows(source: "RowsSource") -> "tuple[Artifact, bool]":
         make = partial(join_shares if join else make_rows, *source)
@@ -152,7 +159,17 @@ def _prepare_share(inputs: "Inputs", shard: str) -> PreparedShare:
     return PreparedShare(shard, own, sets, inputs.context.command("prepare", "--join"))
 
 
-def would_prepare(inputs: "Inputs", shard: str | None = None, join: bool = False) -> Intent:
+def _prepare_on(on: str, inputs: "Inputs", is_done: bool) -> None:
+    from pipeline.on_ray import cluster
+
+    if not is_done:
+        with cluster(on) as tasks:
+            tasks.run_shares("prepare", prepare, inputs.context, on_gpus=False)
+
+
+def would_prepare(
+    inputs: "Inputs", shard: str | None = None, join: bool = False, on: str | None = None
+) -> Intent:
     """Look whether the rows of the data and of the evaluation sets, or this share of them, exist."""
     from stages.prepare.stage import find_rows, find_share
 
@@ -181,6 +198,7 @@ PREPARE = Command(
         "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
         "align prepare --shard 1/8",
         "align prepare --join",
+        "align prepare --on ray",
     ),
     intent=would_prepare,
     takes_loss=False,
