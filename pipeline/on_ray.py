@@ -35,6 +35,7 @@ class Cluster(Processes):
         """
         super().__init__()
         self._works = works
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray = self._ray = _import_ray()
         path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
         try:

@@ -115,5 +115,5 @@ INIT = Command(
         "align init --model ./my-model --data thumbs.csv -o thumbs.yaml",
     ),
     takes_loss=False,
-    without_config=("offline", "json_", "debug"),
+    without_config=("offline", "json_", "quiet", "debug"),
 )

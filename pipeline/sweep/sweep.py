@@ -208,7 +208,9 @@ class _Trainings:
     def _tell(self, outcome: Outcome, total: int) -> None:
         place = f"sweep: {outcome.member.number} of {total}, {outcome.member.name}"
         if outcome.problem:
-            self.context.log(f"{place}: FAILED, {outcome.problem}")
+            # One that ends because the sweep does has not failed.
+            end = "stopped" if self.own.stopping.is_set() else f"FAILED, {outcome.problem}"
+            self.context.log(f"{place}: {end}")
             return
         assert outcome.policy is not None
         accuracy = outcome.policy.counts["final"].get("rewards/accuracies")

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AttentionInterface
@@ -22,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from stages.engine.attention_calls import NodeCall, RowCall, Rules, node_calls, row_calls
 from stages.engine.attention_kernels import Attended, Flash, Kernel, Matmul
 from stages.engine.prefix_tree import Run, TreeIndex
+from stages.engine.shapes_alone import of_shapes, one_of_each
 
 NAME = "align_tree"
 
@@ -154,13 +154,13 @@ def _gathered(
 ) -> Iterator[tuple[RowCall, Tensor, Tensor, Tensor | None]]:
     """The forward calls, each with the keys and values of its row, and the mask (filled, keys): 0 where seen, else -inf."""
     # Tensors of shapes alone (`align plan`) have no rounding.
-    of_shapes = isinstance(key, FakeTensor)
-    runs, longest, block, fewest = row_calls(tree, rules, key.device.type == "cpu" and not of_shapes)
+    alone = of_shapes(key)
+    runs, longest, block, fewest = row_calls(tree, rules, key.device.type == "cpu" and not alone)
     places = torch.arange(longest + fewest, device=key.device)
     # Without chunks a mask is a function of distances: that of the last block of the longest row has in it those of all.
     last = None if rules.chunk else rules.mask(places[longest - block :], places[:longest]).to(key.dtype)
     row_key, row_value = (side.new_zeros(*side.shape[:2], longest, side.shape[3]) for side in (key, value))
-    for run, calls in _distinct_runs(runs) if of_shapes else runs:
+    for run, calls in _one_of_each_call(runs) if alone else runs:
         row_key.narrow(2, run.place, run.length).copy_(key.narrow(2, run.start, run.length))
         row_value.narrow(2, run.place, run.length).copy_(value.narrow(2, run.start, run.length))
         for call in calls:
@@ -179,7 +179,7 @@ def _masked_nodes(
     """The backward calls, each with its mask."""
     places = torch.from_numpy(tree.places).to(query.device) if rules.limited else None
     calls = node_calls(tree, rules, not isinstance(kernel, Matmul))
-    for call in _distinct(calls) if isinstance(query, FakeTensor) else calls:
+    for call in one_of_each(calls, lambda call: call.shape) if of_shapes(query) else calls:
         mask = None
         if places is not None and call.masked:
             mask = rules.mask(places[call.queries], places[call.keys]).to(query.dtype)
@@ -190,21 +190,9 @@ def _part(side: Tensor, places: slice) -> Tensor:
     return side.narrow(2, places.start, places.stop - places.start)
 
 
-def _distinct_runs(
-    runs: Sequence[tuple[Run, Sequence[RowCall]]],
-) -> Iterator[tuple[Run, Sequence[RowCall]]]:
-    """The runs with one forward call of each shape, which is all that memory depends on."""
-    seen: set[Any] = set()
-    for run, calls in runs:
-        new = [call for call in _distinct(calls) if call.shape not in seen]
-        seen |= {call.shape for call in new}
-        if new:
-            yield run, new
-
-
-def _distinct(calls: Sequence[Any]) -> list[Any]:
-    """The first call of each shape."""
-    return list({call.shape: call for call in reversed(calls)}.values())[::-1]
+def _one_of_each_call(runs: Sequence[tuple[Run, Sequence[RowCall]]]) -> list[tuple[Run, Sequence[RowCall]]]:
+    calls = one_of_each(((run, call) for run, calls in runs for call in calls), lambda pair: pair[1].shape)
+    return [(run, [call]) for run, call in calls]
 
 
 def no_mask(*_: Any, **__: Any) -> None:
