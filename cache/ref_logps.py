@@ -83,6 +83,7 @@ class RefLogps:
         return self._shards[shard].row(place - int(self._starts[shard]))
 
     def _build_index(self) -> None:
+        self._index = KeyIndex(RowKeys.of([]))  # gives the memory of the one before back
         self._index = KeyIndex(self.keys())
         lengths = [len(shard.keys) for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
