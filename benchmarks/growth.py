@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,13 @@ def run(part: str, folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
+def measured_before(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The results of other sizes, so that one size can be measured again."""
+    path = RESULTS / "growth.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in rows if row["rows"] not in sizes]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
@@ -249,7 +256,7 @@ def main() -> None:
     if given.part:
         measure(given.part, given.folder, given.sizes[0])
         return
-    measured: list[dict[str, Any]] = []
+    measured = measured_before(given.sizes)
     for rows in given.sizes:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             for part in PARTS:
@@ -263,6 +270,7 @@ def main() -> None:
         f"their packs and their reference log-probs, in processor time, the median of {STEPS}. The first `open and match` hashes every file of the "
         "store, the second believes the notes of the first."
     )
+    measured.sort(key=lambda row: row["rows"])
     write_results("growth", measured, "Growth with the number of rows", notes, RESULTS)
 
 
