@@ -58,6 +58,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
+	$(BIN)/python benchmarks/token_cost.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
 	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi

@@ -4,11 +4,14 @@ In: hidden states, the weight of the output layer (lm_head), targets.  Out: floa
 in float32 whatever the dtype, and no tensor of shape (tokens, vocabulary) is needed at once.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from stages.engine.shapes_alone import of_shapes, one_of_each
 
 # Logits up to this size are kept for the backward pass; larger ones are recomputed chunk by chunk.
 KEPT_LOGITS_BYTES = 1 << 30
@@ -38,36 +41,36 @@ class TokenLogps(torch.autograd.Function):
         keep = len(targets) * weight.shape[0] * hidden.element_size() <= KEPT_LOGITS_BYTES and any(
             ctx.needs_input_grad
         )
-        kept, logsumexps, logps = [], [], []
-        for chunk in _chunks(len(targets)):
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)
+        logsumexps = torch.empty_like(logps)
+        kept = []
+        for chunk in _chunks(hidden, repeated=keep):
             logits = _logits(hidden[chunk], cast, bias, scale, softcap)  # (chunk, vocabulary)
             lse = torch.logsumexp(logits.float(), dim=-1)  # (chunk,)
-            logsumexps.append(lse)
-            logps.append(logits.gather(1, targets[chunk, None])[:, 0].float() - lse)  # (chunk,)
+            logsumexps[chunk] = lse
+            logps[chunk] = logits.gather(1, targets[chunk, None])[:, 0].float() - lse
             if keep:
                 kept.append(logits)
-        ctx.save_for_backward(hidden, weight, cast, bias, targets, *logsumexps, *kept)
-        ctx.scale, ctx.softcap, ctx.num_kept = scale, softcap, len(kept)
-        return torch.cat(logps) if logps else hidden.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, cast, bias, targets, logsumexps, *kept)
+        ctx.scale, ctx.softcap = scale, softcap
+        return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of hidden, weight and bias from `grad` (tokens,)."""
-        hidden, weight, cast, bias, targets, *rest = ctx.saved_tensors
-        chunks = _chunks(len(targets))
-        logsumexps, kept = rest[: len(chunks)], rest[len(chunks) :]
+        hidden, weight, cast, bias, targets, logsumexps, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None
         if bias is not None and ctx.needs_input_grad[2]:
             grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-        for index, chunk in enumerate(chunks):
+        for index, chunk in enumerate(_chunks(hidden, repeated=bool(kept))):
             logits = (
-                kept[index] if ctx.num_kept else _logits(hidden[chunk], cast, bias, ctx.scale, ctx.softcap)
+                kept[index] if kept else _logits(hidden[chunk], cast, bias, ctx.scale, ctx.softcap)
             )  # (chunk, vocabulary)
             grad_logits = _grad_logits(
-                logits, logsumexps[index], targets[chunk], grad[chunk], ctx.scale, ctx.softcap
+                logits, logsumexps[chunk], targets[chunk], grad[chunk], ctx.scale, ctx.softcap
             ).to(hidden.dtype)  # (chunk, vocabulary)
             torch.mm(grad_logits, cast, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -113,7 +116,7 @@ def collision_logps(
     """log sum_v pi(v)^2 at each token, (tokens,), float32, without gradient: WPO's normalizer (arXiv 2406.11827)."""
     values = []
     with torch.no_grad():
-        for chunk in _chunks(len(hidden)):
+        for chunk in _chunks(hidden, repeated=True):
             values.append(collisions_of(_logits(hidden[chunk], weight, bias, scale, softcap).float()))
     return torch.cat(values) if values else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -123,11 +126,21 @@ def collisions_of(logits: Tensor) -> Tensor:
     return torch.logsumexp(2 * logits, dim=-1) - 2 * torch.logsumexp(logits, dim=-1)
 
 
-def _chunks(tokens: int) -> list[slice]:
-    """Slices of nearly equal size over the tokens."""
+def _chunks(hidden: Tensor, repeated: bool) -> list[slice]:
+    """Slices of nearly equal size over the tokens; of shapes alone all of them only if `repeated`."""
     # Nearly equal, because a matmul of a few rows rounds differently from a larger one.
+    tokens = len(hidden)
     count = -(-tokens // CHUNK_TOKENS)
-    return [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
+    found = [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
+    # The tensors of the chunk before are alive as those of the next one are made.
+    return found if repeated or not of_shapes(hidden) else _neighbours_of_each_size(found)
+
+
+def _neighbours_of_each_size(chunks: list[slice]) -> list[slice]:
+    pairs = one_of_each(
+        itertools.pairwise(chunks), lambda pair: tuple(chunk.stop - chunk.start for chunk in pair)
+    )
+    return [chunk for pair in pairs for chunk in pair] or chunks
 
 
 def _logits(

@@ -9,11 +9,13 @@ follows a token in all of its rows is one stretch of positions. A *run* is what 
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -92,6 +94,13 @@ class TreeIndex:
         self.runs = runs
         self.size = runs[-1].start + runs[-1].length
         self.longest = max(run.place + run.length for run in runs)
+        self._found: dict[Any, Any] = {}
+
+    def once(self, name: Any, find: Callable[[], T]) -> T:
+        """What `find` returns, which is called once for each name."""
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
 
     @cached_property
     def nodes(self) -> list[Node]:

@@ -8,72 +8,22 @@ The gradient goes through the nodes: a node attends to itself causally, and what
 positions, sees all of it.
 """
 
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from stages.engine.attention_calls import NodeCall, RowCall, Rules, node_calls, row_calls
 from stages.engine.attention_kernels import Attended, Flash, Kernel, Matmul
-from stages.engine.prefix_tree import TreeIndex
+from stages.engine.prefix_tree import Run, TreeIndex
+from stages.engine.shapes_alone import of_shapes, one_of_each
 
 NAME = "align_tree"
-# On a CPU, queries of one block of this many places of a row share a call, over the keys up to the end of their block,
-# and the number of queries of a call is a multiple of `FEWEST`. The ends of matrix products round otherwise; so the
-# float32 result of a token depends on its own row alone, to the bit, whatever rows are in its pack.
-BLOCK = 64
-FEWEST = 16
-# Of so many keys at the multiples of this number, all queries that see them share a call, whatever rows they are in.
-MANY_KEYS = 512
-# Elsewhere: queries of a call.
-LARGE_BLOCK = 512
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a layer attends within a row.
-
-    `scaling`: factor of the scores. `window`: the last places that a query sees. `chunk`: the length of blocks of the row
-    that do not see each other. `softcap`: bound of the scores.
-    """
-
-    scaling: float
-    window: int | None = None
-    chunk: int | None = None
-    softcap: float | None = None
-
-    def all_visible(self, total: int) -> bool:
-        """Whether a query of a row of `total` places sees every place up to its own."""
-        return all(length is None or length >= total for length in (self.window, self.chunk))
-
-    def first_key(self, query: int) -> int:
-        """The first place that a query at this place sees."""
-        behind_window = 0 if self.window is None else query - self.window + 1
-        return max(0, behind_window, 0 if self.chunk is None else query // self.chunk * self.chunk)
-
-    def last_query(self, key: int) -> int:
-        """The last place that sees a key at this place."""
-        of_window = sys.maxsize if self.window is None else key + self.window - 1
-        of_chunk = sys.maxsize if self.chunk is None else (key // self.chunk + 1) * self.chunk - 1
-        return min(of_window, of_chunk)
-
-    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """What queries see of keys at these places of their row: (queries, keys) float32, 0 or -inf."""
-        distance = queries[:, None] - keys
-        seen = distance >= 0
-        if self.window is not None:
-            seen &= distance < self.window
-        if self.chunk is not None:
-            seen &= queries[:, None] // self.chunk == keys // self.chunk
-        return torch.zeros(seen.shape, device=keys.device).masked_fill_(~seen, float("-inf"))
 
 
 def chunk_of(module: Any) -> int | None:
@@ -139,16 +89,8 @@ class TreeAttention(torch.autograd.Function):
             1, 2
         )
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-        for part in _calls(key, value, tree, rules):
-            own = slice(part.start, part.start + part.length)
-            queries = query[:, :, part.start : part.start + part.filled]
-            queries = pad(queries, (0, 0, 0, part.filled - queries.shape[2]))
-            found, sums = kernel.forward(queries, part.key, part.value, part.mask)
-            found, sums = found[:, :, : part.length], sums[:, :, : part.length]
-            if part.is_first:
-                result[:, :, own], logsumexp[:, :, own] = found, sums
-            else:
-                _merge(result[:, :, own], logsumexp[:, :, own], found, sums)
+        for call, keys, values, mask in _gathered(key, value, tree, rules):
+            _put(result, logsumexp, call, *kernel.forward(_filled_queries(query, call), keys, values, mask))
         if sinks is not None:  # the share of the others is e^logsumexp / (e^logsumexp + e^sink)
             total = torch.logaddexp(logsumexp, sinks.float()[:, None])
             result *= torch.exp(logsumexp - total)[..., None]
@@ -163,33 +105,16 @@ class TreeAttention(torch.autograd.Function):
         """Gradients of query, key, value and sinks."""
         query, key, value, result, logsumexp, sinks = ctx.saved_tensors
         kernel = _kernel(query, ctx.rules)
-        of_query, of_key, of_value = (torch.zeros_like(side) for side in (query, key, value))
-        for keys, queries, mask, causal in _node_calls(ctx.tree, ctx.rules, query, kernel):
-            seen = Attended(*(side[:, :, queries] for side in (query, result, logsumexp, gradient)))
-            found = kernel.backward(seen, key[:, :, keys], value[:, :, keys], mask, causal)
-            of_query[:, :, queries] += found[0]
-            of_key[:, :, keys] += found[1]
-            of_value[:, :, keys] += found[2]
+        found = [torch.empty_like(side) for side in (query, key, value)]
+        for call, mask in _masked_nodes(ctx.tree, ctx.rules, query, kernel):
+            seen = Attended(*(_part(side, call.queries) for side in (query, result, logsumexp, gradient)))
+            sides = _part(key, call.keys), _part(value, call.keys)
+            _add(found, call, kernel.backward(seen, *sides, mask, call.causal))
         of_sinks = None
         if sinks is not None:
             shares = torch.exp(sinks.float()[:, None] - logsumexp)
             of_sinks = -(shares * (gradient * result).float().sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return of_query, of_key, of_value, of_sinks, None, None
-
-
-class _Call(NamedTuple):
-    """`length` queries from position `start` on, filled up to `filled`, and the keys and values that they see of a row.
-
-    `is_first`: whether these queries saw no keys before. `mask` (filled, keys): 0 where a query sees a key, else -inf.
-    """
-
-    start: int
-    length: int
-    filled: int
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    is_first: bool
+        return *found, of_sinks, None, None
 
 
 def _kernel(query: Tensor, rules: Rules) -> Kernel:
@@ -197,88 +122,77 @@ def _kernel(query: Tensor, rules: Rules) -> Kernel:
     return Flash(rules.scaling) if fused else Matmul(rules.scaling, rules.softcap)
 
 
-def _merge(result: Tensor, logsumexp: Tensor, found: Tensor, sums: Tensor) -> None:
-    """Add what queries found among further keys, in place."""
+def _filled_queries(query: Tensor, call: RowCall) -> Tensor:
+    """The queries of a call; zeros behind the last position of the pack."""
+    found = query.narrow(2, call.start, min(call.filled, query.shape[2] - call.start))
+    missing = call.filled - found.shape[2]
+    return pad(found, (0, 0, 0, missing)) if missing else found
+
+
+def _put(result: Tensor, logsumexp: Tensor, call: RowCall, found: Tensor, sums: Tensor) -> None:
+    """Put in what queries found, in place; if they have seen keys before, to be shared with what they found there."""
+    found, sums = found.narrow(2, 0, call.number), sums.narrow(2, 0, call.number)
+    result, logsumexp = (side.narrow(2, call.start, call.number) for side in (result, logsumexp))
+    if call.is_first:
+        result.copy_(found)
+        logsumexp.copy_(sums)
+        return
     total = torch.logaddexp(logsumexp, sums)
     result.mul_((logsumexp - total).exp_()[..., None]).addcmul_(found, (sums - total).exp_()[..., None])
     logsumexp.copy_(total)
 
 
-def _calls(key: Tensor, value: Tensor, tree: TreeIndex, rules: Rules) -> Iterator[_Call]:
-    """The attention calls over the rows of a pack."""
-    # Tensors of shapes alone (`align plan`) have no rounding, and each call takes a millisecond of Python.
-    on_cpu = key.device.type == "cpu" and not isinstance(key, FakeTensor)
-    block, fewest = (BLOCK, FEWEST) if on_cpu else (LARGE_BLOCK, 1)
-    limited = rules.window is not None or rules.chunk is not None
-    longest = -(-tree.longest // block) * block
-    many = longest if limited else MANY_KEYS
+def _add(gradients: Sequence[Tensor], call: NodeCall, parts: Sequence[Tensor]) -> None:
+    """Add the gradients of query, key and value that a call found, in place; `gradients` are not set before the first."""
+    for side, places, part in zip(gradients, (call.queries, call.keys, call.keys), parts, strict=True):
+        own = _part(side, places)
+        own.copy_(part) if call.is_first else own.add_(part)
+
+
+def _gathered(
+    key: Tensor, value: Tensor, tree: TreeIndex, rules: Rules
+) -> Iterator[tuple[RowCall, Tensor, Tensor, Tensor | None]]:
+    """The forward calls, each with the keys and values of its row, and the mask (filled, keys): 0 where seen, else -inf."""
+    # Tensors of shapes alone (`align plan`) have no rounding.
+    alone = of_shapes(key)
+    runs, longest, block, fewest = row_calls(tree, rules, key.device.type == "cpu" and not alone)
     places = torch.arange(longest + fewest, device=key.device)
     # Without chunks a mask is a function of distances: that of the last block of the longest row has in it those of all.
     last = None if rules.chunk else rules.mask(places[longest - block :], places[:longest]).to(key.dtype)
     row_key, row_value = (side.new_zeros(*side.shape[:2], longest, side.shape[3]) for side in (key, value))
-    for run in tree.runs:
-        own, row = slice(run.start, run.start + run.length), slice(run.place, run.place + run.length)
-        row_key[:, :, row], row_value[:, :, row] = key[:, :, own], value[:, :, own]
-        for begin in range(run.place // many * many, row.stop - many + 1, many):
-            start = run.start + begin + many - run.place
-            if number := tree.ends[start - 1] - start:
-                keys = slice(begin, begin + many)
-                filled = -(-number // fewest) * fewest
-                yield _Call(
-                    start, number, filled, row_key[:, :, keys], row_value[:, :, keys], None, not begin
-                )
-        for place in _cut(row, block):
-            begin = place.start // block * block
-            from_ = max(rules.first_key(begin), begin // many * many)
-            seen = slice(from_, begin + block if on_cpu else place.stop)
-            number = place.stop - place.start
-            filled = -(-number // fewest) * fewest
-            if last is None:
-                mask = rules.mask(places[place.start :][:filled], places[seen]).to(key.dtype)
-            else:
-                shift = longest - block - begin
-                mask = last[place.start - begin :][:filled, seen.start + shift : seen.stop + shift]
-            start = run.start + place.start - run.place
-            yield _Call(
-                start,
-                number,
-                filled,
-                row_key[:, :, seen],
-                row_value[:, :, seen],
-                mask,
-                limited or begin < many,
-            )
+    for run, calls in _one_of_each_call(runs) if alone else runs:
+        row_key.narrow(2, run.place, run.length).copy_(key.narrow(2, run.start, run.length))
+        row_value.narrow(2, run.place, run.length).copy_(value.narrow(2, run.start, run.length))
+        for call in calls:
+            mask, begin = None, call.place // block * block
+            if call.masked and last is None:
+                mask = rules.mask(places[call.place :][: call.filled], places[call.keys]).to(key.dtype)
+            elif call.masked:
+                shift, first = longest - block - begin, call.place - begin
+                mask = last[first : first + call.filled, call.keys.start + shift : call.keys.stop + shift]
+            yield call, _part(row_key, call.keys), _part(row_value, call.keys), mask
 
 
-def _cut(row: slice, block: int) -> Iterator[slice]:
-    """Places of a row, cut at the multiples of `block`."""
-    start = row.start
-    while start < row.stop:
-        stop = min(row.stop, (start // block + 1) * block)
-        yield slice(start, stop)
-        start = stop
-
-
-def _node_calls(
+def _masked_nodes(
     tree: TreeIndex, rules: Rules, query: Tensor, kernel: Kernel
-) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-    """Keys, queries that may see them, the mask between them, if any, and whether query n sees keys up to n."""
-    places = torch.from_numpy(tree.places).to(query.device)
-    limited = rules.window is not None or rules.chunk is not None
-    most = LARGE_BLOCK if limited or isinstance(kernel, Matmul) else tree.size
-    for node in tree.nodes:
-        for start in range(node.start, node.start + node.length, most):
-            end = min(start + most, node.start + node.length)
-            keys, plain = slice(start, end), rules.all_visible(end - start)
-            yield keys, keys, None if plain else rules.mask(places[keys], places[keys]).to(query.dtype), plain
-            seeing = np.flatnonzero(
-                tree.places[end : node.end] <= rules.last_query(int(tree.places[end - 1]))
-            )
-            if len(seeing):
-                for first in range(end + seeing[0], end + seeing[-1] + 1, most):
-                    queries = slice(first, min(first + most, end + seeing[-1] + 1))
-                    mask = rules.mask(places[queries], places[keys]).to(query.dtype) if limited else None
-                    yield keys, queries, mask, False
+) -> Iterator[tuple[NodeCall, Tensor | None]]:
+    """The backward calls, each with its mask."""
+    places = torch.from_numpy(tree.places).to(query.device) if rules.limited else None
+    calls = node_calls(tree, rules, not isinstance(kernel, Matmul))
+    for call in one_of_each(calls, lambda call: call.shape) if of_shapes(query) else calls:
+        mask = None
+        if places is not None and call.masked:
+            mask = rules.mask(places[call.queries], places[call.keys]).to(query.dtype)
+        yield call, mask
+
+
+def _part(side: Tensor, places: slice) -> Tensor:
+    return side.narrow(2, places.start, places.stop - places.start)
+
+
+def _one_of_each_call(runs: Sequence[tuple[Run, Sequence[RowCall]]]) -> list[tuple[Run, Sequence[RowCall]]]:
+    calls = one_of_each(((run, call) for run, calls in runs for call in calls), lambda pair: pair[1].shape)
+    return [(run, [call]) for run, call in calls]
 
 
 def no_mask(*_: Any, **__: Any) -> None:

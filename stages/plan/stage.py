@@ -21,7 +21,6 @@ from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
 from stages.runtime.distributed import World
 from stages.runtime.malloc import give_back_freed_memory
-from stages.train.data_order import epoch_order
 from stages.train.job import Job
 from stages.train.optimizers import make_optimizer
 from stages.train.policy import load_trainable
@@ -117,14 +116,14 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
 
 def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int, SharedTokens]:
     """The largest packs of the first steps, the largest first, the mean positions of a step, and what steps share."""
-    order = epoch_order(rows.mismatch_groups, job.settings.seed, 0)
-    size, budget, found, total = job.resolved.batch_size, job.compute.tokens_per_batch, [], 0
-    starts = range(0, len(order), size)[:COUNTED_STEPS]
+    order, budget, found, total = job.data_order(rows), job.compute.tokens_per_batch, [], 0
+    steps = range(1, min(COUNTED_STEPS, job.resolved.steps_per_epoch) + 1)
     shares: list[SharedTokens] = []
-    for start in starts:
-        groups = [rows.example_rows(example, mismatched=False) for example in order[start : start + size]]
+    for step in steps:
+        examples = order.examples_of(step)
+        groups = [rows.example_rows(example, mismatched=False) for example in examples]
         if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
-            others = [rows.example_rows(example, mismatched=True) for example in order[start : start + size]]
+            others = [rows.example_rows(example, mismatched=True) for example in examples]
             total += sum(
                 length for length, _ in _packs(rows, [group for group in others if len(group)], budget)
             )
@@ -139,7 +138,7 @@ def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int, SharedToken
     found.sort(key=lambda entry: -entry[0])
     largest = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
     mean = np.array(shares or [SharedTokens(0, 0, 0)]).mean(0).round().astype(int).tolist()
-    return largest, round(total / max(1, len(starts))), SharedTokens(*mean)
+    return largest, round(total / max(1, len(steps))), SharedTokens(*mean)
 
 
 def _packs(rows: RowSet, groups: list[np.ndarray], budget: int) -> list[tuple[int, list[np.ndarray]]]:

@@ -55,6 +55,10 @@ class TrainSettings(Settings):
         default=None,
         description="examples (pairs or ranked lists) in one optimizer step, over all ranks; null takes the default of the loss",
     )
+    keep_together: Literal["conversation"] | None = Field(
+        default=None,
+        description="'conversation' puts the examples of one conversation into the same step, so that its earlier turns are computed once; a step then has batch_size examples on average; null shuffles examples regardless of it",
+    )
     pairs: PairStrategy = Field(
         default="best_worst",
         description="pairs formed from a ranked list: the best with the worst, all with different scores, or neighbours in rank",

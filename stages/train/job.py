@@ -15,22 +15,26 @@ from cache.artifacts import Artifact, open_artifact
 from cache.errors import AlignError
 from cache.fingerprint import canonical_json
 from cache.ref_logps import RefLogps
+from stages.data.rows import RowSet
 from stages.losses.contract import Loss
 from stages.models.loading import ModelSource
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context
 from stages.settings.train import AdapterSettings, TrainSettings
 from stages.train.checkpoints import Checkpoint
-from stages.train.data_order import num_steps
+from stages.train.conversations import conversations
+from stages.train.data_order import DataOrder, num_steps
 from stages.train.samples import PromptPool
 from stages.train.without_effect import effective_adapter, effective_train
 
 STAGE_VERSION = 5
 NUM_DEFAULT_EVALS = 5
-# Settings that change neither the weights nor the metrics, and those that `ResolvedRun` replaces in the identity.
+# Settings that change neither the weights nor the metrics, those that `ResolvedRun` replaces in the identity, and one
+# that the identity has where it is set.
 NOT_HASHED = {
     "name",
     "model_card",
+    "keep_together",
     "learning_rate",
     "batch_size",
     "eval_steps",
@@ -111,6 +115,12 @@ class Job:
         """The numbers of the run."""
         return resolve_run(self.loss, self.settings, self.rows.counts["examples"]["train"], self.adapter)
 
+    def data_order(self, rows: RowSet) -> DataOrder:
+        """The order of the training rows."""
+        kept = self.settings.keep_together is not None
+        together = conversations(rows, self.rows.counts["turn_end_ids"]) if kept else None
+        return DataOrder(rows.mismatch_groups, self.settings.seed, self.resolved.batch_size, together)
+
     @property
     def own_identity(self) -> dict[str, Any]:
         """Everything that changes the trained weights or the metrics, except the checkpoint that the run continues."""
@@ -131,6 +141,7 @@ class Job:
                 "learning_rate": resolved.learning_rate,
                 "batch_size": resolved.batch_size,
                 "eval_steps": min(resolved.eval_steps, resolved.steps),
+                **({"keep_together": self.settings.keep_together} if self.settings.keep_together else {}),
             },
             "eval_sets": {name: rows.fingerprint for name, rows in self.eval_sets.items()},
             "samples": self.pool.identity if self.pool else None,

@@ -21,7 +21,6 @@ from stages.data.rows import RowSet
 from stages.runtime.context import progress
 from stages.runtime.distributed import World
 from stages.train.checkpoints import Checkpoint, RunState, remove_old, save_checkpoint
-from stages.train.data_order import DataOrder
 from stages.train.job import Job
 from stages.train.monitoring.best_evaluation import Best, best_evaluation, check_metric, eval_name
 from stages.train.monitoring.health import Watch
@@ -70,7 +69,7 @@ class Run:
         )
         self.world, self.folder, self.log, self.checkpoint = world, folder, log, checkpoint
         self.schedule = make_schedule(settings, self.resolved.learning_rate, self.resolved.steps)
-        self._order = DataOrder(rows.mismatch_groups, settings.seed, self.resolved.batch_size)
+        self._order = job.data_order(rows)
         self.policy = load_trainable(job, world, log)
         filled = {name: split for name, split in eval_sets.items() if len(split)}
         self.train_scorer, *eval_scorers = make_row_scorers(
@@ -83,8 +82,9 @@ class Run:
             lambda: rows,
         )
         self.eval_scorers = dict(zip(filled, eval_scorers, strict=True))
-        if summary := self.train_scorer.pairs.summary():
-            log(summary)
+        for summary in (self.train_scorer.pairs.summary(), self._order.summary()):
+            if summary:
+                log(summary)
         self.optimizer = make_optimizer(self.policy.parameters, settings)
         self.weight_updates = WeightUpdates(self.policy.parameters)
         self.loss_state: dict[str, float] = {}
@@ -147,7 +147,7 @@ class Run:
                 (line[metric] for line in reversed(self.history) if line.get(metric) is not None), None
             )
             note += "" if value is None else f", {label} {value:.3f}"
-        rate = self.resolved.batch_size / max(line["step_seconds"], 1e-4)
+        rate = len(self.examples_of(self.last_step)) / max(line["step_seconds"], 1e-4)
         return f"{note}, {rate:,.0f} examples/s"
 
     def _begin(self, tracker: Tracker, audit_difference: float | None) -> None:

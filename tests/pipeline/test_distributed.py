@@ -202,7 +202,8 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
 
     What is sharded is an adapter, whose shards are few: the checkpoint holds them and their optimizer alone.
     """
-    tree = tree_of(tiny_model, preferences, adapter, num_epochs=3, parallel=parallel, keep_last=1)
+    kept = {"keep_together": "conversation"} if parallel == "ddp" else {}
+    tree = tree_of(tiny_model, preferences, adapter, num_epochs=3, parallel=parallel, keep_last=1, **kept)
     store = prepared(tree, tmp_path / "store")
     two = copy_of(store, "two")
     assert train_on_two_ranks(tree, two) == [0, 0], errors_of(two).read_text()
@@ -216,7 +217,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     assert train_on_two_ranks(tree, killed) == [0, 0], errors_of(killed).read_text()
     assert_same_bits(run(tree, killed, "train"), run(tree, two, "train"))
 
-    whole = tree_of(tiny_model, preferences, adapter, num_epochs=3, keep_last=1)
+    whole = tree_of(tiny_model, preferences, adapter, num_epochs=3, keep_last=1, **kept)
     with examples_taken() as order:
         expected = run(whole, copy_of(store, "one"), "train")
     spread = spread_over_splits(whole, store, trajectory(expected))

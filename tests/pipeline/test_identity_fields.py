@@ -97,6 +97,7 @@ TABLE = {
     "adapter.use_rslora": Key("policy", True, {"adapter.name": "lora"}),
     "train.learning_rate": Key("policy", 2e-3),
     "train.batch_size": Key("policy", 2),
+    "train.keep_together": Key("policy", "conversation"),
     "train.pairs": Key("policy", "adjacent"),
     "train.num_epochs": Key("policy", 3),
     "train.max_steps": Key("policy", 2),

@@ -52,3 +52,58 @@ def test_the_examples_of_a_step_do_not_depend_on_the_steps_before(sizes, seed, b
     for step in (2 * steps, 1, steps):
         assert np.array_equal(DataOrder(groups, seed, batch_size).examples_of(step), whole[step - 1])
         assert np.array_equal(order.examples_of(step), whole[step - 1])
+
+
+TALKS = st.lists(st.integers(0, 6), min_size=1, max_size=40)
+
+
+def steps_of(order: DataOrder, count: int, epoch: int) -> list[np.ndarray]:
+    return [order.examples_of(epoch * count + step) for step in range(1, count + 1)]
+
+
+@given(labels=TALKS, seed=st.integers(0, 3), batch_size=st.integers(1, 12))
+def test_a_conversation_is_in_one_step_unless_it_is_longer(labels, seed, batch_size) -> None:
+    """As many steps as without, each example once, in steps of `batch_size` to within the longest conversation."""
+    talks = np.array(labels)
+    order = DataOrder(np.zeros(len(talks), int), seed, batch_size, talks)
+    count = num_steps(len(talks), batch_size, 1, None)
+    longest = min(batch_size, int(np.bincount(talks).max()))
+    for epoch in (0, 1):
+        steps = steps_of(order, count, epoch)
+        assert sorted(np.concatenate(steps)) == list(range(len(talks)))
+        assert all(0 < len(step) < batch_size + longest for step in steps)
+        ends = np.cumsum([len(step) for step in steps])[:-1]
+        assert all(0 <= batch_size * (n + 1) - end < longest for n, end in enumerate(ends))
+        for talk, size in zip(*np.unique(talks, return_counts=True), strict=True):
+            holding = sum(talk in talks[step] for step in steps)
+            assert holding == 1 if size <= batch_size else holding <= -(-size // batch_size)
+
+
+@given(labels=TALKS, seed=st.integers(0, 3), batch_size=st.integers(1, 12))
+def test_conversations_of_a_step_do_not_depend_on_the_steps_before(labels, seed, batch_size) -> None:
+    talks = np.array(labels)
+    groups, count = np.zeros(len(talks), int), num_steps(len(talks), batch_size, 1, None)
+    order = DataOrder(groups, seed, batch_size, talks)
+    whole = [*steps_of(order, count, 0), *steps_of(order, count, 1)]
+    for step in (2 * count, 1, count):
+        fresh = DataOrder(groups, seed, batch_size, talks)
+        assert np.array_equal(fresh.examples_of(step), whole[step - 1])
+
+
+def test_conversations_are_in_another_order_in_each_epoch_and_for_each_seed() -> None:
+    talks = np.repeat(np.arange(20), 3)
+    taken = {
+        tuple(DataOrder(np.zeros(60, int), seed, 6, talks).examples_of(step).tolist())
+        for seed in (0, 1)
+        for step in (1, 11)
+    }
+    assert len(taken) == 4
+
+
+def test_what_is_said_of_steps_and_of_conversations_longer_than_a_step() -> None:
+    talks = np.repeat([0, 1, 2], [9, 2, 2])
+    said = DataOrder(np.zeros(13, int), 0, 4, talks).summary()
+    assert said is not None
+    assert "13 examples are 3 conversations, the longest of 9" in said
+    assert "1 of them with more than train.batch_size=4" in said
+    assert DataOrder(np.zeros(13, int), 0, 4).summary() is None
