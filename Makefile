@@ -48,7 +48,7 @@ style: $(READY) ## format the code and fix what can be fixed
 
 docs: $(READY) ## write the lists that the documents repeat from the code, and build the documents as a site in site/
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; 20 minutes on two busy cores
 	$(BIN)/python benchmarks/reliability.py

@@ -1,93 +1,44 @@
 """What rows share, computed once: this build beside another one, which shares prompts within an example alone.
 
 In: a folder with `pairs/`, `graded/` and `tokenizers/olmo2_dolma2`, and the folder of the other build (a git worktree). A random
-Llama, float32, one thread. Each round is a process of its own for each build, in turn. Work that has no real texts is made of
-random tokens. Out: `results/prefix_tree.json` and `.md`. Run from the repository root:
+Llama. Work that has no real texts is made of random tokens. Out: `results/prefix_tree.json` and `.md`. Run from the repository root:
 
     git worktree add ../before COMMIT
     python benchmarks/prefix_tree.py --data FOLDER --other ../before
 """
 
-import argparse
 import gzip
 import json
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.two_builds import allocated_at_most, compare, seconds
+
 VOCABULARY, LAYERS, WIDTH, LIMIT, BUDGET = 8_192, 2, 512, 512, 8_192
-ROUNDS = 3
+# Of the cell in which conversations are kept together.
+CONVERSATIONS, TURNS = 3, 8
+KEPT_TOGETHER = f"dialogues of {TURNS} turns"
 # Prompt and completions of an example, token ids.
 Made = list[tuple[list[int], list[list[int]]]]
+NOTES = (
+    f"A random Llama of {LAYERS} layers, width {WIDTH}, {VOCABULARY:,} ids, packs of up to {BUDGET:,} tokens. `forward` is the "
+    f"work of cache-ref on these examples, `step` that of an optimizer step on all of them: forward and backward passes, "
+    f"without the optimizer. Of the dialogues it is an epoch of KTO steps of {TURNS} examples with their mismatched rows, in this "
+    f"build with train.keep_together. `tokens` is the ratio of the positions computed, the limit of the other ratios where "
+    f"attention costs nothing. `memory` is the most that tensors take in a step beside weights and gradients, in MiB."
+)
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--other", type=Path, help="the folder of the other build")
-    options.add_argument("--rounds", type=int, default=ROUNDS)
-    options.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    options.add_argument("--build", type=Path, help="print the seconds of this build and no more")
-    chosen = options.parse_args()
-    if chosen.build:
-        sys.path.insert(0, str(chosen.build))
-        print(json.dumps({name: seconds_of(CELLS[name](chosen.data)) for name in chosen.cells}))
-        return
-    found: dict[str, list[dict[str, Any]]] = {"this": [], "other": []}
-    for round_number in range(chosen.rounds):
-        builds = [("this", ROOT), ("other", chosen.other.resolve())]
-        for name, build in builds if round_number % 2 else reversed(builds):
-            found[name].append(measured(build, chosen))
-            print(round_number, name, found[name][-1], flush=True)
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.record import write_results
-
-    notes = (
-        f"Examples a processor second of this build and of the other, medians of {chosen.rounds} rounds, and the smallest and largest ratio of "
-        f"a round. A random Llama of {LAYERS} layers, width {WIDTH}, {VOCABULARY:,} ids, float32, one thread, "
-        f"packs of up to {BUDGET:,} tokens. `forward` is the work of cache-ref on these examples, `step` that of an "
-        f"optimizer step on all of them: forward and backward passes, without the optimizer. `tokens` is the ratio of the "
-        f"positions computed, the limit of the other ratios where attention costs nothing."
-    )
-    rows = [row_of(name, found) for name in chosen.cells]
-    write_results("prefix_tree", rows, "Every shared prefix once", notes)
-
-
-def row_of(cell: str, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The row of the table of a cell."""
-    rounds = {build: [one[cell] for one in processes] for build, processes in found.items()}
-    first = {build: cells[0] for build, cells in rounds.items()}
-    row: dict[str, Any] = {"name": cell, "examples": first["this"]["examples"]}
-    row["tokens"] = first["other"]["positions"] / first["this"]["positions"]
-    for work in ("forward", "step"):
-        ratios = [
-            before[work] / after[work] for before, after in zip(rounds["other"], rounds["this"], strict=True)
-        ]
-        for build, cells in rounds.items():
-            row[f"{work}_{build}"] = row["examples"] / statistics.median(one[work] for one in cells)
-        row[f"{work}_ratio"] = row[f"{work}_this"] / row[f"{work}_other"]
-        row[f"{work}_spread"] = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return row
-
-
-def measured(build: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """What a process of a build prints."""
-    command = [sys.executable, __file__, "--data", str(chosen.data), "--build", str(build), "--cells"]
-    output = subprocess.run([*command, *chosen.cells], check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def seconds_of(made: Made) -> dict[str, float]:
-    """Processor seconds of a reference pass and of a step over these examples by the build that is imported, and positions."""
+def measure(cell: str, data: Path) -> dict[str, Any]:
+    """The figures of a cell by the build that is imported."""
     import torch
 
     from stages.engine.packs import build_pack
@@ -99,39 +50,79 @@ def seconds_of(made: Made) -> dict[str, float]:
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    made = CELLS[cell](data)
     rows = row_set(made)
     compute = resolve_compute(ComputeSettings(device="cpu", dtype="float32", tokens_per_batch=BUDGET))
     scorer = Scorer(model(), compute, lambda line: None)
-    groups = [np.arange(begin, end) for begin, end in zip(rows.starts, rows.ends, strict=True)]
+    groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
 
-    def step() -> float:
-        began = time.process_time()
+    def forward() -> int:
+        with torch.inference_mode():
+            return score_groups(scorer, rows, groups)[1]
+
+    def step() -> None:
         for items in scorer.plan(rows, groups):
             scorer(build_pack(rows, [groups[item] for item in items])).completion_logps.sum().backward()
-        return time.process_time() - began
 
-    with torch.inference_mode():
-        score_groups(scorer, rows, groups[:1])
-        began = time.process_time()
-        _, positions = score_groups(scorer, rows, groups)
-        forward = time.process_time() - began
-    return {"examples": len(made), "positions": positions, "forward": forward, "step": step()}
+    work = kto_steps(scorer, made) if cell == KEPT_TOGETHER else step
+    found = {
+        "examples": len(made),
+        "positions": forward(),
+        "forward": seconds(forward),
+        "step": seconds(work),
+    }
+    return {**found, "memory": allocated_at_most(work)}
 
 
-def row_set(made: Made) -> Any:
-    """The rows of these examples."""
+def kto_steps(scorer: Any, made: Made) -> Callable[[], None]:
+    """An epoch of KTO steps: forward and backward passes."""
+    from cache.ref_logps import RefLogps
+    from stages.losses import parse_loss
+    from stages.runtime.distributed import World
+    from stages.train.data_order import DataOrder
+    from stages.train.step.row_scorer import RowScorer
+    from stages.train.step.step import accumulate_step
+
+    rows, loss = row_set(made, ("desirable",), mismatched=True), parse_loss({"name": "kto"})
+    reference = RefLogps(Path(tempfile.mkdtemp()), {"made": "for the benchmark"})
+    keys = {rows.keys[row]: int(rows.completion_lengths[row]) for row in range(len(rows))}
+    reference.add(list(keys), [np.full(length, -1, np.float32) for length in keys.values()])
+    try:  # the other build may have no such option
+        from stages.train.conversations import conversations
+
+        together = [conversations(rows, [])]
+    except ImportError:
+        together = []
+    order = DataOrder(rows.mismatch_groups, 0, TURNS, *together)
+    row_scorer = RowScorer(scorer, rows, reference, loss, World())
+
+    def epoch() -> None:
+        for step in range(1, CONVERSATIONS + 1):
+            accumulate_step(row_scorer, loss, order.examples_of(step).tolist(), {})
+
+    return epoch
+
+
+def row_set(made: Made, roles: Sequence[str] = ("ranked",), mismatched: bool = False) -> Any:
+    """The rows of these examples, with these roles in turn; with mismatched ones, each in a group of four."""
     from stages.data.rows import Example, Row, RowSet, to_table
+    from stages.prepare.mismatched import GROUP_EXAMPLES, add_mismatched
 
     examples = [
         Example(
             str(number),
             "made",
             np.array(prompt, np.int32),
-            [Row("ranked", np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in completions],
+            [
+                Row(roles[place % len(roles)], np.array(ids, np.int32), np.ones(len(ids), bool))
+                for place, ids in enumerate(completions)
+            ],
         )
         for number, (prompt, completions) in enumerate(made)
     ]
-    return RowSet([to_table(examples, [0] * len(examples))])
+    for begin in range(0, len(examples), GROUP_EXAMPLES) if mismatched else ():
+        add_mismatched(examples[begin : begin + GROUP_EXAMPLES], BUDGET)
+    return RowSet([to_table(examples, [number // GROUP_EXAMPLES for number in range(len(examples))])])
 
 
 def model() -> Any:
@@ -160,11 +151,11 @@ def system_prompt(_: Path) -> Made:
 
 
 def dialogues(_: Path) -> Made:
-    """Feedback on each of the 8 turns of a dialogue: 40 tokens of the user, 80 of the model."""
+    """Feedback on each turn of a dialogue: 40 tokens of the user, 80 of the model."""
     draw, found = drawn(1), []
-    for _ in range(2):
+    for _ in range(CONVERSATIONS):
         history: list[int] = []
-        for _ in range(8):
+        for _ in range(TURNS):
             history = history + draw(40)
             found.append((history, [draw(80)]))
             history = history + found[-1][1][0]
@@ -197,7 +188,7 @@ def encoder(data: Path) -> Callable[[str], list[int]]:
     ]
 
 
-def hh(data: Path) -> Made:
+def hh(data: Path, number: int = 16) -> Made:
     """Pairs of hh-rlhf."""
     encode = encoder(data)
     lines = gzip.decompress((data / "pairs" / "hh_harmless_base_test.jsonl.gz").read_bytes()).splitlines()
@@ -208,7 +199,7 @@ def hh(data: Path) -> Made:
         if pair["rejected"].startswith(prompt):
             answers = [encode(pair[side][len(prompt) :])[:LIMIT] for side in ("chosen", "rejected")]
             found.append((encode(prompt), answers))
-    return short(found, 16)
+    return short(found, number)
 
 
 def en_demo(data: Path) -> Made:
@@ -241,7 +232,7 @@ def short(made: Made, number: int) -> Made:
 
 CELLS: dict[str, Callable[[Path], Made]] = {
     "one system prompt": system_prompt,
-    "dialogues of 8 turns": dialogues,
+    KEPT_TOGETHER: dialogues,
     "tools": tools,
     "lists of 8": lists,
     "hh-rlhf": hh,
@@ -250,4 +241,4 @@ CELLS: dict[str, Callable[[Path], Made]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, __file__, CELLS, measure, "Every shared prefix once", NOTES)
