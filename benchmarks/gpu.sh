@@ -36,7 +36,7 @@ mkdir -p "$out"
 workers=()
 if [ -z "$tiny" ] && "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
 only=(-m gpu)
-if [ -n "$tiny" ]; then only+=(-k "float32_log_probs and llama/plain or serves_a_gpu"); fi
+if [ -n "$tiny" ]; then only+=(-k "float32_log_probs and llama/plain-align_tree or serves_a_gpu"); fi
 if [ "$device" = cpu ]; then export ALIGN_GPU_TESTS_ON=cpu; fi
 timeout 200 "$python" -m pytest tests/gpu "${only[@]}" "${workers[@]}" -p no:cacheprovider -rs --durations=10 2>&1 | tee "$out/gpu_tests.log"
 tests=${PIPESTATUS[0]}

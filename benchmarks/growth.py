@@ -1,143 +1,277 @@
-"""How the cost of scoring grows: seconds a token over the number of pairs, and over their length.
+"""How time and memory grow with the number of rows, from 10 thousand to 10 million, without a model's forward passes.
 
-In: nothing; rows are drawn, weights are random. Out: `results/growth.json`, `.md` and `.png`. Flat lines mean
-that nothing but attention grows faster than the tokens. Run from the repository root:
+In: nothing; short rows are drawn. Out: `results/growth.json` and `.md`: for each size and each part of the way from rows to
+training, seconds and peak memory. Every part of every size is a process of its own. Run from the repository root, with
+5 GB of disk for the largest size:
 
-    python benchmarks/growth.py
+    python benchmarks/growth.py [--sizes 10000 100000] [--folder FOLDER]
 """
 
+import argparse
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import torch
 
 from benchmarks.record import RESULTS, write_results
-from stages.cache_ref.stage import score_unit
-from stages.cache_ref.work_units import WorkUnit
-from stages.data.rows import Example, Row, RowSet, to_table
-from stages.engine.packs import inputs_of
-from stages.engine.prefix_tree import num_tokens
-from stages.engine.scorer import Scorer
-from stages.runtime.compute import Compute
-from stages.runtime.malloc import keep_freed_memory
+from cache.artifacts import Artifact, Draft, Store, open_artifact
+from cache.ref_logps import RefLogps
+from stages.data.rows import Example, Row, RowSet
+from stages.prepare.counts import RowCounts
+from stages.prepare.duplicates import Duplicates
+from stages.prepare.shard_writer import SplitWriter
+from stages.settings.data import FilterSettings, PrepareSettings
 
-PAIRS = (100, 300, 1_000, 3_000, 10_000)
-LENGTHS = (64, 128, 256, 512, 1024, 2048)
-TOKENS, ROUNDS, UNIT = 16_384, 3, 256
-SHAPES = {
-    "pairs": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512},
-    "length": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8_192},
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+BATCH = 2_048
+STEPS, EXAMPLES_OF_A_STEP = 200, 64
+REFERENCE = {"reference": "drawn"}
+MIB = 1024 * 1024
+
+
+class Watch:
+    """Adds up what is done inside of it: seconds, and processor seconds, which other processes do not lengthen."""
+
+    def __init__(self) -> None:
+        self.seconds = self.processor = 0.0
+
+    def __enter__(self) -> None:
+        self.seconds -= time.perf_counter()
+        self.processor -= time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter()
+        self.processor += time.process_time()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "processor": self.processor}
+
+
+class Peak:
+    """The memory of this process that is not mapped from files, at its highest since this began, in MiB."""
+
+    def __init__(self) -> None:
+        self.begin = self.highest = _status("RssAnon")
+        self.ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.01):
+            self.highest = max(self.highest, _status("RssAnon"))
+
+    def end(self) -> float:
+        self.ended.set()
+        return max(self.highest, _status("RssAnon")) - self.begin
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def drawn(count: int) -> Iterator[list[Example]]:
+    """Pairs of short rows, some of which begin alike."""
+    random = np.random.default_rng(0)
+    for begin in range(0, count, BATCH):
+        size = min(BATCH, count - begin)
+        ids = random.integers(1, 500, (size, 18)).astype(np.int32)
+        ids[:, 0] = ids[:, 0] % 4
+        lengths = random.integers(3, 6, (size, 2))
+        yield [
+            Example(
+                f"{begin + n:024x}",
+                f"drawn.jsonl:{begin + n + 1}",
+                ids[n, :8],
+                [
+                    Row(role, completion := ids[n, at : at + length], np.ones(len(completion), bool))
+                    for role, at, length in zip(
+                        ("chosen", "rejected"), (8, 13), lengths[n].tolist(), strict=True
+                    )
+                ],
+            )
+            for n in range(size)
+        ]
+
+
+def write(folder: Path, rows: int) -> dict[str, float]:
+    """prepare's writer: mismatch groups, keys, counts of shared tokens, shards."""
+    store, counts, watch = Store(folder), RowCounts(), Watch()
+    settings = PrepareSettings(mismatched=False)
+    draft = store.draft("rows", "drawn", "prepare", {"rows": rows, "prepare": settings.model_dump()})
+    writers = {split: SplitWriter(draft, split, settings, counts) for split in ("train", "heldout")}
+    for batch in drawn(rows // 2):
+        with watch:
+            for number, example in enumerate(batch):
+                writers["heldout" if number % 100 == 0 else "train"].add(example)
+    with watch:
+        for writer in writers.values():
+            writer.finish()
+        _publish(store, draft)
+    return watch.figures
+
+
+def _publish(store: Store, draft: Draft) -> None:
+    store.publish(draft, {}, {}, "")
+    draft.discard()
+
+
+def duplicates(folder: Path, rows: int) -> dict[str, float]:
+    """filter.duplicates=exact: each row looked up among all before it."""
+    seen, watch = Duplicates(FilterSettings(duplicates="exact")), Watch()
+    for batch in drawn(rows // 2):
+        with watch:
+            assert not any(seen.reason(example.example_id, "") for example in batch)
+    return watch.figures
+
+
+def rows_artifact(folder: Path) -> Artifact:
+    [path] = (folder / "rows").iterdir()
+    return open_artifact(path)
+
+
+def row_sets(folder: Path) -> list[RowSet]:
+    return [RowSet.of(rows_artifact(folder), split) for split in ("train", "heldout")]
+
+
+def store_at(folder: Path) -> RefLogps:
+    return RefLogps(folder / "ref-logps" / "drawn", REFERENCE)
+
+
+def cache_ref(folder: Path, rows: int) -> dict[str, float]:
+    """cache-ref with a scorer that costs nothing: what is missing, units in the order of prompts, the store."""
+    from stages.cache_ref.work_units import units_of
+    from stages.runtime.shares import Worker
+
+    watch = Watch()
+    with watch:
+        sets, reference = row_sets(folder), store_at(folder)
+        for unit in units_of(sets, Worker()):
+            todo = unit.unscored(reference)
+            lengths = todo.rows.completion_lengths[np.concatenate(todo.groups)]
+            flat = np.full(lengths.sum(), -1.0, np.float32)
+            reference.add(todo.keys, np.split(flat, np.cumsum(lengths)[:-1]))
+    return watch.figures
+
+
+def open_and_match(folder: Path, rows: int) -> dict[str, float]:
+    """Open rows and store, and look every row up."""
+    watch = Watch()
+    with watch:
+        sets, reference = row_sets(folder), store_at(folder)
+        for row_set in sets:
+            reference.require(row_set.keys, "align cache-ref")
+    return watch.figures
+
+
+def train(folder: Path, rows: int) -> dict[str, float]:
+    """Start of training, then steps: the model is loaded before and counts for neither."""
+    from benchmarks.token_cost import SHAPES, make_scorer
+    from stages.losses import LOSSES
+    from stages.runtime.distributed import World
+    from stages.train.audit import _examples
+    from stages.train.data_order import DataOrder
+    from stages.train.step.row_scorer import RowScorer
+
+    scorer = make_scorer(SHAPES["pairs"])
+    peak, watch, steps = Peak(), Watch(), []
+    with watch:
+        sets, reference = row_sets(folder), store_at(folder)
+        for row_set in sets:
+            reference.require(row_set.scored_keys(False), "align cache-ref")
+            row_set.max_length()
+            row_set.token_ids()
+        _examples(sets[1])
+        own = RowScorer(scorer, sets[0], reference, LOSSES["dpo"](), World())
+        own.pairs.summary()
+        order = DataOrder(sets[0].mismatch_groups, 0, EXAMPLES_OF_A_STEP)
+        order.examples_of(1)
+    for step in range(1, STEPS + 1):
+        with (step_watch := Watch()):
+            groups = [own.pairs.scored(example) for example in order.examples_of(step).tolist()]
+            for pack in own.packs(groups):
+                np.concatenate([reference.get(sets[0].keys[row]) for row in pack.rows])
+        steps.append(step_watch.processor)
+    return {**watch.figures, "step_ms": 1e3 * statistics.median(steps), "memory": peak.end()}
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    "prepare's writer": write,
+    "exact duplicates": duplicates,
+    "cache-ref": cache_ref,
+    "open and match": open_and_match,
+    "open and match again": open_and_match,
+    "start of train": train,
 }
 
 
-def main() -> None:
-    torch.set_num_threads(2)
-    keep_freed_memory()
-    rows: list[dict[str, Any]] = []
-    scorers = {name: make_scorer(shape) for name, shape in SHAPES.items()}
-    for count in PAIRS:
-        rows.append({"name": f"{count} pairs", **measure(scorers["pairs"], draw_rows(count, 40, 24))})
-        print(rows[-1], flush=True)
-    for length in LENGTHS:
-        completion = length // 4
-        drawn = draw_rows(TOKENS // length, length - 2 * completion, completion)
-        rows.append({"name": f"{length} tokens a pair", **measure(scorers["length"], drawn)})
-        print(rows[-1], flush=True)
-    notes = (
-        "Scoring as `cache-ref` does, units of 256 examples in packs of 2048 tokens, float32, medians of 3. Over pairs: "
-        "width 64, 2 layers, prompts of 40 and completions of 24 tokens on average. Over length: width 256, 4 layers, "
-        f"{TOKENS} tokens in all, half of each pair its prompt. `attention_share`: share of the forward pass spent in "
-        "attention, which grows with length; the rest does not. `planning_seconds`: cutting the data into packs, whole."
-    )
-    write_results("growth", rows, "Cost of scoring a token", notes)
-    plot(rows)
+def measure(part: str, folder: Path, rows: int) -> None:
+    """One part in this process; prints its figures."""
+    peak = Peak()
+    found = PARTS[part](folder, rows)
+    memory = peak.end()
+    print(json.dumps({"memory": memory, "resident": _status("VmHWM"), **found}))
 
 
-def make_scorer(shape: dict[str, int]) -> Scorer:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape, num_attention_heads=shape["hidden_size"] // 32, max_position_embeddings=4096
-    )
-    return Scorer(LlamaForCausalLM(config), Compute(torch.device("cpu"), torch.float32, 2048), print)
-
-
-def draw_rows(count: int, prompt: int, completion: int) -> RowSet:
-    """Pairs whose prompts and completions have these lengths on average."""
-    random = np.random.default_rng(0)
-
-    def draw(mean: int) -> np.ndarray:
-        length = max(1, int(mean * random.uniform(0.5, 1.5)))
-        return random.integers(1, 500, length).astype(np.int32)
-
-    def row(role: str) -> Row:
-        ids = draw(completion)
-        return Row(role, ids, np.ones(len(ids), bool))
-
-    examples = [
-        Example(str(n), "drawn", draw(prompt), [row("chosen"), row("rejected")]) for n in range(count)
-    ]
-    return RowSet([to_table(examples, list(range(count)))])
-
-
-def measure(scorer: Scorer, rows: RowSet) -> dict[str, float]:
-    groups = [rows.example_rows(example, mismatched=False) for example in range(rows.num_examples)]
-    lengths = [num_tokens(inputs_of(rows, group)) for group in groups]
-    began = time.perf_counter()
-    scorer.plan(rows, groups)
-    planning = time.perf_counter() - began
-    seconds = []
-    for _ in range(ROUNDS if sum(lengths) < 500_000 else 1):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            for begin in range(0, len(groups), UNIT):
-                score_unit(WorkUnit(rows, groups[begin : begin + UNIT]), scorer)
-        seconds.append(time.perf_counter() - began)
+def run(part: str, folder: Path, rows: int) -> dict[str, Any]:
+    line = [sys.executable, __file__, "--part", part, "--folder", str(folder), "--sizes", str(rows)]
+    done = subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
     return {
-        "tokens": sum(lengths),
-        "microseconds_per_token": 1e6 * statistics.median(seconds) / sum(lengths),
-        "attention_share": attention_share(scorer, rows, groups[:UNIT]),
-        "planning_seconds": planning,
+        "name": f"{part}, {rows:,} rows",
+        "part": part,
+        "rows": rows,
+        "seconds": round(found["seconds"], 2),
+        "processor_seconds": round(found["processor"], 2),
+        "memory_mib": round(found["memory"]),
+        "resident_mib": round(found["resident"]),
+        "step_ms": round(found["step_ms"], 2) if "step_ms" in found else None,
     }
 
 
-def attention_share(scorer: Scorer, rows: RowSet, groups: list[np.ndarray]) -> float:
-    """Share of the forward pass in attention, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as found:
-        score_unit(WorkUnit(rows, groups), scorer)
-    events = found.key_averages()
-    attended = sum(e.self_cpu_time_total for e in events if "attention" in e.key)
-    return attended / sum(e.self_cpu_time_total for e in events)
+def measured_before(sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """The results of other sizes, so that one size can be measured again."""
+    path = RESULTS / "growth.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in rows if row["rows"] not in sizes]
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, mark, label in ((axes[0], "pairs", "pairs"), (axes[1], "tokens a pair", "tokens in a pair")):
-        own = [row for row in rows if row["name"].endswith(mark)]
-        sizes = [int(row["name"].split()[0]) for row in own]
-        total = np.array([row["microseconds_per_token"] for row in own])
-        rest = total * (1 - np.array([row["attention_share"] for row in own]))
-        axis.plot(sizes, total, "o-", label="all")
-        axis.plot(sizes, rest, "s--", label="without attention")
-        axis.set(xscale="log", xlabel=label, ylabel="microseconds a token", ylim=(0, 1.25 * total.max()))
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axis.minorticks_off()
-        axis.legend(frameon=False)
-    figure.savefig(RESULTS / "growth.png", dpi=150)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--part", choices=PARTS)
+    given = parser.parse_args()
+    if given.part:
+        measure(given.part, given.folder, given.sizes[0])
+        return
+    measured = measured_before(given.sizes)
+    for rows in given.sizes:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            for part in PARTS:
+                measured.append(run(part, Path(folder), rows))
+                print(measured[-1], flush=True)
+    notes = (
+        "Pairs of 8 prompt tokens and 3 to 5 completion tokens; no forward passes. `seconds` and `processor_seconds` of a part, on a machine with other work; `memory_mib`: the most "
+        "memory that it held and that was not mapped from files, above what it began with (for train: above the model); "
+        "`resident_mib`: the most of everything, modules, the model and mapped pages of files included. `start of train`: all that "
+        f"happens before step 1 but loading and running the model; `step_ms`: then planning a step of {EXAMPLES_OF_A_STEP} pairs, "
+        f"their packs and their reference log-probs, in processor time, the median of {STEPS}. The first `open and match` hashes every file of the "
+        "store, the second believes the notes of the first."
+    )
+    measured.sort(key=lambda row: row["rows"])
+    write_results("growth", measured, "Growth with the number of rows", notes, RESULTS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from cache.ref_logps import RefLogps
 from cache.shards import SHARD_SUFFIX
 
 REF_LOGPS = "ref-logps"
-KINDS = ("rows", REF_LOGPS, "policy", "merged", "completions", "verdicts", "online-rows")
+KINDS = ("rows", "row-shares", REF_LOGPS, "policy", "merged", "completions", "verdicts", "online-rows")
 
 
 @dataclass(frozen=True)

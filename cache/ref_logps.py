@@ -27,15 +27,16 @@ from cache.shards import SHARD_SUFFIX, map_shard, read_shard, write_content_name
 SCHEMA = pa.schema([("row_key", pa.binary(ROW_KEY_BYTES)), ("token_logps", pa.list_(pa.float32()))])
 # Rounding in log-sum-exp can put a log-prob just above zero; a value above this is not a log-prob.
 POSITIVE_TOLERANCE = 1e-4
-# Rows that were added since the index was last sorted.
+# Rows that are added before the index is sorted again: as many, and this share of all, so that sorting stays a small part.
 PENDING_ROWS = 1 << 16
+PENDING_SHARE = 16
 REPAIR = "Delete that file and run `align cache-ref` again: only its rows are scored again."
 
 
 class RefLogps:
     """Reference log-probs of one reference, opened for reading and adding.
 
-    Values are memory-mapped. Rows that were added here are in a dict until there are `PENDING_ROWS`, then in the sorted index.
+    Values are memory-mapped. Rows that were added here are in a dict until there are enough of them to sort the index again.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], believe_notes: bool = True) -> None:
@@ -104,10 +105,9 @@ class RefLogps:
         path = write_content_named_shard(self.folder, table)
         shard = self._open_shard(path, True)
         self._shards.append(shard)
-        self._pending.update(
-            {key: (len(self._shards) - 1, row) for row, key in enumerate(keys) if key not in self}
-        )
-        if len(self._pending) > PENDING_ROWS:
+        new = np.flatnonzero(self.is_missing(keys)).tolist()
+        self._pending.update({keys[row]: (len(self._shards) - 1, row) for row in new})
+        if len(self._pending) > max(PENDING_ROWS, len(self) // PENDING_SHARE):
             self._build_index()
         return path
 
@@ -165,7 +165,9 @@ class RefLogps:
         metadata = table.schema.metadata or {}
         if metadata.get(b"reference", b"").decode() != self.fingerprint or not table.schema.equals(SCHEMA):
             raise CorruptError(f"{path} was written for another reference or in another format. {REPAIR}")
-        lists = table.column("token_logps").combine_chunks()
+        column = table.column("token_logps")
+        # One chunk, as this module writes, stays in the file; `combine_chunks` would copy it into memory.
+        lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         keys = RowKeys.of_column(table.column("row_key"))
         shard = _Shard(keys, lists.offsets.to_numpy(), lists.values.to_numpy())
         if checks:

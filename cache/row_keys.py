@@ -4,7 +4,7 @@ A key is 16 bytes (`fingerprint.row_key`), here a row of an array of shape (num_
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -65,11 +65,10 @@ class RowKeys(Sequence[bytes]):
 
     def is_first(self) -> np.ndarray:
         """For each key whether no earlier one is equal; bool, shape (num_keys,)."""
-        order = _order(self.halves)
-        ordered = self.halves[order]
-        first = np.ones(len(self), bool)
-        first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        return first
+        ordered = _sorted(self.halves)
+        found = np.ones(len(self), bool)
+        found[ordered.order[1:]] = ~ordered.repeats
+        return found
 
 
 NONE = np.zeros((0, 2), HALF)
@@ -79,18 +78,19 @@ class KeyIndex:
     """Finds keys by binary search over a sorted copy."""
 
     def __init__(self, keys: RowKeys) -> None:
-        """Sort the keys: 24 bytes and about a microsecond for each."""
-        order = _order(keys.halves)
-        ordered = keys.halves[order]
-        self._places = order.astype(np.uint32 if len(order) < 1 << 32 else np.int64)
-        self._first, self._second = (np.ascontiguousarray(ordered[:, half]) for half in (0, 1))
-        repeated = (ordered[1:] == ordered[:-1]).all(axis=1).sum() if len(ordered) else 0
-        self.num_distinct = len(ordered) - int(repeated)
+        """Sort the keys: 20 bytes and about half a microsecond for each."""
+        ordered = _sorted(keys.halves)
+        self._places = ordered.order.astype(np.uint32 if len(keys) < 1 << 32 else np.int64)
+        self._first, self._second = ordered.first, ordered.second
+        self.num_distinct = len(keys) - int(ordered.repeats.sum())
 
     def find(self, keys: RowKeys) -> np.ndarray:
         """The place of each key among those that were given, of equal ones the last; -1 where there is none. int64."""
         first, second = keys.halves[:, 0], keys.halves[:, 1]
-        at = np.searchsorted(self._first, first, side="right") - 1
+        # In their order, neighbours are looked for in the same part of the index, which is in the processor's cache then.
+        order = np.argsort(first)
+        at = np.empty(len(first), np.int64)
+        at[order] = np.searchsorted(self._first, first[order], side="right") - 1
         found = np.full(len(at), -1, np.int64)
         left = np.flatnonzero(at >= 0)
         while len(left):  # once, but for keys with one first half
@@ -103,6 +103,24 @@ class KeyIndex:
         return found
 
 
-def _order(halves: np.ndarray) -> np.ndarray:
-    """The stable order of keys, as numbers."""
-    return np.lexsort((halves[:, 1], halves[:, 0]))
+class _Sorted(NamedTuple):
+    """Keys in their stable order: the order as numbers, their halves, and for all but the first whether it repeats the one before."""
+
+    order: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+
+    @property
+    def repeats(self) -> np.ndarray:
+        return (self.first[1:] == self.first[:-1]) & (self.second[1:] == self.second[:-1])
+
+
+def _sorted(halves: np.ndarray) -> _Sorted:
+    first, second = halves[:, 0], halves[:, 1]
+    order = np.argsort(first, kind="stable")
+    found = _Sorted(order, first[order], second[order])
+    clash = (found.first[1:] == found.first[:-1]) & (found.second[1:] != found.second[:-1])
+    if clash.any():  # two keys with one first half: none among a billion hashes, but for chosen ones
+        order = np.lexsort((second, first))
+        found = _Sorted(order, first[order], second[order])
+    return found

@@ -10,14 +10,16 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import reference_pages  # noqa: E402
 import typer.main  # noqa: E402
+from markdown_tables import escaped, summary, table  # noqa: E402
 
 import cache.errors  # noqa: E402
 from cache.errors import AlignError  # noqa: E402
@@ -66,33 +68,19 @@ def _named(text: str, key: str, start: str, names: str, end: str) -> str:
     return text.replace(comment, "".join(f"  # {line}\n" for line in lines))
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (heads, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
-
-
 def losses() -> str:
     """Every loss with what it needs; the words are the summary line of its docstring."""
     return table(
         ["loss", "idea", "reference", "data", "paper"],
         [
-            [f"[{name}](../{_source(cls)})", _idea(cls), _reference(cls), _data(cls), _paper(cls)]
+            [f"[{name}](loss-formulas.md#{name})", _idea(cls), _reference(cls), _data(cls), _paper(cls)]
             for name, cls in LOSSES.items()
         ],
     )
 
 
-def _source(cls: type) -> str:
-    return str(Path(inspect.getfile(cls)).relative_to(ROOT))
-
-
 def _idea(cls: type[Loss]) -> str:
-    return _summary(cls).rstrip(".")
-
-
-def _summary(documented: Any) -> str:
-    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+    return summary(cls).rstrip(".")
 
 
 def _reference(cls: type[Loss]) -> str:
@@ -172,7 +160,7 @@ def commands() -> str:
     """Every command, with the first line of its help."""
     return table(
         ["command", ""],
-        [[f"`align {name}`", _summary(found.callback)] for name, found in _commands().items()],
+        [[f"`align {name}`", summary(found.callback)] for name, found in _commands().items()],
     )
 
 
@@ -207,7 +195,7 @@ def exit_codes() -> str:
         kind for kind in vars(cache.errors).values() if inspect.isclass(kind) and issubclass(kind, AlignError)
     ]
     codes = {
-        kind.exit_code: re.sub(r" \(exit code \d\)|\.$", "", _summary(kind))
+        kind.exit_code: re.sub(r" \(exit code \d\)|\.$", "", summary(kind))
         for kind in kinds
         if kind is not AlignError
     }
@@ -277,7 +265,7 @@ def formats() -> str:
     """Every format by family: its name, whose layout it is, and its columns."""
     parts = []
     for family, entries in FAMILIES.items():
-        rows = [[f"`{entry.name}`", entry.origin, entry.columns.replace("|", "\\|")] for entry in entries]
+        rows = [[f"`{entry.name}`", entry.origin, escaped(entry.columns)] for entry in entries]
         parts += [f"## {family}", table(["`data.format`", "from", "columns"], rows)]
         if any(entry.ranked for entry in entries):
             parts.append(RANKED)
@@ -311,6 +299,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prepare": prepare,
     "memory": memory,
     "reliability": reliability,
+    **reference_pages.BLOCKS,
 }
 
 

@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,16 +50,10 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
     """Run a command and print its result, or the error in one line."""
     try:
         is_main = os.environ.get("RANK", "0") == "0"
-        session = None if command.without_config is not None else options.session(command.reads_data)
-        if session is None:
-            options.go_offline()
-            result = command.work(options, **own)
-        else:
-            result = _run(session, command, options, own, shows_parts=is_main and not options.json_)
-        if is_main:
-            _print(result, options.json_)
-            if session is not None and not options.json_ and not options.dry_run:
-                tables.print_cuts(tables.console(), session.inputs.found_rows)
+        with _silence() if options.quiet else nullcontext():
+            result = _shown(command, options, own, is_main)
+        if is_main and options.json_:
+            print(json.dumps(result.as_json(), ensure_ascii=False, allow_nan=False))
         if (
             failure := getattr(result, "failure", None)
         ) is not None:  # a check that was carried out and failed
@@ -69,19 +65,35 @@ def _call(command: Command, options: SharedOptions, own: dict[str, Any]) -> None
         raise typer.Exit(error.exit_code) from None
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Whatever is printed meanwhile, by whichever library, is not shown; an exception is."""
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
+
+
+def _shown(command: Command, options: SharedOptions, own: dict[str, Any], is_main: bool) -> Result:
+    """The result of a command, printed as tables unless it is wanted as JSON."""
+    session = None if command.without_config is not None else options.session(command.reads_data)
+    shows = is_main and not options.json_
+    if session is None:
+        options.go_offline()
+        result = command.work(options, **own)
+    else:
+        result = _run(session, command, options, own, shows_parts=shows)
+    if shows:
+        result.show(tables.console())
+        if session is not None and not options.dry_run:
+            tables.print_cuts(tables.console(), session.inputs.found_rows)
+    return result
+
+
 def _run(
     session: "Session", command: Command, options: SharedOptions, own: dict[str, Any], shows_parts: bool
 ) -> Result:
     if shows_parts:
         session.inputs.show = lambda part: part.show(tables.console())
     return (session.dry_run if options.dry_run else session.run)(command.name, **own)
-
-
-def _print(result: Result, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result.as_json(), ensure_ascii=False, allow_nan=False))
-    else:
-        result.show(tables.console())
 
 
 for _command in COMMANDS.values():
@@ -94,6 +106,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
         signal.signal(signal.SIGHUP, _terminated)
+    if not sys.stderr.isatty():  # a log is no place for the bars of transformers, datasets and the hub
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # peft imports bitsandbytes where it is installed, and bitsandbytes warns of an optional kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

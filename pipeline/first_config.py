@@ -13,14 +13,17 @@ from typing import Any
 from cache.artifacts import Artifact, Store
 from pipeline import yaml_1_2
 from pipeline.config import build_config
+from pipeline.config_sources import EMBEDDED
 from pipeline.inputs import Inputs
 from pipeline.inspect.prepared_rows import PreparedRows
+from stages.data.readers import read_source
 from stages.formats import FORMATS
+from stages.formats.guessed_columns import as_yaml, guessed_columns
 from stages.losses import LOSSES
 from stages.models.fit import num_positions
 from stages.prepare.stage import prepare
 from stages.runtime.context import Context
-from stages.settings.data import PrepareSettings
+from stages.settings.data import DataSettings, PrepareSettings
 
 SAMPLE_ROWS = 64
 # Long enough to see how long the rows are; nothing is computed on them.
@@ -29,10 +32,11 @@ NO_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Guess:
-    """What the first source rows became, and what follows from it."""
+    """What the first source rows became, and what follows from it; `columns` is empty where a format has their names."""
 
     model: str
     data: str
+    columns: Mapping[str, str]
     format: str
     template: str
     loss: str
@@ -47,6 +51,7 @@ class Guess:
         loss = LOSSES[self.loss]()
         return TEXT.format(
             data=_scalar(self.data),
+            map=MAP.format(columns=as_yaml(self.columns)) if self.columns else "",
             format=self.format,
             columns=columns,
             model=_scalar(self.model),
@@ -65,7 +70,7 @@ TEXT = """\
 # Made by `align init` from the first {rows:,} rows. Every other key, with its default and meaning: configs/reference.yaml.
 data:
   path: {data}
-  # detected from the columns: {columns}
+{map}  # detected from the columns: {columns}
   format: {format}
 policy:
   model: {model}
@@ -88,13 +93,18 @@ sample:
   # also sample from the reference, for `align judge` and `align compare`
   compare: true
 """
+MAP = """\
+  # guessed from the names of your columns, which stand on the right; check the rows that `align inspect` shows
+  columns: {columns}
+"""
 
 
 @contextmanager
 def guessed(model: str, data: str) -> Iterator[tuple[Guess, Artifact, Any]]:
     """Prepare the first rows in a temporary store, which is gone afterwards; raises `AlignError` as `align prepare` does."""
+    columns = {} if data == EMBEDDED else _columns_of(data)
     tree = {
-        "data": {"path": data, "max_samples": SAMPLE_ROWS},
+        "data": {"path": data, "max_samples": SAMPLE_ROWS, "columns": columns or None},
         "policy": {"model": model},
         "prepare": {"heldout_fraction": 0.0, "mismatched": False, "max_length": NO_LIMIT},
     }
@@ -106,6 +116,7 @@ def guessed(model: str, data: str) -> Iterator[tuple[Guess, Artifact, Any]]:
         guess = Guess(
             model,
             data,
+            columns,
             rows.artifact.counts["format"],
             "chat" if template.renderer.uses_chat else "plain",
             loss,
@@ -115,6 +126,18 @@ def guessed(model: str, data: str) -> Iterator[tuple[Guess, Artifact, Any]]:
             min(PrepareSettings().max_length, num_positions(inputs.policy_source) or NO_LIMIT),
         )
         yield guess, rows.artifact, template.tokenizer
+
+
+def _columns_of(data: str) -> dict[str, str]:
+    """The column map that the first row needs; empty where a format matches one of the first rows."""
+    head = [
+        row.value
+        for row in read_source(DataSettings(path=data, max_samples=SAMPLE_ROWS))
+        if row.value is not None
+    ]
+    if not head or any(format_.matches(row) for row in head for format_ in FORMATS):
+        return {}
+    return guessed_columns(head[0])
 
 
 def _loss_for(roles: Mapping[str, Any]) -> tuple[str, str]:

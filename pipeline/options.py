@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import UsageError
+from pipeline import completion
 from pipeline.commands.command import Command, flag
 
 if TYPE_CHECKING:
@@ -29,18 +30,28 @@ class SharedOptions:
         typer.Option(
             "--loss",
             metavar="NAME",
+            autocompletion=completion.losses,
             help="Replace the loss block by the defaults of this loss, e.g. dpo, kto, simpo.",
         ),
     ] = None
     config: Annotated[
         list[Path] | None,
         typer.Option(
-            "-c", "--config", metavar="FILE", help="YAML configuration. Repeatable: later files win."
+            "-c",
+            "--config",
+            metavar="FILE",
+            autocompletion=completion.config_files,
+            help="YAML configuration. Repeatable: later files win.",
         ),
     ] = None
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="BLOCK.KEY=VALUE", help="Set one configuration key. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="BLOCK.KEY=VALUE",
+            autocompletion=completion.assignments,
+            help="Set one configuration key. Repeatable.",
+        ),
     ] = None
     store: Annotated[
         str,
@@ -55,6 +66,7 @@ class SharedOptions:
         list[str] | None,
         typer.Argument(
             metavar="[BLOCK.KEY=VALUE]...",
+            autocompletion=completion.assignments,
             help="The same as --set, as sweep programs write it.",
             show_default=False,
         ),
@@ -62,6 +74,7 @@ class SharedOptions:
     offline: Annotated[bool, flag("--offline", "Reach no other machine, whatever is configured.")] = False
     json_: Annotated[bool, flag("--json", "Print the result as one JSON object.")] = False
     dry_run: Annotated[bool, flag("--dry-run", "Print what would be done; write nothing.")] = False
+    quiet: Annotated[bool, flag("--quiet", "Print errors only, and with --json the result.")] = False
     debug: Annotated[bool, flag("--debug", "Show tracebacks of errors.")] = False
 
     def session(self, reads_data: bool) -> "Session":

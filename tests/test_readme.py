@@ -1,19 +1,14 @@
-"""What the documents say: commands parse, links lead somewhere, tables and figures are those of the code and of results."""
+"""What the documents say: links lead somewhere, tables and figures are those of the code and of results."""
 
 import json
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer.main
 
 from cache.errors import AlignError, BusyError, CorruptError, DataError, MachineError, StaleError, UsageError
-from pipeline.cli import app
-from pipeline.commands import COMMANDS
-from pipeline.config import RunConfig, load_config
 from stages.formats import FORMATS
 from stages.losses import LOSSES
 from stages.losses.margin import MarginLoss
@@ -27,7 +22,6 @@ DOCS = ROOT / "docs"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "configs").rglob("*.md"), *DOCS.glob("*.md")])
 GENERATE = runpy.run_path(str(DOCS / "generate.py"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(rf"(?:align|torchrun [^`;#\n]*-m pipeline) (?:{'|'.join(COMMANDS)})\b[^`;#>\n]*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
@@ -56,51 +50,6 @@ def table(text: str) -> list[list[str]]:
     """Cells of a Markdown table's body."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def commands() -> list[str]:
-    """Every command line in the documents and in the help texts, with loop variables filled in."""
-    found = [line for command in COMMANDS.values() for line in command.examples]
-    for path in DOCUMENTS:
-        found += [match.rstrip() for match in COMMAND.findall(read(path))]
-    lines = {line.replace("$loss", "kto").replace("$beta", "0.1") for line in found}
-    return sorted(lines - {"align init"})  # the table of commands has it without the options that it needs
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
-    """A folder with configs/ and the README's own files, as its reader would have them."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "mine.yaml").write_text(blocks(README, "yaml")[0])
-    (tmp_path / "pairs.jsonl").write_text(blocks(README, "jsonl")[0])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("line", commands())
-def test_a_documented_command_parses_and_its_configuration_loads(project, line):
-    stage, *arguments = shlex.split(re.split(r"align |-m pipeline ", line, maxsplit=1)[1])
-    command = typer.main.get_command(app).commands[stage]  # type: ignore[attr-defined]
-    values = command.make_context(stage, arguments).params
-    config = load_config(values.get("config") or [], values.get("set_") or [], values.get("loss"))
-    assert isinstance(config, RunConfig)
-
-
-def test_the_documents_hold_commands_of_every_stage():
-    lines = "\n".join(commands())
-    without_config = {
-        "ls": "",
-        "show": "",
-        "diff": "",
-        "gc": "",
-        "export": "artifacts",
-        "import": "reference.tar",
-        "doctor": "",
-        "init": "--model",
-    }
-    assert [name for name, end in without_config.items() if f"align {name} {end}" not in lines] == []
-    others = [name for name in COMMANDS if name not in without_config]
-    assert [name for name in others if f"align {name} -c mine.yaml" not in lines] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -136,6 +85,12 @@ def test_the_index_links_every_page():
     linked = {link for link in LINK.findall(read(DOCS / "README.md")) if "/" not in link}
     pages = {path.name for kind in ("*.md", "*.ipynb") for path in DOCS.glob(kind)}
     assert linked == pages - {"README.md"}
+
+
+def test_the_menu_of_the_site_lists_every_page():
+    menu = read(ROOT / "mkdocs.yml").partition("nav:")[2]
+    pages = [path for kind in ("*.md", "*.ipynb") for path in DOCS.glob(kind)]
+    assert [path.name for path in pages if f"docs/{path.name}" not in menu] == []
 
 
 def test_the_readme_is_one_screen():
@@ -253,11 +208,3 @@ def test_the_exit_codes_are_those_of_the_errors():
     }
     errors = (AlignError, UsageError, DataError, StaleError, CorruptError, MachineError, BusyError)
     assert documented == {0, 129, 130, 143} | {error.exit_code for error in errors}
-
-
-def test_the_command_line_says_what_it_would_do_and_writes_nothing(align, project):
-    before = sorted(project.rglob("*"))
-    code, out, err = align("run", "--dry-run", "--json")
-    assert code == 0, err
-    assert list(json.loads(out)) == ["prepare", "cache-ref", "train", "sample"]
-    assert sorted(project.rglob("*")) == before

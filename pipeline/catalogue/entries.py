@@ -18,7 +18,7 @@ from cache.ownership import is_claimed
 from stages.train.checkpoints import STATE, checkpoint_steps
 
 # In the order in which they are made and shown.
-KINDS = ("rows", "online-rows", "ref-logps", "policy", "merged", "completions", "verdicts")
+KINDS = ("rows", "row-shares", "online-rows", "ref-logps", "policy", "merged", "completions", "verdicts")
 
 
 @dataclass(frozen=True)

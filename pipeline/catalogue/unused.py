@@ -14,7 +14,7 @@ from cache.files import TEMPORARY_PREFIX, read_json
 from cache.ownership import temporary_suffix
 from pipeline.catalogue.entries import Catalogue, folder_bytes
 
-MADE_ON_THE_WAY = ("rows", "online-rows", "ref-logps")
+MADE_ON_THE_WAY = ("rows", "row-shares", "online-rows", "ref-logps")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """`align cache-ref`: scores every row that training reads with the reference."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
+from cache.errors import UsageError
 from pipeline import tables
-from pipeline.commands.command import Command, Intent
+from pipeline.commands.command import Command, Intent, On, Shard
 
 if TYPE_CHECKING:
     from pipeline.inputs import Inputs
@@ -46,20 +47,16 @@ class Scored:
         tables.headline(console, "cache-ref", what, self.folder, self.rows_scored == 0)
 
 
-def cache_ref(
-    inputs: "Inputs",
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard", metavar="i/N", help="Score share i of N, for N independent jobs; i starts at 1."
-        ),
-    ] = None,
-) -> Scored:
+def cache_ref(inputs: "Inputs", shard: Shard = None, on: On = None) -> Scored:
     """Stage 2: score new rows with the frozen reference and store their log-probs."""
     from stages.cache_ref.stage import cache_ref as score
 
     row_sets = [inputs.rows, *inputs.eval_sets.values()]
     source = inputs.model(*inputs.config.reference_model)
+    if on is not None:
+        if shard is not None:
+            raise UsageError("--on makes the shares by itself. Leave --shard out.")
+        return _cache_ref_on(on, inputs)
     tokenizer = inputs.template.tokenizer
     done = score(row_sets, source, tokenizer, inputs.compute, inputs.context, shard)
     folder = done.reference.folder
@@ -71,7 +68,22 @@ def cache_ref(
     )
 
 
-def would_cache_ref(inputs: "Inputs", shard: str | None = None) -> Intent:
+def _cache_ref_on(on: str, inputs: "Inputs") -> Scored:
+    from pipeline.on_ray import cluster
+
+    began = time.monotonic()
+    with cluster(on) as tasks:
+        shares = tasks.run_shares(
+            "cache-ref", cache_ref, inputs.context, on_gpus=inputs.config.compute.device != "cpu"
+        )
+    needed, scored, forwards = (
+        sum(share[name] for share in shares) for name in ("rows_needed", "rows_scored", "forwards")
+    )
+    folder = Path(shares[0]["artifact"])
+    return Scored(folder, shares[0]["fingerprint"], needed, scored, forwards, time.monotonic() - began)
+
+
+def would_cache_ref(inputs: "Inputs", shard: str | None = None, on: str | None = None) -> Intent:
     """Count the rows that are not scored yet."""
     from stages.cache_ref.stage import count_missing
 
@@ -90,6 +102,7 @@ CACHE_REF = Command(
         "align cache-ref",
         "torchrun --nproc-per-node 8 -m pipeline cache-ref -c configs/dpo.yaml",
         "align cache-ref --shard 1/8",
+        "align cache-ref --on ray",
     ),
     intent=would_cache_ref,
     takes_loss=False,

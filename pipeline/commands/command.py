@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -132,6 +132,23 @@ class StageResult:
             "reused": self.reused,
             **self.artifact.counts,
         }
+
+
+# The option of the stages that independent jobs can share.
+Shard = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="i/N", help="Do share i of N, for N independent jobs; i starts at 1."),
+]
+
+# The option of the commands whose work is tasks of a cluster.
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on",
+        metavar="ray[:ADDRESS]",
+        help="Do the work as tasks of a Ray cluster: the one at ADDRESS, or one started on this machine.",
+    ),
+]
 
 
 def flag(name: str, help: str) -> Any:

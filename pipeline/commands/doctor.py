@@ -74,5 +74,5 @@ DOCTOR = Command(
     doctor,
     examples=("align doctor", "align doctor --store /data/artifacts --json"),
     takes_loss=False,
-    without_config=("store", "json_", "debug"),
+    without_config=("store", "json_", "quiet", "debug"),
 )

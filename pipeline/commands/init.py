@@ -30,6 +30,7 @@ class Written:
         guess = self.guess
         return {
             "config": str(self.path),
+            "columns": dict(guess.columns),
             "format": guess.format,
             "template": guess.template,
             "loss": guess.loss,
@@ -41,8 +42,11 @@ class Written:
         """Print what was guessed, three examples, and the next command."""
         from pipeline import tables
         from pipeline.inspect.terminal import show_legend
+        from stages.formats.guessed_columns import as_yaml
 
         guess, table = self.guess, tables.labelled()
+        if guess.columns:
+            table.add_row("columns", as_yaml(guess.columns))
         table.add_row("format", guess.format)
         table.add_row("template", guess.template)
         table.add_row("loss", f"{guess.loss}, for {guess.why}")
@@ -111,5 +115,5 @@ INIT = Command(
         "align init --model ./my-model --data thumbs.csv -o thumbs.yaml",
     ),
     takes_loss=False,
-    without_config=("offline", "json_", "debug"),
+    without_config=("offline", "json_", "quiet", "debug"),
 )

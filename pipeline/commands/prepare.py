@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
+from cache.errors import UsageError
 from pipeline import tables
-from pipeline.commands.command import Command, Intent, StageResult, found_or_made
+from pipeline.commands.command import Command, Intent, On, Shard, StageResult, flag, found_or_made
 
 if TYPE_CHECKING:
     from cache.artifacts import Artifact
@@ -72,13 +73,70 @@ def _cuts(cut: Mapping[str, int]) -> str:
     return f"{cut['cut']:,}, by {cut['tokens']:,} tokens in total (median {cut['median']:,}, at most {cut['max']:,})"
 
 
-def prepare(inputs: "Inputs") -> Prepared:
+@dataclass(frozen=True)
+class PreparedShare:
+    """Share `label` of the rows and of the rows of the named evaluation sets, and the command that joins all shares."""
+
+    label: str
+    share: StageResult
+    eval_sets: Mapping[str, StageResult]
+    join_command: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        sets = {name: _share_as_json(part) for name, part in self.eval_sets.items()}
+        own = {"shard": self.label, **_share_as_json(self.share)}
+        return {**own, **({"eval_sets": sets} if sets else {})}
+
+    def show(self, console: Console) -> None:
+        """Print how many source rows the share has, and what joins the shares."""
+        parts = {"": self.share, **{f" of eval.sets.{name}": part for name, part in self.eval_sets.items()}}
+        for name, part in parts.items():
+            rows_in = sum(part.artifact.counts["rows_in"].values())
+            what = f"share {self.label}{name}: {rows_in:,} source rows"
+            tables.headline(console, "prepare", what, part.artifact.path, part.reused)
+        console.print(f"Once every share is there: {self.join_command}", markup=False, soft_wrap=True)
+
+
+def _share_as_json(share: StageResult) -> dict[str, Any]:
+    counts = share.artifact.counts
+    return {
+        "artifact": str(share.artifact.path),
+        "fingerprint": share.artifact.fingerprint,
+        "reused": share.reused,
+        "rows_in": sum(counts["rows_in"].values()),
+        "dropped": {reason: count for _, reason, count in counts["dropped"]},
+    }
+
+
+def prepare(
+    inputs: "Inputs",
+    shard: Shard = None,
+    join: Annotated[bool, flag("--join", "Join the shares of all jobs into the rows.")] = False,
+    on: On = None,
+) -> Prepared | PreparedShare:
     """Stage 1: tokenize preference data into Arrow shards of token ids and masks."""
     from stages.prepare.stage import find_rows
+    from stages.prepare.stage import join as join_shares
     from stages.prepare.stage import prepare as make_rows
+    from stages.runtime.shares import choose_worker
+
+    if shard is not None:
+        choose_worker(shard)
+        if join:
+            raise UsageError("--shard and --join are both given. Make every share first, then join them.")
+    if on is not None and (shard is not None or join):
+        raise UsageError("--on makes the shares and joins them by itself. Leave --shard and --join out.")
+    sources = [inputs.rows_source, *inputs.eval_sources.values()]
+    is_done = all(find_rows(*source) is not None for source in sources)
+    if shard is not None and not is_done:
+        return _prepare_share(inputs, shard)
+    if on is not None:
+        join = True
+        _prepare_on(on, inputs, is_done)
 
     def rows(source: "RowsSource") -> "tuple[Artifact, bool]":
-        make = partial(make_rows, *source)
+        make = partial(join_shares if join else make_rows, *source)
         return found_or_made("prepare", find_rows(*source), make, inputs.context.log)
 
     artifact, reused = rows(inputs.rows_source)
@@ -88,16 +146,44 @@ def prepare(inputs: "Inputs") -> Prepared:
     return Prepared(artifact, reused, sets, inputs.template.tokenizer)
 
 
-def would_prepare(inputs: "Inputs") -> Intent:
-    """Look whether the rows of the data and of the evaluation sets exist."""
-    from stages.prepare.stage import find_rows
+def _prepare_share(inputs: "Inputs", shard: str) -> PreparedShare:
+    from stages.prepare.stage import find_share, prepare_share
 
-    found = find_rows(*inputs.rows_source)
-    missing = [name for name, source in inputs.eval_sources.items() if find_rows(*source) is None]
+    def share(source: "RowsSource") -> StageResult:
+        make = partial(prepare_share, shard, *source)
+        found = find_share(shard, *source)
+        return StageResult(*found_or_made("prepare", found, make, inputs.context.log))
+
+    own = share(inputs.rows_source)
+    sets = {name: share(source) for name, source in inputs.eval_sources.items()}
+    return PreparedShare(shard, own, sets, inputs.context.command("prepare", "--join"))
+
+
+def _prepare_on(on: str, inputs: "Inputs", is_done: bool) -> None:
+    from pipeline.on_ray import cluster
+
+    if not is_done:
+        with cluster(on) as tasks:
+            tasks.run_shares("prepare", prepare, inputs.context, on_gpus=False)
+
+
+def would_prepare(
+    inputs: "Inputs", shard: str | None = None, join: bool = False, on: str | None = None
+) -> Intent:
+    """Look whether the rows of the data and of the evaluation sets, or this share of them, exist."""
+    from stages.prepare.stage import find_rows, find_share
+
+    def find(source: "RowsSource") -> "Artifact | None":
+        return find_rows(*source) if shard is None else find_share(shard, *source)
+
+    found = find(inputs.rows_source)
+    missing = [name for name, source in inputs.eval_sources.items() if find(source) is None]
+    make = "join shares" if join else "read and tokenize"
     return Intent(
-        "reuse" if found and not missing else "read and tokenize",
+        "reuse" if found and not missing else make,
         {
             "source": inputs.data_name,
+            **({"shard": shard} if shard else {}),
             **({"artifact": str(found.path)} if found else {}),
             **({"eval_sets": ", ".join(missing)} if missing else {}),
         },
@@ -110,6 +196,9 @@ PREPARE = Command(
     examples=(
         "align prepare",
         "align prepare --set data.path=pairs.jsonl --set policy.model=allenai/OLMo-2-0425-1B-SFT",
+        "align prepare --shard 1/8",
+        "align prepare --join",
+        "align prepare --on ray",
     ),
     intent=would_prepare,
     takes_loss=False,

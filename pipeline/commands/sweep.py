@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from pipeline.commands.command import Command, Intent, flag
+from pipeline.commands.command import Command, Intent, On, flag
 
 if TYPE_CHECKING:
     from cache.errors import AlignError
@@ -59,6 +59,7 @@ def sweep(
     list_: Annotated[
         bool, flag("--list", "Print one `align train` command a line, for a job array, and run nothing.")
     ] = False,
+    on: On = None,
 ) -> Swept | Listed:
     """Train every combination of the keys in the block sweep, from one store, and rank the results.
 
@@ -72,13 +73,13 @@ def sweep(
     from pipeline.sweep.sweep import sweep as run_all
     from pipeline.sweep.sweep import write_results
 
-    found = run_all(inputs)
+    found = run_all(inputs, on)
     write_results(found)
     draw(found)
     return Swept(found)
 
 
-def would_sweep(inputs: "Inputs", list_: bool = False) -> Intent:
+def would_sweep(inputs: "Inputs", list_: bool = False, on: str | None = None) -> Intent:
     """Count the trainings."""
     from pipeline.sweep.members import members_of
 
@@ -89,7 +90,11 @@ def would_sweep(inputs: "Inputs", list_: bool = False) -> Intent:
 SWEEP = Command(
     "sweep",
     sweep,
-    examples=("align sweep -c configs/sweep-simpo.yaml", "align sweep -c configs/sweep-orpo.yaml --list"),
+    examples=(
+        "align sweep -c configs/sweep-simpo.yaml",
+        "align sweep -c configs/sweep-orpo.yaml --list",
+        "align sweep -c configs/sweep-kto.yaml --on ray:auto",
+    ),
     intent=would_sweep,
     reads_data=True,
 )

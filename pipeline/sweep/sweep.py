@@ -16,8 +16,13 @@ from cache.artifacts import Artifact
 from cache.errors import AlignError, CorruptError, MachineError, StaleError, UsageError
 from cache.files import write_json
 from cache.fingerprint import fingerprint, short
+from pipeline.commands.cache_ref import CACHE_REF
+from pipeline.commands.judge import JUDGE
 from pipeline.commands.prepare import PREPARE
+from pipeline.commands.sample import SAMPLE
+from pipeline.commands.train import TRAIN
 from pipeline.inputs import Inputs
+from pipeline.on_ray import cluster
 from pipeline.sweep.members import Member, members_of
 from pipeline.sweep.ranking import Ranking, Trial, rank
 from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes, until_free
@@ -28,6 +33,7 @@ from stages.train.monitoring.best_evaluation import higher_is_better
 
 WIN_RATE = "win_rate"
 JUDGED = ("sample", "judge")
+WORKS = {command.name: command.work for command in (CACHE_REF, TRAIN, SAMPLE, JUDGE)}
 
 
 @dataclass(frozen=True)
@@ -74,16 +80,19 @@ class Sweep:
         )
 
 
-def sweep(inputs: Inputs) -> Sweep:
-    """Run every training that is not done, and rank all."""
+def sweep(inputs: Inputs, on: str | None = None) -> Sweep:
+    """Run every training that is not done, each as a process or, with `on` (`ray[:ADDRESS]`), as a task; and rank all."""
     config, context = inputs.config, inputs.context
     members = members_of(config)
     root = context.store.root
     folder = root / "sweeps" / f"sweep-{short(fingerprint(config.model_dump(mode='json')))}"
     folder.mkdir(parents=True, exist_ok=True)
-    with processes() as own:
+    devices = (
+        config.sweep.devices if on is None else range(len(members))
+    )  # a cluster queues what it has no place for
+    with processes() if on is None else cluster(on, WORKS) as own:
         by_member, rows, saved = _shared(inputs, members, folder, own)
-        outcomes = _Trainings(by_member, folder, context, own).run(members, config.sweep.devices)
+        outcomes = _Trainings(by_member, folder, context, own).run(members, devices)
     metric = config.sweep.metric.removeprefix("eval/")
     better = metric == WIN_RATE or higher_is_better(metric)
     ranking = rank([trial_of(one) for one in outcomes if one.policy], metric, better)
@@ -199,7 +208,9 @@ class _Trainings:
     def _tell(self, outcome: Outcome, total: int) -> None:
         place = f"sweep: {outcome.member.number} of {total}, {outcome.member.name}"
         if outcome.problem:
-            self.context.log(f"{place}: FAILED, {outcome.problem}")
+            # One that ends because the sweep does has not failed.
+            end = "stopped" if self.own.stopping.is_set() else f"FAILED, {outcome.problem}"
+            self.context.log(f"{place}: {end}")
             return
         assert outcome.policy is not None
         accuracy = outcome.policy.counts["final"].get("rewards/accuracies")

@@ -22,7 +22,7 @@ from cache.ownership import remove_abandoned
 from cache.ref_logps import RefLogps
 from cache.row_keys import RowKeys
 from stages.cache_ref.store_lookup import check_tokens, remember_store, store_of
-from stages.cache_ref.work_units import Worker, WorkUnit, choose_worker, units_of
+from stages.cache_ref.work_units import WorkUnit, units_of
 from stages.data.rows import SPLITS, RowSet, distinct_ids
 from stages.engine.pack_check import checked_logps, longest_example
 from stages.engine.packing import sized_packs
@@ -34,6 +34,7 @@ from stages.models.vocabulary import TokensInUse
 from stages.runtime.compute import Compute
 from stages.runtime.context import Context, progress
 from stages.runtime.limits import using_memory
+from stages.runtime.shares import Worker, choose_worker
 
 if TYPE_CHECKING:
     from stages.engine.scorer import Scorer

@@ -6,17 +6,16 @@ Units and their owners are a function of the rows and the number of workers alon
 together they write the bytes that one would.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cache.errors import UsageError
 from cache.ref_logps import RefLogps
 from cache.row_keys import RowKeys
 from stages.data.rows import RowSet
 from stages.engine.shared_tokens import UNIT_EXAMPLES, in_units
+from stages.runtime.shares import Worker
 
 # Consecutive examples whose prompts are put in order together: prompts of more are not held at once.
 WINDOW = 256 * UNIT_EXAMPLES
@@ -52,29 +51,6 @@ class WorkUnit:
         return WorkUnit(self.rows, [group for group in groups if len(group)])
 
 
-@dataclass(frozen=True)
-class Worker:
-    """One of `count` processes that divide the work; it scores every `count`-th unit, from number `index` on."""
-
-    index: int = 0
-    count: int = 1
-
-
-def choose_worker(share: str | None) -> Worker:
-    """The worker of `--shard i/N` (i from 1), else of torchrun's environment; raises `UsageError` for anything else."""
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if share is None:
-        return Worker(rank, size)
-    index, slash, count = share.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise UsageError(f"--shard {share}: expected i/N with i from 1 to N, for example --shard 1/8.")
-    if size > 1:
-        raise UsageError(
-            "--shard is for independent jobs; under torchrun the ranks divide the work by themselves."
-        )
-    return Worker(int(index) - 1, int(count))
-
-
 def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     """This worker's units. A key belongs to the first unit that holds it, so the units of all workers are disjoint."""
     is_first = RowKeys.joined(rows.keys for rows in row_sets).is_first()
@@ -84,7 +60,7 @@ def units_of(row_sets: Sequence[RowSet], worker: Worker) -> Iterator[WorkUnit]:
     }
     for number, unit in enumerate(_examples_alike(row_sets)):
         firsts = unit.firsts(firsts_of[id(unit.rows)])
-        if firsts.groups and number % worker.count == worker.index:
+        if firsts.groups and worker.does(number):
             yield firsts
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.data.messages import PROMPT_COLUMNS, is_conversation
 from stages.formats.contract import Format
+from stages.formats.guessed_columns import as_yaml, guessed_columns
 
 ANSWER_WORDS = ("chosen", "rejected", "response", "completion", "output", "answer", "text", "label")
 TEXT_KEYS = ("text", "content", "response", "answer", "completion", "output", "value")
@@ -19,6 +20,12 @@ def unknown_layout(row: Mapping[str, Any], formats: Sequence[type[Format]]) -> s
     places = list(_answer_lists(row, ""))
     if places:
         return _nested(row, *places[0])
+    guess = guessed_columns(row)
+    if guess:
+        return (
+            "fits no known format. By the names of its columns this map fits: in YAML, "
+            f"data.columns: {as_yaml(guess)}. `align init` writes it and shows the rows."
+        )
     misspelt = _nearest(row, formats)
     if misspelt:
         return misspelt

@@ -7,7 +7,6 @@ function.
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import StrictBool
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -117,7 +116,7 @@ class BCO(Loss):
     learning_rate: ClassVar[float] = 1e-6
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 0.1
-    udm: StrictBool = False
+    udm: bool = False
 
     @property
     def needs(self) -> frozenset[str]:

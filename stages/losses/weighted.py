@@ -7,7 +7,6 @@ symbols and the options of all three are in `margin.py`.
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import StrictBool
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -138,7 +137,7 @@ class WPO(MarginLoss):
     always_needs: ClassVar[frozenset[str]] = MarginLoss.always_needs | {"collision_logps"}
     batch_size: ClassVar[int] = 128
     beta: PositiveFloat = 0.01
-    clamp_weights: StrictBool = True
+    clamp_weights: bool = True
 
     def pair_losses(self, margins: Tensor, chosen: Rows, rejected: Rows) -> Tensor:
         """The negative log-likelihood of the preference, weighted."""

@@ -52,6 +52,30 @@ def write_chat_files(source: ModelSource, chat: ChatFormat, folder: Path) -> Non
         write_json(folder / GENERATION_CONFIG, {**generation, "eos_token_id": declared})
 
 
+class ChatFiles:
+    """The chat files of a policy, for each of its checkpoints: transformers writes them once, then they are copied.
+
+    Opening and writing a large tokenizer takes seconds, and the folder it came from may be gone by the next checkpoint.
+    """
+
+    def __init__(self, source: ModelSource, chat: ChatFormat) -> None:
+        """Nothing is read yet."""
+        self._source, self._chat = source, chat
+        self._files: dict[Path, bytes] = {}
+
+    def write(self, folder: Path) -> None:
+        """Write the files into the folder of a saved model; all models are saved with the same files."""
+        if self._files:
+            for place, content in self._files.items():
+                (folder / place).parent.mkdir(exist_ok=True)
+                (folder / place).write_bytes(content)
+            return
+        saved = set(folder.rglob("*"))
+        write_chat_files(self._source, self._chat, folder)
+        own = [path for path in folder.rglob("*") if path not in saved or path.name == GENERATION_CONFIG]
+        self._files = {path.relative_to(folder): path.read_bytes() for path in own if path.is_file()}
+
+
 def declared_ends(source: ModelSource) -> list[int]:
     """The ids at which the model's generation stops, as its folder declares them."""
     return _ids(_generation_config(source.folder, source.folder).get("eos_token_id"))

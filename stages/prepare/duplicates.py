@@ -2,10 +2,11 @@
 
 The first of them is kept. Exact duplicates have equal content, and so the same example id. Near duplicates share a
 large part of their five-word sequences (Jaccard similarity), estimated by MinHash and found by locality-sensitive
-hashing (datasketch). Both kinds need to remember every row kept, so memory grows with the data: about 100 bytes a row for
-exact, about 2 KB for near.
+hashing (datasketch). Both kinds need to remember every row kept: exact duplicates in a temporary file, near ones in memory, about
+2 KB a row.
 """
 
+import sqlite3
 from typing import Any
 
 from cache.errors import MachineError
@@ -22,7 +23,11 @@ class Duplicates:
     def __init__(self, settings: FilterSettings) -> None:
         """Raises `MachineError` when near duplicates are to be dropped and datasketch is not installed."""
         self._kind = settings.duplicates
-        self._seen: set[str] = set()
+        if self._kind == "exact":
+            # Without a name: SQLite makes a file in the temporary folder and removes it with the connection.
+            self._seen = sqlite3.connect("", isolation_level=None)
+            self._seen.execute("PRAGMA journal_mode=OFF")
+            self._seen.execute("CREATE TABLE seen (id BLOB PRIMARY KEY) WITHOUT ROWID")
         if self._kind == "near":
             try:
                 from datasketch import MinHash, MinHashLSH
@@ -39,19 +44,26 @@ class Duplicates:
         """Why the next row is dropped; None when it is kept, and remembered."""
         if self._kind == "keep":
             return None
-        if example_id in self._seen:
+        return self._exact(example_id) if self._kind == "exact" else self._nearly(example_id, text)
+
+    def _exact(self, example_id: str) -> str | None:
+        is_new = self._seen.execute(
+            "INSERT OR IGNORE INTO seen VALUES (?)", (bytes.fromhex(example_id),)
+        ).rowcount
+        return None if is_new else "duplicate"
+
+    def _nearly(self, example_id: str, text: str) -> str | None:
+        if example_id in self._hashes:
             return "duplicate"
-        if self._kind == "near":
-            words = words_of(text)
-            hashed = self._min_hash(num_perm=NUM_PERMUTATIONS, seed=1)
-            last = max(1, len(words) - WORDS_OF_A_SEQUENCE + 1)
-            hashed.update_batch(
-                [" ".join(words[start : start + WORDS_OF_A_SEQUENCE]).encode() for start in range(last)]
-            )
-            found = self._near.query(hashed)
-            if any(hashed.jaccard(self._hashes[key]) >= self._similarity for key in found):
-                return "near_duplicate"
-            self._near.insert(example_id, hashed)
-            self._hashes[example_id] = hashed
-        self._seen.add(example_id)
+        words = words_of(text)
+        hashed = self._min_hash(num_perm=NUM_PERMUTATIONS, seed=1)
+        last = max(1, len(words) - WORDS_OF_A_SEQUENCE + 1)
+        hashed.update_batch(
+            [" ".join(words[start : start + WORDS_OF_A_SEQUENCE]).encode() for start in range(last)]
+        )
+        found = self._near.query(hashed)
+        if any(hashed.jaccard(self._hashes[key]) >= self._similarity for key in found):
+            return "near_duplicate"
+        self._near.insert(example_id, hashed)
+        self._hashes[example_id] = hashed
         return None

@@ -1,9 +1,10 @@
 """KTO's mismatched rows: each example of a small group is given the completions of another one, with another prompt.
 
-In: examples in order. Out: groups of examples (mismatch groups), within which completions rotate. The KL estimate of
+In: examples. Out: groups of examples (mismatch groups), within which completions rotate. The KL estimate of
 KTO needs completions that do not belong to their prompts (2402.01306, section 4.1).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from stages.formats import Candidate
 
 # Examples of a mismatch group; small, so that an optimizer step of any usual size holds whole groups.
 GROUP_EXAMPLES = 4
+# Examples that may change places so that those of one prompt, which often stand together, come into different groups.
+WINDOW_EXAMPLES = 1024
 Value = TypeVar("Value")
 
 
@@ -25,10 +28,29 @@ def compared(entries: Sequence[Candidate] | Sequence[Row], values: Sequence[Valu
     return [values[place] for place in best_and_worst(scores)] if scores else values[:2]
 
 
-def last_groups(examples: Sequence[Example]) -> list[Sequence[Example]]:
-    """The examples left at the end, fewer than two whole groups of them, as groups in which none is alone."""
-    middle = GROUP_EXAMPLES if len(examples) >= GROUP_EXAMPLES + 2 else len(examples)
-    return [group for group in (examples[:middle], examples[middle:]) if group]
+def in_order(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    """Neighbours in groups of `GROUP_EXAMPLES`; the last one is larger or smaller, and no example is alone."""
+    ends = [*range(GROUP_EXAMPLES, len(examples) - 1, GROUP_EXAMPLES), *([len(examples)] if examples else [])]
+    return [examples[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def with_other_prompts(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    """Groups in which each example finds the completions of another prompt: in order, if those do.
+
+    Otherwise the examples of a prompt are dealt out to all groups, those of the most frequent prompt first.
+    """
+    groups = in_order(examples)
+    if all(None not in _donors(_prompts(group)) for group in groups):
+        return groups
+    prompts = _prompts(examples)
+    often = Counter(prompts)
+    first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
+    order = sorted(range(len(prompts)), key=lambda place: (-often[prompts[place]], first[prompts[place]]))
+    return [[examples[place] for place in order[number :: len(groups)]] for number in range(len(groups))]
+
+
+def _prompts(examples: Sequence[Example]) -> list[bytes]:
+    return [example.prompt_ids.tobytes() for example in examples]
 
 
 def add_mismatched(group: Sequence[Example], max_length: int) -> None:
@@ -36,9 +58,8 @@ def add_mismatched(group: Sequence[Example], max_length: int) -> None:
 
     A ranked list gives its best and its worst, as a pair does.
     """
-    prompts = [example.prompt_ids.tolist() for example in group]
     matched = [list(compared(example.rows, example.rows)) for example in group]
-    for example, donor in zip(group, _donors(prompts), strict=True):
+    for example, donor in zip(group, _donors(_prompts(group)), strict=True):
         if donor is None:
             continue
         room = max_length - len(example.prompt_ids)

@@ -8,22 +8,27 @@ from typing import Any
 
 from cache.artifacts import Draft
 from cache.errors import DataError
-from stages.prepare.examples import BAD_ROW, RejectedRow
+from stages.prepare.examples import BAD_ROW, Outcome, RejectedRow
 from stages.settings.data import DataSettings
 
 NAME = "rejected.jsonl"
 SHOWN_PROBLEMS = 3
 
 
-def list_rejected(rejected: Sequence[RejectedRow], data: DataSettings, draft: Draft) -> None:
-    """Raise `DataError` for the first malformed row, or list the batch's rejected rows."""
-    if not rejected:
-        return
-    malformed = [row for row in rejected if row.reason == BAD_ROW]
+def without_malformed(outcome: Outcome, data: DataSettings) -> Outcome:
+    """The outcome; raises `DataError` for its first malformed row, unless such rows are skipped."""
+    malformed = [row for row in outcome.rejected if row.reason == BAD_ROW]
     if malformed and data.on_bad_row == "error":
         raise DataError(
             f"{malformed[0].location}: {malformed[0].problem}. Fix the row, or skip such rows with --set data.on_bad_row=skip."
         )
+    return outcome
+
+
+def list_rejected(rejected: Sequence[RejectedRow], draft: Draft) -> None:
+    """List a batch's rejected rows."""
+    if not rejected:
+        return
     with open(draft.path / NAME, "a", encoding="ascii") as handle:
         for row in rejected:
             handle.write(json.dumps({"location": row.location, "problem": row.problem, "reason": row.reason}))

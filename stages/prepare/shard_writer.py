@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cache.artifacts import Draft
 from stages.data.rows import Example, to_table
 from stages.prepare.counts import RowCounts
-from stages.prepare.mismatched import GROUP_EXAMPLES, add_mismatched, last_groups
+from stages.prepare.mismatched import WINDOW_EXAMPLES, add_mismatched, in_order, with_other_prompts
 from stages.settings.data import PrepareSettings
 
 SHARD_EXAMPLES = 2048
@@ -27,26 +27,26 @@ class SplitWriter:
         self.num_shards = 0
 
     def add(self, example: Example) -> None:
-        """Take the next example; a group closes once two groups are waiting, so that none is left alone at the end."""
+        """Take the next example; a window closes once two of them are waiting, so that none is left alone at the end."""
         self.pending.append(example)
-        if len(self.pending) == 2 * GROUP_EXAMPLES:
-            self._close(self.pending[:GROUP_EXAMPLES])
-            del self.pending[:GROUP_EXAMPLES]
+        if len(self.pending) == 2 * WINDOW_EXAMPLES:
+            self._close(self.pending[:WINDOW_EXAMPLES])
+            del self.pending[:WINDOW_EXAMPLES]
 
     def finish(self) -> None:
-        """Close the groups that are left and write the last shard."""
-        for group in last_groups(self.pending):
-            self._close(group)
+        """Close the window that is left and write the last shard."""
+        self._close(self.pending)
         self._write()
 
-    def _close(self, group: Sequence[Example]) -> None:
-        if self.settings.mismatched:
-            add_mismatched(group, self.settings.max_length)
-        self.grouped += group
-        self.groups += [self.num_groups] * len(group)
-        self.num_groups += 1
-        if len(self.grouped) >= SHARD_EXAMPLES:
-            self._write()
+    def _close(self, window: Sequence[Example]) -> None:
+        for group in with_other_prompts(window) if self.settings.mismatched else in_order(window):
+            if self.settings.mismatched:
+                add_mismatched(group, self.settings.max_length)
+            self.grouped += group
+            self.groups += [self.num_groups] * len(group)
+            self.num_groups += 1
+            if len(self.grouped) >= SHARD_EXAMPLES:
+                self._write()
 
     def _write(self) -> None:
         if not self.grouped:

@@ -8,38 +8,36 @@ dropped, counted by reason. Memory does not grow with the data: it holds a few b
 `align prepare`.
 """
 
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cache.artifacts import Artifact, Draft
 from cache.errors import DataError
 from stages.data.columns import NOT_TEXT
-from stages.data.mixing import Source, mixture, sources_identity, sources_of
-from stages.data.readers import files_note, read_source, source_identity
+from stages.data.mixing import Source, sources_identity, sources_of
+from stages.data.readers import source_identity
 from stages.data.rows import SPLITS
 from stages.data.source_row import SourceRow
-from stages.formats import DETECTION_ROWS, Format, arranged, conversion, detect_format, renamed
-from stages.formats.labels import labels_of
-from stages.formats.positions import refuse_sides_by_position
-from stages.formats.unread_columns import columns_not_read
 from stages.models.chat_files import CHAT_TEMPLATE
 from stages.prepare.counts import RowCounts
 from stages.prepare.duplicates import Duplicates
-from stages.prepare.examples import ExampleMaker
+from stages.prepare.examples import ExampleMaker, Outcome
 from stages.prepare.filters import Filters
-from stages.prepare.rejected import kept_problems, list_rejected, listed
+from stages.prepare.rejected import kept_problems, list_rejected, listed, without_malformed
 from stages.prepare.shard_writer import SplitWriter
+from stages.prepare.share_files import joined, share_counts, write_share
+from stages.prepare.shares import Share, find_shares
+from stages.prepare.sources import OpenedSources, choose_format, head_of
 from stages.prepare.workers import outcomes
 from stages.runtime.context import Context
+from stages.runtime.shares import choose_worker
 from stages.settings.data import DataSettings, FilterSettings, PrepareSettings
 from stages.settings.without_effect import effective_data, effective_filter, effective_prepare
 from stages.tokenization.template import Template
 
-STAGE_VERSION = 8
-BATCH_ROWS = 512
+STAGE_VERSION = 9
 # Settings of which the identity of the template has the effect.
 PART_OF_THE_TEMPLATE = {"template", "append_eos", "thinking", "chat_template_kwargs", "system"}
 NOTHING_FILTERED = FilterSettings()
@@ -85,7 +83,7 @@ def _without_detected_formats(data: DataSettings) -> DataSettings:
 def _named_format(data: DataSettings) -> str:
     if data.format != "auto":
         try:
-            if _choose_format(data.model_copy(update={"format": "auto"}), _head(data)).name == data.format:
+            if choose_format(data.model_copy(update={"format": "auto"}), head_of(data)).name == data.format:
                 return "auto"
         except DataError:  # ambiguous, so the name decides
             pass
@@ -119,61 +117,142 @@ def prepare(
 ) -> Artifact:
     """Make the rows artifact. Raises `DataError` when the data cannot be used, naming file and row."""
     identity = rows_identity(data, settings, template, filter_)
-    draft = context.store.draft("rows", artifact_name(data), "prepare", identity)
-    try:
-        sources = sources_of(data)
-        heads = {source.name: _head(source.data) for source in sources}
-        formats = {source.name: _choose_format(source.data, heads[source.name]) for source in sources}
-        converts = {
-            source.name: conversion(
-                formats[source.name],
-                source.data,
-                settings,
-                renamed(heads[source.name], source.data.columns),
-            )
-            for source in sources
-        }
-        _announce(formats, sources, heads, filter_, template, context)
-        gathered = frozenset(name for name, format_ in formats.items() if format_.gathered_by)
-        filters = Filters(filter_)
-        for note in filters.notes():
-            context.log(note)
-        maker = ExampleMaker(converts, settings, template, filters, gathered)
-        counts = _write_rows(data, maker, sources, formats, draft)
-        _refuse_columns_of_no_text(counts, sources, draft)
-        _refuse_no_training_row(counts, settings, draft)
-        if counts.chat_rows and (note := template.renderer.fallback_note()):
-            context.log(note)
-        if counts.chat_rows:
-            (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
-        names = {name: format_.name for name, format_ in formats.items()}
-        return context.store.publish(
-            draft,
-            {**counts.to_manifest(names), "turn_end_ids": template.turn_end_ids()},
-            {},
-            context.config_text,
-            data_paths=[source.data.path for source in sources],
-            tokenizer=str(template.tokenizer.name_or_path),
+    with _drafted(context, "rows", artifact_name(data), "prepare", identity) as draft:
+        sources = OpenedSources.of(data)
+        maker = _maker(sources, settings, template, context, filter_)
+        found = outcomes(sources.batches(), maker, settings.num_workers)
+        return _publish(draft, found, sources, settings, template, context, filter_)
+
+
+def find_share(
+    share: str,
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact | None:
+    """The share `i/N` of the rows of this configuration, if it is finished; raises `UsageError` for another text."""
+    return context.store.find(*_share_of(share, data, settings, template, filter_).place)
+
+
+def prepare_share(
+    share: str,
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact:
+    """Make the share `i/N` of the rows: all source rows are read, and every N-th batch of them becomes examples."""
+    own = _share_of(share, data, settings, template, filter_)
+    kind, name, identity = own.place
+    with _drafted(context, kind, name, own.stage, identity) as draft:
+        sources = OpenedSources.of(data)
+        maker = _maker(sources, settings, template, context, filter_)
+        seen = 0
+
+        def own_batches() -> Iterator[list[SourceRow]]:
+            nonlocal seen
+            for batch in sources.batches():
+                if own.worker.does(seen):
+                    yield batch
+                seen += 1
+
+        found = (
+            without_malformed(outcome, data)
+            for outcome in outcomes(own_batches(), maker, settings.num_workers)
         )
+        counts = write_share(draft, found, own.worker)
+        return context.store.publish(
+            draft, share_counts(counts, seen), {}, context.config_text, data_paths=sources.paths
+        )
+
+
+def join(
+    data: DataSettings,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings = NOTHING_FILTERED,
+) -> Artifact:
+    """Make the rows artifact of its shares: the bytes of `prepare`. Raises `StaleError` where shares are missing."""
+    identity = rows_identity(data, settings, template, filter_)
+    shares = find_shares(artifact_name(data), identity, context)
+    with _drafted(context, "rows", artifact_name(data), "prepare", identity) as draft:
+        sources = OpenedSources.of(data)
+        return _publish(draft, joined(shares), sources, settings, template, context, filter_)
+
+
+def _share_of(
+    share: str, data: DataSettings, settings: PrepareSettings, template: Template, filter_: FilterSettings
+) -> Share:
+    rows = rows_identity(data, settings, template, filter_)
+    return Share(artifact_name(data), rows, choose_worker(share))
+
+
+@contextmanager
+def _drafted(context: Context, kind: str, name: str, stage: str, identity: dict[str, Any]) -> Iterator[Draft]:
+    """A draft that is thrown away unless it was published."""
+    draft = context.store.draft(kind, name, stage, identity)
+    try:
+        yield draft
     finally:
         draft.discard()
 
 
-def _write_rows(
-    data: DataSettings,
-    maker: ExampleMaker,
-    sources: list[Source],
-    formats: dict[str, type[Format]],
+def _maker(
+    sources: OpenedSources,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings,
+) -> ExampleMaker:
+    """What makes examples of these sources, after saying what is to be known of them."""
+    filters = Filters(filter_)
+    maker = sources.maker(settings, template, filters)
+    for note in (*sources.notes(filter_), *template.renderer.notes(), *filters.notes()):
+        context.log(note)
+    return maker
+
+
+def _publish(
     draft: Draft,
+    found: Iterable[Outcome],
+    sources: OpenedSources,
+    settings: PrepareSettings,
+    template: Template,
+    context: Context,
+    filter_: FilterSettings,
+) -> Artifact:
+    """Write the outcomes of all batches and publish the rows; raises `DataError` where they cannot be used."""
+    usable = (without_malformed(outcome, sources.data) for outcome in found)
+    counts = _write_rows(usable, draft, settings, filter_)
+    _refuse_columns_of_no_text(counts, sources.sources, draft)
+    _refuse_no_training_row(counts, settings, draft)
+    if counts.chat_rows and (note := template.renderer.fallback_note()):
+        context.log(note)
+    if counts.chat_rows:
+        (draft.path / CHAT_TEMPLATE).write_text(template.renderer.published_source, encoding="utf-8")
+    return context.store.publish(
+        draft,
+        {**counts.to_manifest(sources.format_names), "turn_end_ids": template.turn_end_ids()},
+        {},
+        context.config_text,
+        data_paths=sources.paths,
+        tokenizer=str(template.tokenizer.name_or_path),
+    )
+
+
+def _write_rows(
+    found: Iterable[Outcome], draft: Draft, settings: PrepareSettings, filter_: FilterSettings
 ) -> RowCounts:
-    """Read, make and write all examples; returns the counts of all rows."""
-    counts, duplicates = RowCounts(), Duplicates(maker.filters.settings)
-    writers = {split: SplitWriter(draft, split, maker.settings, counts) for split in SPLITS}
-    streams = {source.name: partial(_stream, source.data, formats[source.name]) for source in sources}
-    batches = _batches(mixture(sources, streams, data))
-    for outcome in outcomes(batches, maker, maker.settings.num_workers):
+    """Write the examples that are kept; returns the counts of all rows."""
+    counts, duplicates = RowCounts(), Duplicates(filter_)
+    writers = {split: SplitWriter(draft, split, settings, counts) for split in SPLITS}
+    for outcome in found:
         counts.add(outcome.counts)
-        list_rejected(outcome.rejected, data, draft)
+        list_rejected(outcome.rejected, draft)
         for made in outcome.examples:
             reason = duplicates.reason(made.example.example_id, made.text)
             if reason is not None:
@@ -184,11 +263,6 @@ def _write_rows(
     for writer in writers.values():
         writer.finish()
     return counts
-
-
-def _batches(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield batch
 
 
 def _refuse_columns_of_no_text(counts: RowCounts, sources: list[Source], draft: Draft) -> None:
@@ -213,66 +287,3 @@ def _refuse_no_training_row(counts: RowCounts, settings: PrepareSettings, draft:
     raise DataError(
         f"{' + '.join(counts.rows_in)}: no usable training row among {counts.rows_in.total()} ({reasons}).{kept_problems(draft)}"
     )
-
-
-def _head(data: DataSettings) -> list[SourceRow]:
-    """The first rows of a source, by which its format is chosen."""
-    head = list(islice(read_source(data), DETECTION_ROWS))
-    if not head:
-        raise DataError(
-            f"{data.path} holds no rows. Give a file with at least one preference with --set data.path=PATH."
-        )
-    return head
-
-
-def _choose_format(data: DataSettings, head: list[SourceRow]) -> type[Format]:
-    rows = list(renamed(head, data.columns))
-    if all(row.value is None for row in rows):
-        raise DataError(
-            f"{rows[0].location}: {rows[0].problem}. None of the first {len(rows)} rows could be read."
-        )
-    return detect_format(data.format, rows)
-
-
-def _announce(
-    formats: dict[str, type[Format]],
-    sources: list[Source],
-    heads: dict[str, list[SourceRow]],
-    filter_: FilterSettings,
-    template: Template,
-    context: Context,
-) -> None:
-    for source in sources:
-        format_ = formats[source.name]
-        note = files_note(source.data)
-        if note is not None:
-            context.log(note)
-        where = f"{source.name}: " if len(sources) > 1 else ""
-        _, guessed = labels_of(format_, renamed(heads[source.name], source.data.columns), source.data)
-        refuse_sides_by_position(heads[source.name], source.data)
-        unread = columns_not_read(heads[source.name], format_, source.data)
-        unread = [
-            column for column in unread if filter_.language is None or column != filter_.language_column
-        ]
-        parts = [f"not read: {', '.join(unread)}"] if unread else []
-        if source.data.format == "auto":
-            parts = [
-                f"detected: {where}{format_.name} ({format_.columns})",
-                *parts,
-                "override with --set data.format=NAME",
-            ]
-        if guessed:
-            parts.append(f"{guessed}; other meanings with --set data.labels")
-        if parts:
-            context.log("; ".join(parts))
-    if len({format_.holds_ids for format_ in formats.values()}) > 1:
-        context.log(
-            "some sources have text and some token ids: the same prompt in both is not recognized, so it can be held out in one and trained on in the other; to avoid this, evaluate on a separate set: prepare.heldout_fraction=0 and eval.sets"
-        )
-    for note in template.renderer.notes():
-        context.log(note)
-
-
-def _stream(data: DataSettings, format_: type[Format]) -> Iterator[SourceRow]:
-    """The rows of a source with the column names of its format, and arranged as it needs them."""
-    return arranged(renamed(read_source(data), data.columns), format_)

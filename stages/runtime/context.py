@@ -39,20 +39,21 @@ class Context:
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+def progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
     """Show progress on stderr: a bar on a terminal, otherwise a line every `PLAIN_LINE_SECONDS`.
 
-    Yields a function `advance(amount, note)`.
+    `done` of the `total` were done by an earlier process: they count, and the time left is that of the rest at the rate of this
+    process. Yields a function `advance(amount, note)`.
     """
     if sys.stderr.isatty():
-        with _bar(description, total, unit) as advance:
+        with _bar(description, total, unit, done) as advance:
             yield advance
     else:
-        yield _lines(description, total, unit)
+        yield _lines(description, total, unit, done)
 
 
 @contextmanager
-def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+def _bar(description: str, total: int, unit: str, done: int) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
@@ -68,12 +69,12 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Callable[[int, str
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task(description, total=total, note="")
+        task = bar.add_task(description, total=total, completed=done, note="")
         yield lambda amount, note: bar.update(task, advance=amount, note=note)
 
 
-def _lines(description: str, total: int, unit: str) -> Callable[[int, str], None]:
-    done, started = 0, time.monotonic()
+def _lines(description: str, total: int, unit: str, before: int) -> Callable[[int, str], None]:
+    done, started = before, time.monotonic()
     last = started
 
     def advance(amount: int, note: str) -> None:
@@ -82,7 +83,7 @@ def _lines(description: str, total: int, unit: str) -> Callable[[int, str], None
         now = time.monotonic()
         if now - last >= PLAIN_LINE_SECONDS:
             last = now
-            left = (now - started) / max(done, 1) * (total - done)
+            left = (now - started) / max(done - before, 1) * (total - done)
             print(
                 f"{description}: {done:,} of {total:,} {unit}, {note}, {left:,.0f} s left",
                 file=sys.stderr,

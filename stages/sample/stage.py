@@ -120,8 +120,7 @@ def _complete(
     total = sum(1 + len(prompt.next_turns) for prompt in job.prompts) * job.settings.num_samples
     records: dict[tuple[int, int], list[CompletionRecord]] = {}
     first = {(one.prompt_index, one.sample_index): one for one in requests_of(job.prompts, job.sampling)}
-    with progress(f"sample {name}", total, "completions") as advance:
-        advance(len(journal.finished), "")
+    with progress(f"sample {name}", total, "completions", done=len(journal.finished)) as advance:
         began, tokens = time.monotonic(), 0
         for turn in range(1, job.num_turns + 1):
             requests = first if turn == 1 else _next_turn(job, records, model, turn)

@@ -13,7 +13,8 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
+# Also yes, no, on, off, 1 and 0, as people type them.
+Flag = bool
 
 
 def checked_name(value: str) -> str:

@@ -99,7 +99,7 @@ class Run:
         self._begin(tracker, audit_difference)
         watch, begin = Watch(self.loss), self.last_step
         with (
-            progress("train", self.resolved.steps - begin, "steps") as advance,
+            progress("train", self.resolved.steps, "steps", done=begin) as advance,
             stop_at_a_step(self.log) as request,
         ):
             for step in range(begin + 1, self.resolved.steps + 1):

@@ -18,7 +18,7 @@ import torch
 
 from cache.errors import CorruptError, StaleError
 from stages.models.adapters import attach_adapter, halve_frozen_weights, load_adapter_weights, save_adapter
-from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.chat_files import ChatFiles, ChatFormat
 from stages.models.loading import ModelSource, first_line, load_model, model_of_shapes
 from stages.runtime.compute import Compute
 from stages.runtime.distributed import World
@@ -36,11 +36,11 @@ OPTIMIZER = "optimizer.pt"
 class Trainable:
     """A policy in training. `adapted` is peft's wrapper around `model`; None if all weights are trained.
 
-    `chat` is the format of the rows, which is published with the policy.
+    `chat_files` say how the rows were written; they are published with the policy.
     """
 
     source: ModelSource
-    chat: ChatFormat
+    chat_files: ChatFiles
     model: Any
     adapted: Any | None
     scorer: "Scorer"
@@ -76,7 +76,7 @@ class Trainable:
             self.model.save_pretrained(folder)
         else:
             _unsharded(self.source, self.model.config, state).save_pretrained(folder)
-        write_chat_files(self.source, self.chat, folder)
+        self.chat_files.write(folder)
 
     def save_state(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """Write weights and optimizer into the folder of a checkpoint, for `load_state`. Every rank calls this.
@@ -156,7 +156,8 @@ def load_trainable(job: Job, world: World, log: Callable[[str], None]) -> Traina
         if adapted is not None and job.compute.dtype == torch.bfloat16:
             halve_frozen_weights(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Trainable(job.source, ChatFormat.of(job.rows), model, adapted, scorer, parameters, world)
+    chat_files = ChatFiles(job.source, ChatFormat.of(job.rows))
+    return Trainable(job.source, chat_files, model, adapted, scorer, parameters, world)
 
 
 def _unsharded(source: ModelSource, config: Any, state: dict[str, torch.Tensor]) -> Any:

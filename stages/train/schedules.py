@@ -57,11 +57,12 @@ def _factors(
 
 def arguments_with_effect(settings: TrainSettings) -> dict[str, Any]:
     """`train.lr_scheduler_kwargs` without those that have the values transformers gives them by default."""
+    if not settings.lr_scheduler_kwargs:
+        return {}
+    # Only now: this import is of peft and bitsandbytes too.
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     from transformers.trainer_utils import SchedulerType
 
-    if not settings.lr_scheduler_kwargs:
-        return {}
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(settings.lr_scheduler_type)]
     defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
     return {

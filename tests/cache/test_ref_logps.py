@@ -301,3 +301,13 @@ def test_rows_that_were_added_are_found_before_and_after_they_are_sorted(folder,
         assert list(reference.missing([key(number), key(99)])) == [key(99)]
     with pytest.raises(KeyError):
         reference.get(key(99))
+
+
+def test_log_probs_stay_in_the_files(folder):
+    """Opened stores map their values: Arrow allocates nothing for them."""
+    keys = [number.to_bytes(16, "little") for number in range(100)]
+    RefLogps(folder, REFERENCE).add(keys, [np.full(1000, -1.0, np.float32)] * len(keys))
+    before = pa.total_allocated_bytes()
+    store = RefLogps(folder, REFERENCE)
+    assert store.get(keys[7])[999] == -1.0
+    assert pa.total_allocated_bytes() - before < 10_000

@@ -66,7 +66,7 @@ USAGE = [
     (["train", "--set", "train.batch_size=0"], ["train.batch_size", "greater than 0"]),
     (["train", "--set", "train.learning_rate=nan"], ["train.learning_rate", "finite number"]),
     (["train", "--set", "train.learning_rate=inf"], ["train.learning_rate", "finite number"]),
-    (["train", "--set", "prepare.append_eos=1"], ["prepare.append_eos", "valid boolean"]),
+    (["train", "--set", "prepare.append_eos=2"], ["prepare.append_eos", "valid boolean"]),
     (["prepare", "--set", "data.on_bad_row=ignore"], ["data.on_bad_row", "'error' or 'skip'", "ignore"]),
     (["prepare", "--set", "data.path=7"], ["data.path", "valid string", "7"]),
     (["prepare", "--set", "data.path=["], ["--set 'data.path=['", "not valid YAML"]),

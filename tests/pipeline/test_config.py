@@ -347,7 +347,7 @@ def test_a_missing_file_and_bytes_that_are_no_text_are_refused(tmp_path):
         ("train: {batch_size: 0}\n", "train.batch_size: Input should be greater than 0, found 0"),
         ("train: {learning_rate: .nan}\n", "train.learning_rate: Input should be a valid number"),
         ("train: {learning_rate: nan}\n", "train.learning_rate: Input should be a finite number"),
-        ("prepare: {append_eos: no}\n", "prepare.append_eos: Input should be a valid boolean, found no"),
+        ("prepare: {append_eos: 2}\n", "prepare.append_eos: Input should be a valid boolean"),
         ("prepare: {truncation_mode: left}\n", "'keep_end' or 'keep_start', found left"),
     ],
 )

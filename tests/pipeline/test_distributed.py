@@ -55,7 +55,7 @@ def tree_of(model: Path, preferences: Path, adapter: dict | None = None, **train
         # kto scores rows before the step, so ranks meet outside the backward pass too.
         loss={"name": "kto"},
         adapter=adapter or {},
-        train={"batch_size": 5, "eval_steps": 3, "save_steps": 1, "learning_rate": 1e-4, **train},
+        train={"batch_size": 5, "eval_steps": 3, "save_steps": 3, "learning_rate": 1e-4, **train},
     )
 
 
@@ -254,7 +254,7 @@ def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
 
     Not by `--max-restarts`: the new ranks of torch 2.13 sometimes wait for each other while they make their gloo group.
     """
-    tree = tree_of(tiny_model, preferences, num_epochs=3)
+    tree = tree_of(tiny_model, preferences, num_epochs=3, save_steps=1)
     store = prepared(tree, tmp_path / "store")
     command = command_line(tree, store, "train")
     process = torchrun(command)

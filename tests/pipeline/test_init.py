@@ -63,6 +63,20 @@ def test_a_csv_of_thumbs_gets_kto(started, tmp_path):
     assert config.loss.model_dump()["name"] == "kto"
 
 
+def test_columns_of_other_names_get_a_map(started, tmp_path):
+    data = tmp_path / "thumbs.csv"
+    data.write_text("prompt,answer,thumb\nSky?,Blue.,up\nSky?,Green.,down\n2+2?,4,up\n")
+    found, config = started(data=data)
+    assert (found["loss"], found["format"]) == ("kto", "unpaired")
+    assert (
+        found["columns"]
+        == config.data.columns
+        == {"prompt": "prompt", "completion": "answer", "label": "thumb"}
+    )
+    rows = Session(config, tmp_path / "store").run("prepare").as_json()["rows_by_role"]
+    assert (rows["desirable"], rows["undesirable"]) == (2, 1)
+
+
 def test_a_model_without_a_chat_template_gets_plain(started, tiny_base_model):
     found, config = started(model=tiny_base_model)
     assert (found["template"], config.prepare.template) == ("plain", "plain")

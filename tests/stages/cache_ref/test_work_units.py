@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import UsageError
 from stages.cache_ref import work_units
-from stages.cache_ref.work_units import Worker, choose_worker
 from tests.forked import on_two_ranks
 from tests.pipeline.small_run import run, session, settings
 
@@ -43,15 +41,3 @@ def test_ranks_write_the_bytes_of_one(tiny_model, preferences, tmp_path):
     errors = tmp_path / "errors.txt"
     assert on_two_ranks(lambda: run(tree, store, "cache-ref"), errors) == [0, 0], errors.read_text()
     assert sorted(path.name for path in (store / "ref-logps").glob("*/*.arrow")) == alone
-
-
-def test_a_shard_is_named_from_1_to_n(monkeypatch):
-    assert choose_worker("2/8") == Worker(1, 8)
-    for wrong in ("0/8", "9/8", "8", "a/b", "-1/3", ""):
-        with pytest.raises(UsageError, match=r"expected i/N"):
-            choose_worker(wrong)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert choose_worker(None) == Worker(1, 2)
-    with pytest.raises(UsageError, match="under torchrun"):
-        choose_worker("1/2")

@@ -328,7 +328,11 @@ def test_any_first_row_finds_its_format_or_is_refused(row):
         ),
         (
             {"query": "Why is it so?", "chosen": "a b", "rejected": "c d"},
-            "has no prompt column, and chosen and rejected do not begin alike. Map it in YAML, data.columns: {prompt: query,",
+            "By the names of its columns this map fits: in YAML, data.columns: {prompt: query, chosen: chosen, rejected: rejected}.",
+        ),
+        (
+            {"line": "Why is it so?", "chosen": "a b", "rejected": "c d"},
+            "has no prompt column, and chosen and rejected do not begin alike. Map it in YAML, data.columns: {prompt: line,",
         ),
         (
             {"prompt": "q", "outputs": [{"text": "a", "rating": 5}, {"text": "b", "rating": 1}]},

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.data.rows import RowSet
-from stages.models.chat_files import ChatFormat, write_chat_files
+from stages.models.chat_files import ChatFiles, ChatFormat, write_chat_files
 from stages.models.loading import ModelSource
 from stages.prepare.stage import prepare
 from stages.settings.data import DataSettings, PrepareSettings
@@ -153,6 +154,32 @@ def test_an_adapter_has_the_tokenizer_alone(source, published, tmp_path):
     write_chat_files(start, ChatFormat.of(rows), tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "generation_config.json").exists()
     assert "<|assistant|>\n" in AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
+
+
+def test_later_checkpoints_have_the_files_of_the_first_and_do_not_open_the_source(
+    source, published, tmp_path
+):
+    """Of the tokenizer's two templates, rows of plain text use none: both are published, one in a folder of its own."""
+    start = source("tiny_model", {"do_sample": True})
+    tokenizer = AutoTokenizer.from_pretrained(start.folder)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(start.folder)
+    (tmp_path / "text.jsonl").write_text('{"prompt": "q", "chosen": " a", "rejected": " b"}\n')
+    rows, folder = published(start, "plain", tmp_path / "text.jsonl")
+    files = ChatFiles(start, ChatFormat.of(rows))
+    for number in (1, 2):
+        checkpoint = tmp_path / f"checkpoint-{number}"
+        checkpoint.mkdir()
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            shutil.copyfile(folder / name, checkpoint / name)
+        files.write(checkpoint)
+        shutil.rmtree(start.folder, ignore_errors=True)
+    first, second = (tmp_path / f"checkpoint-{number}" for number in (1, 2))
+    names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    assert Path("additional_chat_templates/tool_use.jinja") in names
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+    assert json.loads((second / "generation_config.json").read_text())["do_sample"] is True
 
 
 def test_an_ordinary_last_token_ends_no_turn(chat_tokenizer):

@@ -84,23 +84,35 @@ def test_a_folder_without_a_tokenizer_gets_none_from_the_air(tmp_path):
 UNSAVABLE = {"do_sample": False, "temperature": 0.3}
 
 
+def saves(model: Path) -> bool:
+    """Whether transformers writes the model as it was read; from some version on it only warns of UNSAVABLE."""
+    loaded = load_model(ModelSource("m", model), COMPUTE)
+    try:
+        loaded.save_pretrained(model.parent / "saved")
+    except ValueError:
+        return False
+    return True
+
+
 def test_what_loads_but_cannot_be_saved_is_found_before_training(model):
     source = ModelSource("m", model)
     check_can_be_saved(source)
     edit(model / "generation_config.json", **UNSAVABLE)
-    loaded = load_model(source, COMPUTE)
-    with pytest.raises(ValueError, match="Fix these issues to save"):
-        loaded.save_pretrained(model.parent / "saved")
-    one_line(
-        lambda: check_can_be_saved(source),
-        r"generation_config\.json cannot be saved.*temperature.*Fix the file",
-    )
+    if saves(model):
+        check_can_be_saved(source)
+    else:
+        one_line(
+            lambda: check_can_be_saved(source),
+            r"generation_config\.json cannot be saved.*temperature.*Fix the file",
+        )
     (model / "generation_config.json").write_text("{")
     one_line(lambda: check_can_be_saved(source), r"generation_config\.json")
 
 
 def test_training_does_not_begin_with_a_model_that_cannot_be_saved(model, preferences, tmp_path):
     edit(model / "generation_config.json", **UNSAVABLE)
+    if saves(model):
+        pytest.skip("this version of transformers saves what it has loaded")
     tree = settings(model, preferences, loss={"name": "simpo"})
     session(tree, tmp_path / "store").run("prepare")
     one_line(

@@ -222,6 +222,23 @@ def test_neighbours_that_share_a_prompt_lend_each_other_nothing(tmp_path, base, 
     )
 
 
+def test_answers_that_stand_together_by_prompt_lend_each_other_nothing_and_none_goes_without(
+    tmp_path, base, context
+):
+    """Thumbs for several answers to each prompt: whole groups of neighbours have one prompt."""
+    rows = [
+        {"prompt": f"q{number // 8}", "completion": f" answer {number}", "label": number % 3 == 0}
+        for number in range(80)
+    ]
+    artifact = prepare(
+        write(tmp_path / "rows.jsonl", rows), PrepareSettings(heldout_fraction=0.0), base, context
+    )
+    assert artifact.counts["rows_by_role"]["mismatched"] == 80
+    split = examples(artifact)["train"]
+    assert_each_completion_serves_once(split)
+    assert sorted(source for source, *_ in split) == sorted(f"rows.jsonl:{n + 1}" for n in range(80))
+
+
 def test_a_prompt_that_is_alone_has_no_mismatched_rows(tmp_path, base, context):
     rows = [{"prompt": "q", "completion": f" {number}", "label": True} for number in range(5)]
     artifact = prepare(
