@@ -167,7 +167,7 @@ def _gathered(
             mask, begin = None, call.place // block * block
             if call.masked and last is None:
                 mask = rules.mask(places[call.place :][: call.filled], places[call.keys]).to(key.dtype)
-            elif call.masked:
+            elif call.masked and last is not None:
                 shift, first = longest - block - begin, call.place - begin
                 mask = last[first : first + call.filled, call.keys.start + shift : call.keys.stop + shift]
             yield call, _part(row_key, call.keys), _part(row_value, call.keys), mask
