@@ -79,7 +79,7 @@ prepare:
   template: {template}
   # tokens of prompt and completion together; the longest of the rows read has {longest:,}
   max_length: {max_length}
-  # share of the prompts that is kept for evaluation
+  # share of the conversations that is kept for evaluation
   heldout_fraction: 0.05
 loss:
   # {why}

@@ -1,4 +1,4 @@
-"""Which prompts are held out: decided by a hash of what the prompt says, so that a prompt is never in both splits."""
+"""Which prompts are held out: decided by a hash of how the conversation begins, so that none is in both splits."""
 
 import hashlib
 from typing import Any
@@ -9,12 +9,16 @@ from stages.formats import Preference, Tokens
 
 
 def split_of(preference: Preference, heldout_fraction: float) -> str:
-    """`heldout` or `train`, for a share of `heldout_fraction` of all prompts.
+    """`heldout` or `train`, for a share of `heldout_fraction` of all conversations.
 
-    A plain text counts as the user turn it becomes in a chat, and white space does not count, because templates trim
+    Prompts that are alike up to their first user turn are in the same split: data sets rate several turns of one dialogue, and
+    the later prompts hold the earlier ones with an answer. A plain text counts as the user turn it becomes in a chat, and white space does not count, because templates trim
     it: prompts that two sources write differently and that become the same ids are in the same split.
     """
-    digest = hashlib.sha256("\0".join(prompt_texts(preference.prompt)).encode()).digest()
+    texts = prompt_texts(preference.prompt)
+    roles = texts[::2]
+    end = 2 * roles.index("user") + 2 if "user" in roles else len(texts)
+    digest = hashlib.sha256("\0".join(texts[:end]).encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else "train"
 
 

@@ -179,7 +179,7 @@ class PrepareSettings(Settings):
     )
     heldout_fraction: Share = Field(
         default=0.05,
-        description="share of prompts held out for evaluation, chosen by a hash of the prompt",
+        description="share of conversations held out for evaluation, chosen by a hash of the prompt up to its first user turn",
     )
     mismatched: Flag = Field(
         default=True,
