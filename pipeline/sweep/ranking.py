@@ -7,6 +7,9 @@ accuracy the held-out examples (about p(1-p)/n, which more seeds do not lower). 
 from that of every other by more than Welch's t-interval of both uncertainties, at 95 % for all comparisons together
 (Bonferroni). Settings with one seed have no known spread, so none of them is called the best. All are measured on the same
 examples, so their second uncertainties partly cancel: the rule errs on the side of noise.
+
+Rewards are each loss's own. Margins and losses of different loss blocks, and accuracies of different rewards, are not
+compared: the accuracy of a loss with a reference begins at 0.5, that of one without at what the untrained model has.
 """
 
 import math
@@ -16,20 +19,30 @@ from statistics import fmean, stdev, variance
 from typing import Any
 
 LEVEL = 0.05
-SHARES = ("rewards/accuracies", "win_rate")
+ACCURACY = "rewards/accuracies"
+SHARES = (ACCURACY, "win_rate")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One finished training: its setting, the values of the keys that vary, and its metrics by name.
 
-    `sizes` has for a metric that is a share the number of examples or judged pairs that it was counted over.
+    `sizes` has for a metric that is a share the number of examples or judged pairs that it was counted over. `loss` is the block
+    of its loss.
     """
 
     setting: str
     values: Mapping[str, Any]
     metrics: Mapping[str, float]
     sizes: Mapping[str, int]
+    loss: Mapping[str, Any]
+    needs_reference: bool
+
+    def reward(self, metric: str) -> str:
+        """What a metric is measured by; values compare where this is equal."""
+        if metric == ACCURACY:
+            return "log-ratio" if self.needs_reference else str(self.loss["name"])
+        return str(dict(self.loss)) if metric == "loss" or metric.startswith("rewards/") else ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,12 @@ def _judged(metric: str, settings: Sequence[Setting]) -> Ranking:
         return Ranking(
             metric, settings, [], None, "Nothing to compare: fewer than two settings are finished."
         )
+    if len({trial.reward(metric) for one in settings for trial in one.trials}) > 1:
+        verdict = (
+            f"No setting is called the best: the rewards of these losses are of different kinds, so {metric} does not compare. "
+            f"Name a judge and add --set sweep.metric=win_rate, or compare the change of the log-probs."
+        )
+        return Ranking(metric, settings, [], None, verdict)
     first, *others = settings
     single = [one.name for one in settings if len(one.of(metric)) < 2]
     if single:

@@ -24,7 +24,7 @@ from pipeline.commands.train import TRAIN
 from pipeline.inputs import Inputs
 from pipeline.on_ray import cluster
 from pipeline.sweep.members import Member, members_of
-from pipeline.sweep.ranking import Ranking, Trial, rank
+from pipeline.sweep.ranking import ACCURACY, Ranking, Trial, rank
 from pipeline.sweep.runner import Ended, Processes, config_file, each_on_a_device, processes, until_free
 from stages.cache_ref.stage import count_missing
 from stages.runtime.context import Context, progress
@@ -32,6 +32,7 @@ from stages.train.job import find_policy
 from stages.train.monitoring.best_evaluation import higher_is_better
 
 WIN_RATE = "win_rate"
+START = "accuracy at the start"
 JUDGED = ("sample", "judge")
 WORKS = {command.name: command.work for command in (CACHE_REF, TRAIN, SAMPLE, JUDGE)}
 
@@ -213,7 +214,7 @@ class _Trainings:
             self.context.log(f"{place}: {end}")
             return
         assert outcome.policy is not None
-        accuracy = outcome.policy.counts["final"].get("rewards/accuracies")
+        accuracy = outcome.policy.counts["final"].get(ACCURACY)
         known = "" if accuracy is None else f", held-out accuracy {accuracy:.3f}"
         self.context.log(f"{place}: {'already done' if outcome.reused else 'done'}{known}")
 
@@ -227,11 +228,14 @@ def trial_of(outcome: Outcome) -> Trial:
         # For a policy that starts as the reference this is the log-ratio, so that losses without one compare.
         if f"logps/{side}" in metrics:
             metrics[f"logps_change/{side}"] = metrics[f"logps/{side}"] - counts["step0"][f"logps/{side}"]
-    sizes = {"rewards/accuracies": outcome.heldout}
+    sizes = {ACCURACY: outcome.heldout}
     if outcome.win_rate is not None:
         metrics[WIN_RATE] = outcome.win_rate["rate"]
         sizes[WIN_RATE] = sum(outcome.win_rate[key] for key in ("wins", "ties", "losses"))
-    return Trial(member.setting, member.values, metrics, sizes)
+    if ACCURACY in counts["step0"]:
+        metrics[START] = counts["step0"][ACCURACY]
+    loss = member.config.loss
+    return Trial(member.setting, member.values, metrics, sizes, loss.model_dump(), loss.needs_reference)
 
 
 def heldout_size(inputs: Inputs) -> int:

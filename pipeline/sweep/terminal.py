@@ -6,12 +6,13 @@ from rich.text import Text
 
 from pipeline import tables
 from pipeline.sweep.members import SEED, short_name, shown
-from pipeline.sweep.ranking import Ranking, Setting
-from pipeline.sweep.sweep import WIN_RATE, Sweep
+from pipeline.sweep.ranking import ACCURACY, Ranking, Setting
+from pipeline.sweep.sweep import START, WIN_RATE, Sweep
 
 # Metric, heading, whether the spread over seeds is shown. A column without a value is left out.
 COLUMNS = (
-    ("rewards/accuracies", "accuracy", True),
+    (START, "at start", False),
+    (ACCURACY, "accuracy", True),
     ("rewards/margins", "margin", True),
     (WIN_RATE, "win-rate", True),
     ("logps_change/chosen", "chosen", False),
@@ -30,7 +31,7 @@ def show_sweep(console: Console, found: Sweep) -> None:
     if found.ranking.settings:
         console.print(ranked_table(found.ranking))
         console.print(Text(f"  {found.ranking.verdict}", style="bold"), soft_wrap=True)
-        note = "mean over seeds ± standard deviation; chosen, rejected: change of the log-prob in nats"
+        note = "mean over seeds ± standard deviation; at start: accuracy before training; chosen, rejected: change of the log-prob in nats"
         console.print(Text(f"  {note}", style="dim"), soft_wrap=True)
     for one in found.failed:
         line = f"  FAILED  {one.member.number}: {one.member.name}: {one.problem}"

@@ -1,5 +1,7 @@
 """The ranking of a sweep: Welch's interval as scipy has it, and how often noise is called the best."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,7 +13,11 @@ ACCURACY, LOSS = "rewards/accuracies", "loss"
 
 def trials(values: dict[str, list[float]], metric: str = ACCURACY, heldout: int = 0) -> list[Trial]:
     sizes = {metric: heldout} if heldout else {}
-    return [Trial(name, {"key": name}, {metric: one}, sizes) for name, own in values.items() for one in own]
+    return [
+        Trial(name, {"key": name}, {metric: one}, sizes, {"name": "dpo"}, True)
+        for name, own in values.items()
+        for one in own
+    ]
 
 
 def setting(name: str, values: list[float], metric: str = LOSS, heldout: int = 0) -> Setting:
@@ -43,6 +49,30 @@ def test_a_clear_winner_is_called_the_best():
     assert found.best == "b"
     assert [one.name for one in found.settings] == ["b", "a"]
     assert found.verdict.startswith("Best: b (0.2000 from the next")
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "needs_reference", "compares"),
+    [
+        (ACCURACY, {"name": "kto"}, True, True),
+        (ACCURACY, {"name": "simpo"}, False, False),
+        (LOSS, {"name": "kto"}, True, False),
+        (LOSS, {"name": "dpo"}, True, True),
+        ("rewards/margins", {"name": "dpo", "beta": 0.5}, True, False),
+        ("kl", {"name": "kto"}, True, True),
+        ("win_rate", {"name": "simpo"}, False, True),
+    ],
+)
+def test_values_by_different_rewards_are_not_compared(metric, loss, needs_reference, compares):
+    """An accuracy that begins at 0.7 because no reference is subtracted is no better than one of 0.8 that began at 0.5."""
+    dpo = trials({"dpo": [0.70, 0.71]}, metric, 2000)
+    other = [
+        replace(one, setting="other", loss=loss, needs_reference=needs_reference, metrics={metric: 0.9})
+        for one in dpo
+    ]
+    found = rank([*dpo, *other], metric, True)
+    assert (found.best == "other") is compares
+    assert ("does not compare" in found.verdict) is not compares
 
 
 def test_a_loss_is_better_where_it_is_lower():
