@@ -1,5 +1,7 @@
 """The table of a sweep: one line for each setting, best first, then what failed."""
 
+import shlex
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +44,8 @@ def show_sweep(console: Console, found: Sweep) -> None:
             f"{found.reference_rows_saved:,} forwards of completions saved.",
             soft_wrap=True,
         )
-    console.print(Text(f"  Curves: {found.folder / 'curves.png'}", style="dim"), soft_wrap=True)
+    where = f"Curves: {found.folder / 'curves.png'}; as a page: align report {shlex.quote(str(found.folder))}"
+    console.print(Text(f"  {where}", style="dim"), soft_wrap=True)
 
 
 def ranked_table(ranking: Ranking) -> Table:
