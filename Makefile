@@ -53,7 +53,7 @@ docs: $(READY) ## write the lists that the documents repeat from the code, and b
 reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; 20 minutes on two busy cores
 	$(BIN)/python benchmarks/reliability.py
 
-bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about an hour
+bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data, and against an OTHER=FOLDER of this project; hours
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
@@ -61,6 +61,8 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data; about
 	$(BIN)/python benchmarks/token_cost.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
+	$(BIN)/python benchmarks/shared_node.py
+	if [ -n "$(OTHER)" ]; then $(BIN)/python benchmarks/prefix_tree.py --data $(DATA) --other $(OTHER); fi
 	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi
 
 clean: ## remove the environment (artifacts stay)
