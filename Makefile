@@ -50,7 +50,7 @@ docs: $(READY) ## write the lists that the documents repeat from the code, and b
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; 20 minutes on two busy cores
+reliability: $(READY) ## every promise of docs/reliability.md: cases tried, cases held; five minutes on two cores
 	$(BIN)/python benchmarks/reliability.py
 
 bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data, and against an OTHER=FOLDER of this project; hours

@@ -1,7 +1,7 @@
 """The promises of the cache and the stages, each with the tests that try it: cases tried, cases held.
 
 In: nothing. Out: `results/reliability.json` and `.md`, and exit code 1 if a case did not hold. A test that loops over fault points, bytes or races
-says how many cases it tried; any other test is one case. 20 minutes on two busy cores. Run from the repository root:
+says how many cases it tried; any other test is one case. Five minutes on two cores. Run from the repository root:
 
     python benchmarks/reliability.py
 """
@@ -125,8 +125,9 @@ PROMISES = (
     ),
     Promise("Training opens no file of the reference", ("test_four_stages.py::test_training_never_opens",)),
     Promise(
-        "The bytes do not depend on the number of workers and ranks",
+        "The bytes do not depend on the number of workers, shares and ranks",
         (
+            "prepare/test_shares.py::",
             "cache_ref/test_work_units.py::",
             "prepare/test_stage.py::test_any_number_of_processes",
             "cache/test_archive.py::test_the_bytes",
