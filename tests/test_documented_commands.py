@@ -37,6 +37,8 @@ COVERED = {
     r"torchrun cache-ref": "pipeline/test_distributed.py::test_two_sharded_ranks_train_like_one_process",
     r"run .*-c thumbs\.yaml": "test_documented_commands.py::test_the_csv_of_thumbs_is_read",
     r"run": "pipeline/test_cli.py::test_run_shows_each_stage_as_it_ends",
+    r"(prepare|cache-ref|sweep) .*--on ray": "pipeline/test_on_ray.py::test_tasks_make_the_bytes_of_one_process_though_a_worker_is_killed",
+    r"prepare .*--(shard|join)": "stages/prepare/test_shares.py::test_the_command_makes_shares_of_rows_and_of_evaluation_sets_and_joins_them",
     r"prepare": "pipeline/test_cli.py::test_json_is_one_object_on_stdout_and_a_second_run_does_nothing",
     r"cache-ref .*--shard": "pipeline/test_cli.py::test_a_dry_run_of_a_share_counts_its_own_rows",
     r"cache-ref": "pipeline/test_four_stages.py::test_more_data_scores_only_the_new_rows",
@@ -78,7 +80,7 @@ TARGETS = {
     "fast": "a part of make test",
     "style": "a tool of the developers",
     "clean": "a tool of the developers",
-    "reliability": "its cases are tests; it takes 20 minutes",
+    "reliability": "its cases are tests",
     "bench": "needs TRL and real data",
 }
 

@@ -32,7 +32,7 @@ from stages.train.job import find_policy
 from stages.train.monitoring.best_evaluation import higher_is_better
 
 WIN_RATE = "win_rate"
-START = "accuracy at the start"
+START = f"step0/{ACCURACY}"
 JUDGED = ("sample", "judge")
 WORKS = {command.name: command.work for command in (CACHE_REF, TRAIN, SAMPLE, JUDGE)}
 

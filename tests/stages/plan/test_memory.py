@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.two_builds import allocated_at_most
 from stages.engine.activation_offload import offloaded
 from stages.engine.scorer import Scorer
 from stages.models.loading import ModelSource, load_model
@@ -40,20 +40,18 @@ def model(tmp_path_factory) -> ModelSource:
     return ModelSource("memory", folder)
 
 
-def allocated_at_most(scorer: Scorer, pack) -> int:
-    """The most bytes that a second forward and backward pass had allocated, by torch's own profiler."""
-    scorer(pack).completion_logps.sum().backward()
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
-        scorer.weights_cast_once(),
-    ):
+def allocated_by_a_pass(scorer: Scorer, pack) -> int:
+    """The most bytes that a second forward and backward pass had allocated."""
+
+    def work() -> None:
         scorer(pack).completion_logps.sum().backward()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+
+    def with_one_cast() -> None:
+        with scorer.weights_cast_once():
+            work()
+
+    work()
+    return allocated_at_most(with_one_cast)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointed"])
@@ -64,7 +62,7 @@ def test_predicted_activations_are_what_torch_allocates(model, compute, checkpoi
     predicted = Shapes(model, settings, ALL, compute).predict(pack)
     scorer = Scorer(load_model(model, compute), compute, print, checkpointing)
     assert predicted.weights == sum(parameter.nbytes for parameter in scorer.parameters())
-    assert predicted.activations == pytest.approx(allocated_at_most(scorer, pack), rel=0.05)
+    assert predicted.activations == pytest.approx(allocated_by_a_pass(scorer, pack), rel=0.05)
 
 
 def test_memory_of_four_layers_is_extrapolated_from_two(model):
