@@ -29,13 +29,18 @@ def on_two_ranks(work: Work, errors: Path) -> list[int]:
 
     They meet at a store of this process, as they would at torchrun's.
     """
-    if dist.is_initialized():  # by an earlier test that was its own only rank
-        dist.destroy_process_group()
+    leave_group()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = [fork(work, errors, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
     return [exit_code(rank) for rank in ranks]
+
+
+def leave_group() -> None:
+    """Leave the group that an earlier test made where this process was its only rank; its children would be in it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def fork(work: Work, errors: Path | None = None, environment: dict[str, str] | None = None) -> int:

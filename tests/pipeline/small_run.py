@@ -3,17 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import torch.distributed.run
 import yaml
 
 from pipeline.config import build_config
 from pipeline.session import Session
 from stages.train.loop import Run
-from tests.forked import on_two_ranks
+from tests.forked import fork, leave_group, on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LN2 = 0.6931471805599453
@@ -102,17 +101,15 @@ def command_line(tree: dict, store: Path, stage: str) -> list[str]:
     return [stage, "-c", str(config), "--store", str(store), "--json"]
 
 
-def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
-    """A command line of `align` on two ranks under the real launcher."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*launch, "-m", "pipeline", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def torchrun(arguments: list[str], logs: Path) -> int:
+    """The process id of torchrun with a command line of `align` on two ranks; what they say goes to files in `logs`.
+
+    Its ranks are forked, so that no interpreter starts and imports everything: torchrun's own options ask for that.
+    """
+    options = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(logs)]
+    forked = ["--start-method", "fork", "--run-path", str(ROOT / "pipeline" / "__main__.py")]
+    leave_group()
+    return fork(lambda: torch.distributed.run.main([*options, *forked, *arguments]))
 
 
 def metrics_of(policy: str | Path) -> list[dict]:

@@ -9,10 +9,9 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cache.files import sha256_file
-from pipeline.cli import main
 from stages.train.checkpoints import FILES
 from stages.train.loop import Run
-from tests.forked import on_two_ranks
+from tests.forked import exit_code
 from tests.pipeline.small_run import (
     command_line,
     errors_of,
@@ -203,7 +201,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     What is sharded is an adapter, whose shards are few: the checkpoint holds them and their optimizer alone.
     """
     kept = {"keep_together": "conversation"} if parallel == "ddp" else {}
-    tree = tree_of(tiny_model, preferences, adapter, num_epochs=3, parallel=parallel, keep_last=1, **kept)
+    tree = tree_of(tiny_model, preferences, adapter, parallel=parallel, keep_last=1, **kept)
     store = prepared(tree, tmp_path / "store")
     two = copy_of(store, "two")
     assert train_on_two_ranks(tree, two) == [0, 0], errors_of(two).read_text()
@@ -217,7 +215,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     assert train_on_two_ranks(tree, killed) == [0, 0], errors_of(killed).read_text()
     assert_same_bits(run(tree, killed, "train"), run(tree, two, "train"))
 
-    whole = tree_of(tiny_model, preferences, adapter, num_epochs=3, keep_last=1, **kept)
+    whole = tree_of(tiny_model, preferences, adapter, keep_last=1, **kept)
     with examples_taken() as order:
         expected = run(whole, copy_of(store, "one"), "train")
     spread = spread_over_splits(whole, store, trajectory(expected))
@@ -227,7 +225,7 @@ def test_a_killed_rank_ends_all_and_one_rank_continues(parallel, adapter, tiny_m
     with examples_taken() as taken:
         resumed = run(tree, continued_by_one, "train", said=said)
     assert any("Continuing from step 3" in line for line in said), said
-    assert taken == {step: order[step] for step in range(4, 13)}
+    assert taken == {step: order[step] for step in range(4, 9)}
     assert_same_run(resumed, expected, spread)
     if parallel == "ddp":
         forget_moments(next((forgetful / "policy").glob(".tmp-*/checkpoint-3")))
@@ -250,49 +248,38 @@ def forget_moments(checkpoint: Path) -> None:
 def test_under_torchrun_a_killed_rank_ends_all_and_the_same_command_continues(
     tiny_model, preferences, tmp_path
 ):
-    """The real launcher, and a signal at whatever point of the run; forked ranks continue.
+    """The real launcher and its exit codes, and a signal at whatever point of the run.
 
     Not by `--max-restarts`: the new ranks of torch 2.13 sometimes wait for each other while they make their gloo group.
     """
-    tree = tree_of(tiny_model, preferences, num_epochs=3, save_steps=1)
+    tree = tree_of(tiny_model, preferences, save_steps=1)
     store = prepared(tree, tmp_path / "store")
     command = command_line(tree, store, "train")
-    process = torchrun(command)
+    launcher = torchrun(command, tmp_path / "killed")
     while not list((store / "policy").glob(".tmp-*/checkpoint-2")):
-        assert process.poll() is None, process.communicate()[1]
+        assert os.waitpid(launcher, os.WNOHANG) == (0, 0), said_by_ranks(tmp_path / "killed")
         time.sleep(0.01)
-    ranks = ranks_of(process.pid)
+    ranks = ranks_of(launcher)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode != 0
+    assert exit_code(launcher) == 1
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    assert not list((store / "policy").glob("[!.]*")), err
+    assert not list((store / "policy").glob("[!.]*"))
 
-    def again() -> None:
-        path = tmp_path / f"rank-{os.environ['RANK']}"
-        sys.argv = ["align", *command]
-        with (
-            open(f"{path}.out", "w") as out,
-            open(f"{path}.err", "w") as err,
-            redirect_stdout(out),
-            redirect_stderr(err),
-        ):
-            main()
-
-    assert on_two_ranks(again, errors_of(store)) == [0, 0], errors_of(store).read_text()
-    assert "Continuing from step" in (tmp_path / "rank-0.err").read_text()
-    assert json.loads((tmp_path / "rank-0.out").read_text())["steps"] == 12
-    assert (tmp_path / "rank-1.out").read_text() == ""  # the first rank alone speaks
+    assert exit_code(torchrun(command, tmp_path / "again")) == 0, said_by_ranks(tmp_path / "again")
+    said = said_by_ranks(tmp_path / "again")
+    assert "Continuing from step" in said["0/stderr.log"]
+    assert json.loads(said["0/stdout.log"])["steps"] == 8
+    assert said["1/stdout.log"] == ""  # the first rank alone speaks
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Process ids of the launcher's children, in order of rank."""
+    """Process ids of the launcher's forked children, in order of rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    by_rank = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        rank = next((entry[5:] for entry in environment if entry.startswith(b"RANK=")), None)
-        if rank is not None:
-            by_rank[int(rank)] = int(child)
-    return [by_rank[rank] for rank in sorted(by_rank)]
+    forked = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == forked]
+
+
+def said_by_ranks(logs: Path) -> dict[str, str]:
+    """What torchrun wrote down of each rank, by `RANK/stdout.log` and `RANK/stderr.log`."""
+    return {"/".join(path.parts[-2:]): path.read_text() for path in logs.glob("*/attempt_0/*/std*.log")}
