@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,12 @@ import pytest
 import yaml
 
 from cache.errors import StaleError, UsageError
+from pipeline.cli import main
 from pipeline.config import build_config
 from stages.train.loop import Run
 from stages.train.monitoring.metrics_log import Tracker, read_metrics
-from tests.pipeline.small_run import LN2, ROOT, run, session, settings
+from tests.forked import exit_code, fork
+from tests.pipeline.small_run import LN2, run, session, settings
 
 CANARY = "canary0a1b2c3d4e5f60718293a4b5c6d7e8f901234"
 
@@ -167,21 +168,6 @@ def test_metrics_continue_without_a_doubled_or_a_cut_line(tmp_path) -> None:
     assert [line["step"] for line in read_metrics(run_folder / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-# Each as its command line has it, in one process, for most of a command's time goes into its imports.
-THREE_STAGES = """
-import sys
-from pipeline.cli import main
-options = sys.argv[1:]
-for stage in ("prepare", "cache-ref", "train"):
-    sys.argv = ["align", stage, *options]
-    try:
-        main()
-    except SystemExit as ended:
-        if ended.code:
-            raise
-"""
-
-
 @pytest.mark.slow
 def test_secrets_from_the_environment_reach_no_file(tiny_model, preferences, tmp_path) -> None:
     """W&B offline, TensorBoard and trackio at once, every file they and the run wrote searched for the canary."""
@@ -195,12 +181,19 @@ def test_secrets_from_the_environment_reach_no_file(tiny_model, preferences, tmp
     home.mkdir()
     secrets = {"HF_TOKEN": f"hf_{CANARY}", "WANDB_API_KEY": CANARY, "MY_PASSWORD": CANARY}
     secrets |= dict.fromkeys(("HTTPS_PROXY", "https_proxy"), f"http://me:{CANARY}@127.0.0.1:9")
-    environment = {**os.environ, **secrets, "HOME": str(home), "TRACKIO_DIR": str(home / "trackio")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", THREE_STAGES, "-c", str(config), "--store", str(tmp_path / "store")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert CANARY not in done.stdout + done.stderr
+    environment = {**secrets, "HOME": str(home), "TRACKIO_DIR": str(home / "trackio"), "HF_HUB_OFFLINE": "1"}
+    options = ["-c", str(config), "--store", str(tmp_path / "store")]
+    said = tmp_path / "said.txt"
+
+    def three_stages() -> None:
+        with said.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            for stage in ("prepare", "cache-ref", "train"):
+                sys.argv = ["align", stage, *options]
+                main()
+
+    assert exit_code(fork(three_stages, said, environment)) == 0, said.read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert any("tfevents" in path.name for path in files)
