@@ -14,6 +14,9 @@ UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=a
 # stay in one process, because they share what is dear to make, such as a vLLM worker.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# What python compiles is kept, whatever the environment says: pytest rewrites every test file, in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast check style docs reliability bench clean
 
