@@ -171,6 +171,7 @@ def with_gradient(model: Any, row: int) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_same_log_probs_whatever_long_rows_are_packed_with_it() -> None:
     """To the bit, as without special lengths: how a row is scored is a function of its own length."""
     with torch.no_grad():
