@@ -1,6 +1,7 @@
 """Adapters: exact at the start, the same through packs as through the model, saved so that others read them."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 from tests.tiny_llama import random_llama
 
-peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.slow,  # importing peft alone takes seconds
+    pytest.mark.skipif(find_spec("peft") is None, reason="needs peft"),
+]
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
@@ -93,7 +97,6 @@ def adapted_model(folder: Path, name: str, stirred: bool = True, **changes):
     return model, adapted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("compute", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 def test_a_new_adapter_changes_no_log_prob(tiny_model, name, compute):
@@ -104,7 +107,6 @@ def test_a_new_adapter_changes_no_log_prob(tiny_model, name, compute):
         assert torch.equal(score(model, compute), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_packed_log_probs_with_an_adapter_equal_those_of_the_model(tiny_model, name):
     model, adapted = adapted_model(tiny_model, name)
@@ -125,7 +127,6 @@ def test_only_the_adapter_has_gradients(tiny_model):
     assert all("lora_" in name for name in with_gradient)
 
 
-@pytest.mark.slow
 def test_frozen_weights_in_bfloat16_give_the_same_numbers_and_gradients(tiny_model):
     """As float32 masters under autocast, to the bit, at half the memory."""
     found = []
@@ -146,7 +147,6 @@ def test_frozen_weights_in_bfloat16_give_the_same_numbers_and_gradients(tiny_mod
     assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
 
 
-@pytest.mark.slow
 def test_the_seed_determines_the_initial_adapter(tiny_model):
     def first(seed: int) -> torch.Tensor:
         source = ModelSource(str(tiny_model), tiny_model)
@@ -157,7 +157,6 @@ def test_the_seed_determines_the_initial_adapter(tiny_model):
     assert not torch.equal(first(1), first(2))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_peft_and_transformers_load_a_saved_adapter(tiny_model, name, tmp_path):
     _, adapted = adapted_model(tiny_model, name, use_rslora=True)
@@ -204,7 +203,6 @@ def test_missing_target_modules_are_named_before_weights_are_loaded(tiny_model):
     check_adapter(AdapterSettings(name="lora", target_modules=("q_proj", "v_proj")), source)
 
 
-@pytest.mark.slow
 def test_padded_heads_stay_a_valid_model(shared_data):
     """stories260K has heads padded with zeros; an adapter on q, k and v fills them, and packs still agree."""
     model, adapted = adapted_model(
@@ -223,7 +221,6 @@ def test_all_linear_excludes_the_output_layer(tiny_model, tmp_path):
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.slow
 def test_an_adapter_over_4_bit_weights_has_the_gradients_over_the_dequantized_weights(tiny_model):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     source = ModelSource(str(tiny_model), tiny_model)
@@ -266,6 +263,8 @@ def test_an_adapter_on_one_end_of_tied_weights_is_refused_before_training(tiny_m
 def test_merging_an_adapter_on_tied_weights_changes_both_ends_in_peft(tiny_model):
     """Why it is refused: the merged model is not base and adapter, and not by rounding."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    import peft
+
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])
     with pytest.warns(UserWarning, match="tie"):
         adapted = peft.get_peft_model(model, config)
@@ -275,7 +274,6 @@ def test_merging_an_adapter_on_tied_weights_changes_both_ends_in_peft(tiny_model
     assert (by_the_model(merged) - expected).abs().max() > 0.1
 
 
-@pytest.mark.slow
 def test_an_adapter_on_untied_ends_is_base_and_adapter_after_merging(tmp_path):
     random_llama(4, tie_word_embeddings=False).save_pretrained(tmp_path)
     check, _ = checked_and_attached(tmp_path, name="lora", target_modules=("lm_head", "embed_tokens"))
@@ -286,7 +284,6 @@ def test_an_adapter_on_untied_ends_is_base_and_adapter_after_merging(tmp_path):
         assert (by_the_model(adapted.merge_and_unload()) - expected).abs().max() < 2e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", ("v_proj",)])
 def test_dora_on_a_row_of_zeros_is_refused_naming_the_layer(tmp_path, targets):
     """peft divides 0 by 0 there, and every log-prob is NaN (findings/dora_on_a_row_of_zeros.sh)."""
