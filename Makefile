@@ -60,6 +60,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data, and a
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
+	$(BIN)/python benchmarks/compiled_layers.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/token_cost.py
 	$(BIN)/python benchmarks/growth.py
