@@ -14,6 +14,9 @@ UV_FLAGS := $(if $(LOCAL_TORCH),--find-links $(PIP_FIND_LINKS),--torch-backend=a
 # stay in one process, because they share what is dear to make, such as a vLLM worker.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# What python compiles is kept, whatever the environment says: pytest rewrites every test file, in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fast check style docs reliability bench clean
 
@@ -34,7 +37,7 @@ demo: $(READY) ## the four stages on the embedded quickstart, and a judge of the
 test: check ## lint, types and every test
 	$(PYTEST)
 
-fast: check ## lint, types and the tests that start no process and train nothing, in under three minutes
+fast: check ## lint, types and the quick tests, which start no process and train nothing; about a minute
 	$(PYTEST) -m "not slow"
 
 check: $(READY) ## lint, format and types
@@ -57,6 +60,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data, and a
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER, a folder as benchmarks/engine_world.py describes it"; exit 2; }
 	$(BIN)/python benchmarks/engine.py --data $(DATA)
 	$(BIN)/python benchmarks/engine_profile.py --data $(DATA)
+	$(BIN)/python benchmarks/compiled_layers.py --data $(DATA)
 	$(BIN)/python benchmarks/cache_ref_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/token_cost.py
 	$(BIN)/python benchmarks/growth.py

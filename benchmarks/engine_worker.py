@@ -112,7 +112,7 @@ def peak_bytes() -> int:
 class Ours:
     """The engine, the step and the store of this project."""
 
-    def __init__(self, work: Work, world: World) -> None:
+    def __init__(self, work: Work, world: World, compiled: bool = False) -> None:
         from stages.engine.scorer import Scorer
         from stages.losses import parse_loss
         from stages.models.loading import ModelSource, load_model
@@ -123,7 +123,7 @@ class Ours:
 
         keep_freed_memory()
         self.work, self.world = work, world
-        compute = Compute(torch.device("cpu"), getattr(torch, work.dtype), 2048)
+        compute = Compute(torch.device("cpu"), getattr(torch, work.dtype), 2048, compile=compiled)
         model = load_model(ModelSource("benchmark", world.model_folder), compute)
         self.scorer = Scorer(model, compute, print)
         self.loss = parse_loss({"name": "kto" if work.task == "kto" else "dpo"})

@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,13 @@ from stages.runtime.compute import Compute
 
 # Median and spread (of the logarithm) of prompt and completion lengths, and the limit.
 LENGTHS = {"hh": ((103, 0.9), (35, 0.85), 512), "long answers": ((150, 0.8), (500, 0.6), 2048)}
-BACKENDS = {"flex": flex_attention.NAME, "varlen": varlen.NAME, "runs": tree_attention.NAME}
+COMPILED = "flex, compiled layers"
+BACKENDS = {
+    "flex": flex_attention.NAME,
+    COMPILED: flex_attention.NAME,
+    "varlen": varlen.NAME,
+    "runs": tree_attention.NAME,
+}
 WAYS = (*BACKENDS, "padded", "padded, presorted", "TRL")
 PAIRS, ROUNDS, BUDGET = 64, 5, 16_384
 TITLE = "The engine on a GPU"
@@ -74,7 +81,7 @@ def measured(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 def _problem(way: str, device: torch.device) -> str:
-    if way == "flex" and device.type == "cpu":
+    if way in ("flex", COMPILED) and device.type == "cpu":
         return "flex_attention has no backward pass on a CPU"
     if way == "TRL" and importlib.util.find_spec("trl") is None:
         return "trl is not installed"
@@ -92,7 +99,7 @@ def _step_of(way: str, model: Any, rows: RowSet, compute: Compute) -> Callable[[
         return TrlStep(model, rows, compute)
     if way not in BACKENDS:
         return partial(padded_step, model, rows, compute, presorted=way != "padded")
-    scorer = Scorer(model, compute, print, backends=[tree_attention.NAME])
+    scorer = Scorer(model, replace(compute, compile=way == COMPILED), print, backends=[tree_attention.NAME])
     scorer.way = Way(BACKENDS[way])
     check(scorer, rows)
     return partial(packed_step, scorer, rows)

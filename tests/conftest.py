@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # The models here are tiny: a second thread only waits for the first, and on a busy machine it waits long.
@@ -13,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import typer.main
 from hypothesis import HealthCheck, settings
 
 from cache.artifacts import Store
@@ -245,12 +247,17 @@ def context(store, said) -> Context:
     return Context(store, log=said.append)
 
 
+# The parser of a command line, which typer makes anew in each call, from the options of every command.
+made_once = cache(typer.main.get_command)
+
+
 @pytest.fixture
 def align(tmp_path, monkeypatch, capsys):
     """Runs a command line in this process and returns (exit code, stdout, stderr)."""
     from pipeline.cli import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(typer.main, "get_command", made_once)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments):

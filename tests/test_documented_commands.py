@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from pipeline.cli import app
 from pipeline.commands import COMMANDS
 from pipeline.config import RunConfig, load_config
+from tests.conftest import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -115,7 +115,7 @@ def typed(line: str) -> str:
 def parsed(line: str) -> RunConfig:
     """The configuration that a command line selects; raises what a person would get who types it."""
     name, *arguments = shlex.split(typed(line).removeprefix("torchrun "))
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = made_once(app).commands[name]
     values = command.make_context(name, arguments).params
     return load_config(values.get("config") or [], values.get("set_") or [], values.get("loss"))
 

@@ -105,5 +105,6 @@ def _softcapped(softcap: float) -> Any:
     return score_mod
 
 
-AttentionInterface.register(NAME, flex_forward)
+# In compiled layers it runs as it is written, and what it compiles itself stays compiled.
+AttentionInterface.register(NAME, torch.compiler.disable(flex_forward))
 AttentionMaskInterface.register(NAME, no_mask)

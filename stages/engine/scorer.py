@@ -19,6 +19,7 @@ from stages.data.rows import RowSet
 from stages.engine import flex_attention, tree_attention
 from stages.engine.activation_offload import offloaded
 from stages.engine.checkpointing import disable_dropout, enable_checkpointing
+from stages.engine.compiled_layers import compile_layers, not_compiled
 from stages.engine.lm_head import TokenLogps, collision_logps, collisions_of
 from stages.engine.packing import plan_packs
 from stages.engine.packs import POSITION_MULTIPLE, Pack, PackLogps, inputs_of, part_of
@@ -77,6 +78,13 @@ class Scorer(nn.Module):
                 self.way = replace(self.way, checkpoints=can_checkpoint(self, log))
         if gradient_checkpointing and self.way.checkpoints:
             enable_checkpointing(model)
+        if compute.compile:
+            if self.way.backend is None:
+                log(
+                    f"The layers of {type(model).__name__} are not compiled: its rows are not scored in packs."
+                )
+            else:
+                compile_layers(model, compute.device)
 
     def forward(self, pack: Pack, with_collisions: bool = False) -> PackLogps:
         """Log-probs of the pack's targets, and with `with_collisions` what WPO normalises by."""
@@ -166,7 +174,7 @@ class Scorer(nn.Module):
         self.model.eval()
         self._attend(self.way.attention)
         try:
-            with self._autocast():
+            with self._autocast(), not_compiled():
                 return sample(self.model)
         finally:
             for module, training in modes.items():
@@ -177,7 +185,8 @@ class Scorer(nn.Module):
         """Within it every row has a forward pass of its own."""
         way, self.way = self.way, replace(self.way, backend=None, padded=False)
         try:
-            yield
+            with not_compiled():
+                yield
         finally:
             self.way = way
 

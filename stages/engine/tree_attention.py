@@ -201,5 +201,6 @@ def no_mask(*_: Any, **__: Any) -> None:
     # second completion of an example would not see its prompt.
 
 
-AttentionInterface.register(NAME, tree_attention)
+# In compiled layers it runs as it is written: its calls depend on the pack.
+AttentionInterface.register(NAME, torch.compiler.disable(tree_attention))
 AttentionMaskInterface.register(NAME, no_mask)

@@ -22,6 +22,7 @@ class Compute:
     dtype: torch.dtype
     tokens_per_batch: int
     load_in_4bit: bool = False
+    compile: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -50,7 +51,11 @@ def resolve_compute(settings: ComputeSettings) -> Compute:
     if settings.load_in_4bit:
         require_bitsandbytes("compute.load_in_4bit")
     return Compute(
-        torch.device(device), getattr(torch, dtype), settings.tokens_per_batch, settings.load_in_4bit
+        torch.device(device),
+        getattr(torch, dtype),
+        settings.tokens_per_batch,
+        settings.load_in_4bit,
+        settings.compile,
     )
 
 

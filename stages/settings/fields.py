@@ -59,6 +59,10 @@ class ComputeSettings(Settings):
     tokens_per_batch: PositiveInt = Field(
         default=2048, description="token budget of one forward pass; changes speed and memory, not results"
     )
+    compile: Flag = Field(
+        default=False,
+        description="compile the model's layers by torch.compile; the first step takes longer, results differ by rounding",
+    )
     trust_remote_code: Flag = Field(
         default=False,
         description="run the Python code that a model's folder brings (auto_map in its config.json): code of whoever made it",

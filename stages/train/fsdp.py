@@ -129,11 +129,13 @@ def _shard(scorer: "Scorer", compute: Compute) -> None:
         register_fsdp_forward_method,
     )
 
+    from stages.engine.compiled_layers import decoder_layers
+
     # Inputs are not cast: the residual stream stays float32 under autocast, as it does without sharding.
     in_layers = MixedPrecisionPolicy(
         param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in _layers(scorer.model):
+    for layer in decoder_layers(scorer.model):
         fully_shard(layer, mp_policy=in_layers)
     # Embedding, last norm and output layer are one group of the scorer itself, so they are whole while the scorer runs:
     # it reads the weight of the output layer outside of that layer's forward.
@@ -144,13 +146,6 @@ def _shard(scorer: "Scorer", compute: Compute) -> None:
             # The loss is already divided by the units of the whole step, so gradients are summed over ranks.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
-
-
-def _layers(model: Any) -> list[torch.nn.Module]:
-    """The transformer's layers: the module list that is as long as the configuration's number of layers."""
-    number = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(next((found for found in lists if len(found) == number), []))
 
 
 def _receive(scorer: "Scorer", whole: Any | None, model: Any) -> None:

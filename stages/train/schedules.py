@@ -12,6 +12,13 @@ from stages.settings.train import TrainSettings
 
 # Schedules that have no warm-up, or one whose first step is above 0 in transformers.
 STARTS_ABOVE_0 = ("constant", "cosine_warmup_with_min_lr")
+# The factor after the warm-up, from the steps done, those left, and both together. They are those of transformers to the
+# bit, whose import takes three seconds because it imports peft and bitsandbytes too.
+PLAIN: dict[str, Callable[[float, float, int], float]] = {
+    "constant": lambda done, left, decay: 1.0,
+    "linear": lambda done, left, decay: max(0.0, left / decay),
+    "cosine": lambda done, left, decay: max(0.0, 0.5 * (1.0 + math.cos(math.pi * (done / decay)))),
+}
 
 
 def make_schedule(settings: TrainSettings, learning_rate: float, steps: int) -> Callable[[int], float]:
@@ -40,9 +47,12 @@ def _factors(
     settings: TrainSettings, learning_rate: float, warmup: int, steps: int
 ) -> tuple[Callable[[float], float], float, float]:
     """The factor on the peak rate as transformers computes it from a step (from 0), and that of the first and last step."""
+    name, arguments = settings.lr_scheduler_type, _arguments(settings, steps)
+    if name in PLAIN and not arguments:
+        factor = _plain_factor(name, warmup, steps)
+        return factor, factor(0), factor(steps - 1)
     from transformers import get_scheduler
 
-    name, arguments = settings.lr_scheduler_type, _arguments(settings, steps)
     unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=learning_rate)
     try:
         scheduler: Any = get_scheduler(name, unused, warmup, steps, scheduler_specific_kwargs=arguments)
@@ -53,6 +63,15 @@ def _factors(
             f"train.lr_scheduler_type={name} does not take train.lr_scheduler_kwargs={arguments}: {error}. "
             f"Use the names that transformers has for this schedule."
         ) from error
+
+
+def _plain_factor(name: str, warmup: int, steps: int) -> Callable[[float], float]:
+    def factor(step: float) -> float:
+        if step < warmup and name not in STARTS_ABOVE_0:
+            return step / warmup
+        return PLAIN[name](step - warmup, steps - step, max(1, steps - warmup))
+
+    return factor
 
 
 def arguments_with_effect(settings: TrainSettings) -> dict[str, Any]:

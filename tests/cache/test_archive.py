@@ -269,6 +269,7 @@ def test_an_archive_travels_through_any_file_system(tmp_path):
     open_artifact(tmp_path / "store" / "rows" / ROWS.name).check_files()
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_reached_is_one_line(tmp_path):
     for where, error, words in (
         ("memory://nothing.tar", DataError, "is not there"),

@@ -186,6 +186,7 @@ def test_swapped_shards_are_noticed(artifact):
         read(open_artifact(artifact.path))
 
 
+@pytest.mark.slow
 def test_a_flip_of_any_byte_of_the_manifest_is_noticed(artifact, record_property):
     path = artifact.path / "manifest.json"
     content = path.read_bytes()

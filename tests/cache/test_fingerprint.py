@@ -64,11 +64,13 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(json_values)
 def test_canonical_json_loses_nothing(value):
     assert json.loads(canonical_json(value)) == value
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=2), json_values, max_size=3), json_values)
 def test_differing_fields_names_the_one_field_that_was_changed(identity, value):
     changed = {**identity, "field": {"inner": value}}

@@ -68,6 +68,7 @@ def test_polars_reads_a_shard() -> None:
     assert polars.read_ipc(SHARD)["completion_ids"].to_list() == COMPLETIONS
 
 
+@pytest.mark.slow
 def test_duckdb_reads_a_shard() -> None:
     duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
     shard = pa.ipc.open_file(SHARD).read_all()

@@ -95,6 +95,7 @@ def test_a_deleted_shard_is_rows_to_score_again(folder, shard):
         reference.require([*KEYS, key(5)], "align cache-ref")
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_in_any_byte_is_noticed(folder, shard, record_property):
     content = shard.read_bytes()
     record_property("cases", len(content))
@@ -108,6 +109,7 @@ def test_a_bit_flipped_in_any_byte_is_noticed(folder, shard, record_property):
     assert len(RefLogps(folder, REFERENCE)) == 3
 
 
+@pytest.mark.slow
 def test_a_shard_cut_at_any_length_is_noticed(folder, shard, record_property):
     content = shard.read_bytes()
     record_property("cases", len(content))
@@ -164,6 +166,7 @@ def test_the_store_of_another_reference_is_refused_naming_the_field(folder, shar
         RefLogps(folder, OTHER)
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_in_the_manifest_never_changes_the_reference(folder, shard):
     """It is noticed, or it lies outside the identity and changes nothing that is used."""
     path = folder / "manifest.json"

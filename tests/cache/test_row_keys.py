@@ -14,6 +14,7 @@ keys = st.lists(st.tuples(st.sampled_from(b"ab"), st.sampled_from(b"\x00\x01\xff
 )
 
 
+@pytest.mark.slow
 @given(keys, keys)
 def test_an_index_is_a_dict_of_the_last_place(held, asked):
     places = {key: place for place, key in enumerate(held)}
@@ -28,6 +29,7 @@ def test_the_first_of_equal_keys(held):
     assert RowKeys.of(held).is_first().tolist() == expected
 
 
+@pytest.mark.slow
 @given(keys, st.integers(1, 4))
 def test_keys_of_a_column_are_its_bytes_however_it_is_cut(held, per_chunk):
     chunks = [held[begin : begin + per_chunk] for begin in range(0, len(held), per_chunk)]

@@ -99,6 +99,23 @@ def test_float32_gradients_are_those_of_eager_attention(name: str, backend: str,
             assert (parameter.grad - wanted[key]).abs().max() <= 1e-4 * scale + 1e-6, key
 
 
+@pytest.mark.parametrize("name", ["llama/plain", "mistral/plain", "gemma2/plain"])
+def test_compiled_layers_have_the_log_probs_and_gradients_of_those_as_written(name: str, device) -> None:
+    found = []
+    for compiled in (False, True):
+        model = table.model_of(name, "sdpa").to(device)
+        logps = table.scored(
+            Scorer(model, replace(computed_on(device), compile=compiled), print), table.GROUPS
+        )
+        logps.sum().backward()
+        gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+        found.append((logps.detach(), gradients))
+    (plain, wanted), (compiled_logps, gradients) = found
+    torch.testing.assert_close(compiled_logps, plain, rtol=0, atol=5e-5)
+    for key, gradient in wanted.items():
+        assert (gradients[key] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6, key
+
+
 def test_the_first_choice_on_a_gpu_is_flex_attention(device) -> None:
     said: list[str] = []
     scorer = Scorer(table.model_of("llama/plain", "sdpa").to(device), computed_on(device), said.append)

@@ -45,6 +45,7 @@ def files(tmp_path, rules):
     return [write_completions(tmp_path / f"{name}.jsonl", name, own) for name, own in texts.items()]
 
 
+@pytest.mark.slow
 def test_every_model_is_compared_with_the_first(align, files):
     code, out, err = align("compare", *files, *FUNCTION, "--json")
     assert (code, err.count("judges 3 pairs")) == (0, 2)
@@ -55,6 +56,7 @@ def test_every_model_is_compared_with_the_first(align, files):
     assert json.loads(out)["baseline"]["texts"]["mean_characters"] == 14 / 3
 
 
+@pytest.mark.slow
 def test_the_table_has_a_column_for_each_model(align, files):
     code, out, _ = align("compare", *files, *FUNCTION)
     assert code == 0
@@ -73,6 +75,7 @@ def test_without_a_judge_the_figures_of_the_texts_remain(align, files):
     assert "distinct-1" in out
 
 
+@pytest.mark.slow
 def test_folders_of_verdicts_are_compared_without_asking_again(align, files, tmp_path):
     align("compare", *files, *FUNCTION)
     folders = sorted((tmp_path / "artifacts" / "verdicts").iterdir())
@@ -83,6 +86,7 @@ def test_folders_of_verdicts_are_compared_without_asking_again(align, files, tmp
     assert found == {"kind": pytest.approx(2 / 3), "rude": pytest.approx(1 / 3)}
 
 
+@pytest.mark.slow
 def test_arguments_that_cannot_be_compared_are_named(align, files, tmp_path):
     align("compare", *files[:2], *FUNCTION)
     [folder] = (tmp_path / "artifacts" / "verdicts").iterdir()
@@ -117,6 +121,7 @@ def sampled(tmp_path, tiny_model, chat_tokenizer, preferences, rules):
     return tree, store
 
 
+@pytest.mark.slow
 def test_the_completions_of_a_configuration_are_judged_once(sampled, said):
     tree, store = sampled
     one = session(tree, store, said)
@@ -133,6 +138,7 @@ def test_the_completions_of_a_configuration_are_judged_once(sampled, said):
     assert compared["baseline"]["name"] == "tiny"
 
 
+@pytest.mark.slow
 def test_a_file_can_be_the_baseline(sampled, tmp_path):
     tree, store = sampled
     [own] = [path for path in (store / "completions").iterdir() if path.name.startswith("other-")]
@@ -158,6 +164,7 @@ def test_a_file_can_be_the_baseline(sampled, tmp_path):
     assert judged["losses"] == judged["pairs"] > 0
 
 
+@pytest.mark.slow
 def test_completions_that_are_not_there_are_named_with_the_command(sampled):
     tree, store = sampled
     tree["sample"] = tree["sample"] | {"seed": 7}
@@ -165,6 +172,7 @@ def test_completions_that_are_not_there_are_named_with_the_command(sampled):
         run(tree, store, "judge")
 
 
+@pytest.mark.slow
 def test_one_judge_is_needed(sampled):
     tree, store = sampled
     tree["judge"] = {"function": "a:b", "implicit": True}

@@ -140,6 +140,7 @@ def logins(align) -> dict[str, tuple[str, str]]:
     return {one["name"]: (one["state"], one["found"]) for one in findings if one["topic"] == "logins"}
 
 
+@pytest.mark.slow
 def test_logins_that_are_missing_are_notes(align, home):
     assert {state for state, _ in logins(align).values()} == {"note"}
 
@@ -167,6 +168,7 @@ def test_logins_are_found_and_never_shown(align, home, monkeypatch):
     assert SECRET not in out + err
 
 
+@pytest.mark.slow
 def test_a_problem_ends_with_exit_code_6(align, home, distributions):
     distributions("pyarrow", "1.0")
     code, out, err = align("doctor")

@@ -53,6 +53,7 @@ def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path
     assert result["final"]["loss"] < result["step0"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_while_scoring_is_one_line_and_keeps_what_was_scored(
     tiny_model, preferences, tmp_path, monkeypatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_one_reference_pass_serves_every_loss_seed_and_learning_rate(
     assert session(settings(tiny_model, preferences, loss={"name": "kto"}), tmp_path).run("train")["reused"]
 
 
+@pytest.mark.slow
 def test_more_data_scores_only_the_new_rows(tiny_model, preferences, tmp_path) -> None:
     lines = preferences.read_text().splitlines()
     fewer = tmp_path / "fewer.jsonl"
@@ -175,6 +177,7 @@ def test_train_without_the_cache_names_cache_ref(tiny_model, preferences, tmp_pa
         run.run("train")
 
 
+@pytest.mark.slow
 def test_a_lost_shard_is_named_before_anything_is_trained(tiny_model, preferences, tmp_path) -> None:
     run = session(settings(tiny_model, preferences), tmp_path)
     run.run("prepare")

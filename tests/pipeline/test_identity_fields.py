@@ -87,6 +87,7 @@ TABLE = {
     "compute.device": Key("-", "auto"),
     "compute.dtype": Key("reference policy completions", "bfloat16"),
     "compute.tokens_per_batch": Key("-", 64),
+    "compute.compile": Key("-", True),
     "compute.trust_remote_code": Key("-", True),
     "compute.load_in_4bit": Key("reference policy", True),
     "loss.name": Key("policy", "ipo"),

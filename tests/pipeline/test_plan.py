@@ -50,6 +50,7 @@ def test_a_measured_plan_has_time_and_peak(session_of):
         assert measured["peak_bytes"] is not None
 
 
+@pytest.mark.slow
 def test_what_a_person_sees(session_of, capsys):
     def shown(plan: TrainingPlan) -> str:
         Planned(plan).show(tables.console())

@@ -63,6 +63,7 @@ def test_lengths_do_not_give_the_tone_away(pairs, tokenizer):
         assert chosen == pytest.approx(rejected, rel=0.15)
 
 
+@pytest.mark.slow
 def test_template_closes_with_one_eos_and_keeps_the_prompt_as_prefix(pairs, tokenizer):
     for pair in pairs:
         prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)

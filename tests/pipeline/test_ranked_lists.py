@@ -106,6 +106,7 @@ def test_best_worst_trains_the_same_weights_from_lists_as_from_pairs(
     assert found["ranked"] == found["best_worst"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "choice", "message"),
     [
@@ -146,6 +147,7 @@ def test_what_cannot_be_compared_by_other_strategies_says_what_to_type(
         run.run("train")
 
 
+@pytest.mark.slow
 def test_losses_of_lists_refuse_a_part_of_each(tiny_model, graded, tmp_path) -> None:
     """The default, best_worst, would leave two of four out."""
     run = session_of(

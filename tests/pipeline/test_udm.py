@@ -50,6 +50,7 @@ def test_udm_weights_unpaired_data(tiny_model, tmp_path) -> None:
     assert weights[True][1] == pytest.approx(LN2 * ratios.mean(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_udm_refuses_pairs(tiny_model, preferences, tmp_path) -> None:
     with pytest.raises(
         UsageError, match=r"Loss bco with udm .*same prompts. Leave udm out, or use unpaired data"

@@ -39,6 +39,7 @@ def test_a_member_is_no_sweep_itself():
     assert members({"adapter.name": ["none", "lora"]})[1].config.sweep == SweepSettings()
 
 
+@pytest.mark.slow
 def test_a_random_search_draws_within_the_bounds_and_always_the_same():
     keys = {
         "train.learning_rate": {"min": 1e-7, "max": 1e-4, "log": True},
@@ -58,6 +59,7 @@ def test_a_random_search_draws_within_the_bounds_and_always_the_same():
     assert {one["loss"] for one in drawn} == {"dpo", "ipo"}
 
 
+@pytest.mark.slow
 def test_the_printed_command_is_the_configuration_that_is_trained(tmp_path):
     path = tmp_path / "sweep.yaml"
     sweep = {

@@ -107,6 +107,7 @@ def test_trainings_without_the_metric_are_left_out():
     assert "fewer than two" in rank(both, ACCURACY, True).verdict
 
 
+@pytest.mark.slow
 def test_noise_is_rarely_called_the_best():
     """Eight equal settings, three seeds, the same 200 held-out examples: at most 5 % of sweeps may name a best one."""
     draw = np.random.default_rng(0)

@@ -129,6 +129,7 @@ def test_weights_that_are_partly_gone_and_partly_changed_are_changed(models, con
         found(models[0], context)
 
 
+@pytest.mark.slow
 def test_a_damaged_note_is_one_line_with_a_way_out(models, context):
     """Flipped bits could lead to another store, or give the files other dates. (Every byte: tests/cache/test_files.py.)"""
     cached(models[0], -1.0, context)

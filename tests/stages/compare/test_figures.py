@@ -40,6 +40,7 @@ def test_orders_that_disagree_are_a_tie_and_one_without_verdict_leaves_the_pair_
     assert [outcome.preference for outcome in found] == [1, 0.5, 0.5, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wins", "total"), [(30, 100), (8, 20), (200, 400)])
 def test_the_interval_is_that_of_the_binomial_distribution(wins, total):
     """Resamples of n independent wins and losses have binomial sums: the quantiles are those of Binomial(n, wins/n) / n.
@@ -54,6 +55,7 @@ def test_the_interval_is_that_of_the_binomial_distribution(wins, total):
         assert low - 1e-12 <= bound <= high + 1e-12
 
 
+@pytest.mark.slow
 def test_samples_of_one_prompt_are_drawn_together():
     """Four equal samples a prompt say no more than one: the interval is that of the prompts, not of four times as many."""
     once = win_rate(outcomes(verdict(float(number < 12), number) for number in range(40)))
@@ -63,6 +65,7 @@ def test_samples_of_one_prompt_are_drawn_together():
     assert (repeated.low, repeated.high) == (once.low, once.high)
 
 
+@pytest.mark.slow
 def test_both_turns_of_a_prompt_are_drawn_together():
     def second_turn(number, preference):
         turns = [("user", f"Prompt {number}"), ("assistant", "x"), ("user", "Why?")]
@@ -77,6 +80,7 @@ def test_both_turns_of_a_prompt_are_drawn_together():
     assert win_rate(outcomes(twice)).low == win_rate(outcomes(once)).low
 
 
+@pytest.mark.slow
 def test_the_interval_depends_on_the_seed_alone():
     samples = [(number, sample) for number in range(30) for sample in range(1 + number % 7)]
     found = outcomes(verdict(float(number % 3 == 0), number, sample=sample) for number, sample in samples)
@@ -114,6 +118,7 @@ def test_the_length_controlled_rate_is_that_of_another_optimizer(ties):
     assert found.slope == pytest.approx(expected[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_judge_that_loves_length_is_found():
     """Of equally long completions both win half; ours are longer by 50 characters on average, and win more."""
     pairs = drawn_pairs(0.0, 1.5, 2000)

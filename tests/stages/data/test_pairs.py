@@ -184,6 +184,7 @@ def test_a_step_of_all_pairs_is_the_mean_over_pairs(lists_and_pairs) -> None:
         assert_same(found, wanted)
 
 
+@pytest.mark.slow
 def test_evaluation_measures_the_same_pairs(lists_and_pairs) -> None:
     lists, _, reference = lists_and_pairs
     loss = parse_loss({"name": "odpo"})

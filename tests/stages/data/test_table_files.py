@@ -98,6 +98,7 @@ def test_a_gz_and_a_byte_order_mark(tmp_path):
     assert preferences(tmp_path / "marked.csv") == expected == preferences(tmp_path / "marked.csv.gz")
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))] * 2)))
 def test_any_texts_come_back_as_they_were_written(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("read") / "rows.csv"

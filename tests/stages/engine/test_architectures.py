@@ -6,6 +6,7 @@ from transformers: a fresh copy of the model, eager, one row at a time, fed the 
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,21 @@ def model_of(name: str, attention: str) -> Any:
     return tiny.build(tiny.build_config(kind, **tiny.features(kind)[feature]), attention)
 
 
-def truth_of(name: str) -> list[torch.Tensor]:
-    """Log-probs of each row by itself, float64."""
+@cache
+@torch.no_grad()
+def truth_of(name: str) -> torch.Tensor:
+    """Log-probs of each row by itself, one after the other, float64."""
     model = model_of(name, tiny.TRUTH.get(name, "eager"))
-    return [tiny.alone(model, ROWS, row) for row in range(len(ROWS))]
+    return torch.cat([tiny.alone(model, ROWS, row) for row in range(len(ROWS))])
+
+
+@cache
+def true_gradients(name: str) -> dict[str, torch.Tensor]:
+    """Of the sum of these log-probs, by the names of the parameters."""
+    model = model_of(name, "eager")
+    for row in range(len(ROWS)):
+        with_gradient(model, row).sum().backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
 def scored(scorer: Scorer, groups: list[np.ndarray]) -> torch.Tensor:
@@ -92,7 +104,7 @@ def scored(scorer: Scorer, groups: list[np.ndarray]) -> torch.Tensor:
 def test_log_probs_are_those_of_each_row_alone(name: str) -> None:
     said: list[str] = []
     with torch.no_grad():
-        wanted = torch.cat(truth_of(name))
+        wanted = truth_of(name)
         scorer = Scorer(model_of(name, "sdpa"), FLOAT32, said.append)
         found = scored(scorer, GROUPS)
         backwards = scored(scorer, GROUPS[::-1])
@@ -125,9 +137,7 @@ def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_tree_attention(
         scorer = Scorer(model_of(name, "sdpa"), SHORT, said.append, backends=[flex_attention.NAME])
         assert scorer.way.backend == flex_attention.NAME, said
         assert scorer.way.longest is None
-        torch.testing.assert_close(
-            scored(scorer, GROUPS).double(), torch.cat(truth_of(name)), rtol=0, atol=2e-5
-        )
+        torch.testing.assert_close(scored(scorer, GROUPS).double(), truth_of(name), rtol=0, atol=2e-5)
 
 
 # Both sides of a threshold; padded batches, with a recurrence and without; sinks, whose scores are trained; chunks; MLA.
@@ -140,10 +150,7 @@ WITH_GRADIENT += ("gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 def test_gradients_of_a_pack_are_those_of_the_rows_alone(name: str, checkpointing: bool) -> None:
     """Checkpointed layers run again in the backward pass, after other rows went through them another way."""
-    model = model_of(name, "eager")
-    for row in range(len(ROWS)):
-        with_gradient(model, row).sum().backward()
-    wanted = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    wanted = true_gradients(name)
     scorer = Scorer(model_of(name, "sdpa"), FLOAT32, print, checkpointing)
     scored(scorer, GROUPS).sum().backward()
     for key, parameter in scorer.model.named_parameters():
@@ -164,6 +171,7 @@ def with_gradient(model: Any, row: int) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_same_log_probs_whatever_long_rows_are_packed_with_it() -> None:
     """To the bit, as without special lengths: how a row is scored is a function of its own length."""
     with torch.no_grad():

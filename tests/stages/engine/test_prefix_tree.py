@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def test_every_row_is_in_the_tree_and_every_beginning_once(rows: list[np.ndarray
     assert len(tree.tokens) == len(prefixes(rows)) == num_tokens(rows)
 
 
+@pytest.mark.slow
 @given(ROWS, st.randoms())
 def test_the_order_of_the_rows_does_not_change_the_tree(rows: list[np.ndarray], random) -> None:
     order = random.sample(range(len(rows)), len(rows))
@@ -59,6 +61,7 @@ def test_a_position_is_seen_by_what_follows_it_in_its_rows_and_by_nothing_else(
         assert index.places[positions].tolist() == list(range(len(positions)))
 
 
+@pytest.mark.slow
 @given(ROWS)
 def test_the_row_of_a_run_is_what_was_written_last_at_each_place(rows: list[np.ndarray]) -> None:
     """How attention gathers the keys of a row."""
@@ -90,6 +93,7 @@ def test_every_branch_saves_tokens(rows: list[np.ndarray]) -> None:
             assert len(following) > 1
 
 
+@pytest.mark.slow
 @given(EXAMPLES, st.integers(1, 40))
 def test_packs_hold_every_example_once_within_the_budget(
     examples: list[list[np.ndarray]], budget: int
@@ -101,6 +105,7 @@ def test_packs_hold_every_example_once_within_the_budget(
         assert size <= budget or len(pack) == 1
 
 
+@pytest.mark.slow
 @given(ROWS, st.integers(1, 40), st.randoms())
 def test_the_order_of_the_examples_does_not_change_the_packs(
     rows: list[np.ndarray], budget: int, random

@@ -285,6 +285,7 @@ def test_plain_sdpa_without_a_mask_hides_the_prompt_from_the_second_completion()
     assert (trapped[8:] - second[1:]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_an_architecture_that_cannot_be_packed_is_scored_in_padded_batches_and_says_so() -> None:
     """A recurrent model has no attention to plug into; its numbers must still be its own."""
     config = transformers.MambaConfig(
@@ -349,6 +350,7 @@ def test_bfloat16_autocast_keeps_float32_log_probs() -> None:
     assert not torch.equal(rounded, rounded.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_weights_cast_once_for_many_packs_give_the_gradient_of_weights_cast_for_each() -> None:
     """And new weights are cast anew: a copy that outlived the step would score with the old ones."""
     model, rows = make_model("llama"), make_rows()
@@ -369,6 +371,7 @@ def test_weights_cast_once_for_many_packs_give_the_gradient_of_weights_cast_for_
         assert not torch.equal(scorer(packs[0]).completion_logps, before)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     rows = make_rows()
     gradients = []

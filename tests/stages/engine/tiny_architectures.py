@@ -396,7 +396,8 @@ TRUTH = {"falcon/alibi": "sdpa"}
 def build_config(kind: str, **changes: Any) -> Any:
     """The small configuration of a kind; `changes` win."""
     text = CONFIG_MAPPING[kind]().get_text_config()
-    known = {key for key in SMALL if _value(text, key) is not None}
+    values = text.to_dict()  # a per-layer key counts as a key
+    known = {key for key in SMALL if values.get(text.attribute_map.get(key, key)) is not None}
     if hasattr(text, "qk_rope_head_dim"):  # the width of a head is made of parts there
         known.discard("head_dim")
     keys = {key: SMALL[key] for key in known} | _layers(text) | OWN.get(kind, {}) | changes
@@ -415,11 +416,6 @@ def _layers(config: Any) -> dict[str, Any]:
     if mlps := list(dict.fromkeys(config.to_dict().get("mlp_layer_types") or ())):
         keys["mlp_layer_types"] = (mlps * len(types))[: len(types)]
     return keys
-
-
-def _value(config: Any, key: str) -> Any:
-    """A key of a configuration, None where it has none; a per-layer key counts as having one."""
-    return config.to_dict().get(config.attribute_map.get(key, key))
 
 
 def build(config: Any, attention: str = "eager") -> torch.nn.Module:

@@ -307,6 +307,7 @@ def test_any_row_is_a_preference_or_a_reason(row, format_):
         assert str(reason)  # noqa: PT017
 
 
+@pytest.mark.slow
 @given(st.dictionaries(columns, json_values))
 def test_any_first_row_finds_its_format_or_is_refused(row):
     try:
@@ -365,6 +366,7 @@ def test_an_unknown_format_name_lists_the_known_ones():
         choose_format("dpo", {}, "x:1")
 
 
+@pytest.mark.slow
 def test_hh_rlhf_itself(shared_data):
     """5 of its pairs share no prompt; every other has one that ends with a person's turn."""
     with gzip.open(shared_data / "pairs" / "hh_harmless_base_test.jsonl.gz", "rt", encoding="utf-8") as lines:

@@ -76,6 +76,7 @@ def test_completion_does_not_depend_on_the_batch(tiny: Path, dtype):
     assert len({tuple(tokens) for _, tokens, _ in whole.values()}) == 48
 
 
+@pytest.mark.slow
 def test_another_run_seed_gives_other_completions(tiny: Path):
     prompts = random_prompts(3)
     one = sample("transformers", tiny, prompts, SAMPLED)
@@ -121,6 +122,7 @@ def test_keep_likeliest():
     assert kept(2, 0.5) == kept(0, 0.01) == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_stop_ids_end_a_completion(tiny: Path):
     prompts = random_prompts(6)
     free = sample("transformers", tiny, prompts, GREEDY)
@@ -192,6 +194,7 @@ def test_without_vllm(tiny: Path, monkeypatch: pytest.MonkeyPatch):
     assert auto_engine() == "transformers"
 
 
+@pytest.mark.slow
 def test_several_models_are_sampled_by_one_engine(tiny: Path, other: Path):
     prompts = random_prompts(3)
     alone = [sample("transformers", model, prompts, SAMPLED) for model in (tiny, other)]
@@ -204,6 +207,7 @@ def test_several_models_are_sampled_by_one_engine(tiny: Path, other: Path):
     assert both[0] != both[1]
 
 
+@pytest.mark.slow
 def test_each_prompt_may_have_its_own_temperature(tiny: Path):
     """MT-bench's categories: the same completions as with that temperature for all."""
     prompts = random_prompts(4)

@@ -39,6 +39,7 @@ def preferences(stub, context, pairs=PAIRS, both_orders=True, **settings):
     return [outcome.preference for outcome in outcomes(verdicts)]
 
 
+@pytest.mark.slow
 def test_each_pair_is_asked_in_both_orders_with_the_settings(context):
     with stub_endpoint(ours_wins) as stub:
         assert preferences(stub, context, temperature=0.5, max_tokens=77) == [1] * NUMBER
@@ -150,6 +151,7 @@ def test_an_interrupted_run_asks_nothing_twice(context):
         assert len(stub.questions) == len(set(stub.questions)) == 2 * NUMBER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reply",
     ["", "Both are fine.", "Either [[A]] or [[B]]", "[[a]]", "[[D]]", "A", None],
@@ -176,6 +178,7 @@ def test_a_reply_that_was_cut_off_says_so_and_is_not_asked_again(context):
         assert judge_pairs(judge_of(stub), PAIRS, Asking(False), context).asked == 0
 
 
+@pytest.mark.slow
 def test_a_question_that_the_endpoint_refuses_does_not_stop_the_others_and_is_not_kept(context):
     def too_long(stub, request):
         return fails(400) if "ours 2" in shown(request)[0] else ours_wins(stub, request)
@@ -191,6 +194,7 @@ def test_a_question_that_the_endpoint_refuses_does_not_stop_the_others_and_is_no
         preferences(stub, context)
 
 
+@pytest.mark.slow
 def test_a_judge_that_always_takes_the_first_is_found_by_the_position_bias(context):
     with stub_endpoint(lambda stub, request: says("[[A]]")) as stub:
         against = Against.of(judge_pairs(judge_of(stub), PAIRS, Asking(), context).verdicts)
@@ -198,6 +202,7 @@ def test_a_judge_that_always_takes_the_first_is_found_by_the_position_bias(conte
     assert (against.position.first_wins, against.position.disagreements) == (1.0, NUMBER)
 
 
+@pytest.mark.slow
 def test_a_judge_that_loves_length_is_found_by_the_length_controlled_rate(context):
     """Its verdicts follow the difference in length alone: sigmoid(difference / 2), at each difference as evenly as six
     pairs can. Ours are longer by 1 on average, so it prefers them; at equal length it prefers none.
@@ -223,6 +228,7 @@ def test_a_judge_that_loves_length_is_found_by_the_length_controlled_rate(contex
     assert against.length_controlled.slope > 0.5
 
 
+@pytest.mark.slow
 def test_the_key_is_sent_and_neither_stored_nor_shown(context, monkeypatch):
     secret = "sk-very-secret"
     monkeypatch.setenv("JUDGE_KEY", secret)

@@ -36,6 +36,7 @@ def log_prob(source, messages, text):
     return sum(logps[place - 1, whole[place]].item() for place in range(len(prompt), len(whole)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["Where does the bear live?", [{"role": "user", "content": "What now?"}]])
 def test_the_score_is_beta_times_the_log_ratio(models, context, chat_tokenizer, prompt):
     template = Template(chat_tokenizer, "auto", append_eos=True)
@@ -49,6 +50,7 @@ def test_the_score_is_beta_times_the_log_ratio(models, context, chat_tokenizer, 
     assert max(found) - min(found) > 0.1
 
 
+@pytest.mark.slow
 def test_equal_models_give_no_reward_and_a_text_that_is_too_long_has_a_problem(
     models, context, chat_tokenizer
 ):

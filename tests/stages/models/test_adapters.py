@@ -1,6 +1,7 @@
 """Adapters: exact at the start, the same through packs as through the model, saved so that others read them."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,10 @@ from stages.runtime.compute import Compute
 from stages.settings.train import AdapterSettings
 from tests.tiny_llama import random_llama
 
-peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.slow,  # importing peft alone takes seconds
+    pytest.mark.skipif(find_spec("peft") is None, reason="needs peft"),
+]
 
 FLOAT32 = Compute(torch.device("cpu"), torch.float32, 4096)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16, 4096)
@@ -259,6 +263,8 @@ def test_an_adapter_on_one_end_of_tied_weights_is_refused_before_training(tiny_m
 def test_merging_an_adapter_on_tied_weights_changes_both_ends_in_peft(tiny_model):
     """Why it is refused: the merged model is not base and adapter, and not by rounding."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    import peft
+
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"])
     with pytest.warns(UserWarning, match="tie"):
         adapted = peft.get_peft_model(model, config)

@@ -104,6 +104,7 @@ def generated(folder, rows, forced):
     return made[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("declared", [None, {"eos_token_id": 0, "do_sample": True, "top_k": 7}])
 def test_where_rows_end_with_another_token_everybody_stops_there(source, published, tmp_path, declared):
     end = "<|assistant|>"

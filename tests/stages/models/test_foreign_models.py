@@ -121,6 +121,7 @@ def test_training_does_not_begin_with_a_model_that_cannot_be_saved(model, prefer
     assert not (tmp_path / "store" / "policy").exists()
 
 
+@pytest.mark.slow
 def test_rows_longer_than_n_positions_are_refused(chat_tokenizer, preferences, tmp_path):
     """GPT-2's name for it; the embedding of positions ended in an IndexError."""
     folder = tmp_path / "gpt2"
@@ -136,6 +137,7 @@ def test_rows_longer_than_n_positions_are_refused(chat_tokenizer, preferences, t
     one_line(lambda: session(tree, tmp_path / "store").run("train"), match)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_embedding_is_refused(model, preferences, tmp_path):
     """Tokens that were added to a tokenizer, without a larger embedding, ended in an IndexError."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -183,6 +185,7 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(with_code, preferences, 
     one_line(lambda: session(tree, tmp_path / "store").run("prepare"), match)
 
 
+@pytest.mark.slow
 def test_code_of_a_model_runs_where_it_is_allowed_and_is_part_of_the_identity(
     with_code, tiny_model, preferences, tmp_path
 ):

@@ -106,6 +106,7 @@ def test_padding_and_further_tokens_are_allowed(chat_tokenizer, changed, rows, t
         assert session(tree, tmp_path / "store").run("cache-ref")["rows_scored"] > 0
 
 
+@pytest.mark.slow
 def test_training_compares_the_tokens_of_the_reference_too(changed, tiny_model, preferences, rows, tmp_path):
     """Its log-probs may have been cached for rows of another policy, with the same ids; and then it may be gone."""
     other = changed(swap_tokens)

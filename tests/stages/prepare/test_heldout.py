@@ -1,5 +1,6 @@
 """Held out are conversations, not prompts."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ def conversation(system: str | None, turns: list[str]) -> Preference:
     return Preference(messages, [])
 
 
+@pytest.mark.slow
 @given(st.none() | TEXT, st.lists(TEXT, min_size=1, max_size=7).filter(lambda turns: len(turns) % 2))
 def test_each_turn_of_a_dialogue_is_on_the_side_of_its_first(system, turns):
     sides = {split_of(conversation(system, turns[:end]), 0.5) for end in range(1, len(turns) + 1, 2)}

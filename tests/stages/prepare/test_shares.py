@@ -232,6 +232,7 @@ def three(tmp_path, template):
     return given_, context, shares
 
 
+@pytest.mark.slow
 def test_missing_shares_are_named_with_what_to_type(three, tmp_path):
     given_, context, shares = three
     with pytest.raises(StaleError, match=r": 2/3\..*align prepare -c mine\.yaml --shard 2/3$"):
@@ -294,6 +295,7 @@ def test_a_malformed_row_stops_the_share_that_holds_it(tmp_path, template):
     assert holders
 
 
+@pytest.mark.slow
 def test_the_command_makes_shares_of_rows_and_of_evaluation_sets_and_joins_them(
     tiny_model, preferences, tmp_path
 ):

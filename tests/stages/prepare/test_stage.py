@@ -480,6 +480,7 @@ def test_hh_rlhf_itself(shared_data, base, context):
     assert (counts["format"], counts["rows_kept"]) == ("hh", 2303)
 
 
+@pytest.mark.slow
 def test_graded_stories_themselves(shared_data, base, context):
     data = DataSettings(path=str(shared_data / "graded" / "tinystories_graded_synthetic.jsonl"))
     counts = prepare(data, PrepareSettings(max_length=1 << 20), base, context).counts

@@ -96,6 +96,7 @@ def adapter_on(base: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights", "rope", "end in generation config", "text of ids"])
 def test_a_change_of_an_adapters_base_is_another_identity(name, folder, tmp_path):
     adapter = adapter_on(folder, tmp_path / "adapter")
@@ -104,6 +105,7 @@ def test_a_change_of_an_adapters_base_is_another_identity(name, folder, tmp_path
     assert identity(adapter) != before
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_base_is_not_the_one_it_was_trained_on_is_refused(folder, tmp_path):
     """The policy's manifest names the weights that training started from."""
     start = reference_identity(ModelSource("base", folder), COMPUTE)

@@ -67,6 +67,7 @@ def lines(artifact: Artifact) -> list[dict]:
     return read_jsonl(artifact.path / "completions.jsonl")
 
 
+@pytest.mark.slow
 def test_the_reference_is_sampled_once_for_all_policies(policies, chat, tmp_path, context, monkeypatch):
     path = written(tmp_path, [{"prompt": "Hi", "id": "a"}, {"prompt": "Ho", "id": "b"}])
     sampled: list[str] = []
@@ -104,6 +105,7 @@ def test_there_are_prompts_times_samples_lines_in_order_that_datasets_reads(
     assert loaded["completion"][:] == [line["completion"] for line in found]
 
 
+@pytest.mark.slow
 def test_the_second_turn_sees_the_first_answer_and_categories_their_temperatures(
     policies, chat, tmp_path, context
 ):
@@ -141,6 +143,7 @@ def test_the_second_turn_sees_the_first_answer_and_categories_their_temperatures
     assert [len(answer["choices"][1]["turns"]) for answer in answers] == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_later_turn_without_room_is_empty_and_counted(policies, chat, tmp_path, context):
     """The tiny model has 256 positions."""
     path = written(tmp_path, [MT_BENCH[0], {**MT_BENCH[1], "turns": ["2+2?", "And " * 300]}])
@@ -170,6 +173,7 @@ def sample_with(engine: Engine, job: SampleJob, context) -> Artifact:
     return stage._sample_model(job, "model", engine, context, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [b"", b"[1, 0, 3, [4", b"[1, 0, 1, [5]]"])
 def test_an_interrupted_run_continues_and_writes_the_same_completions(
     policies, chat, tmp_path, context, damage

@@ -92,7 +92,9 @@ def test_later_turns_are_trained_too(chat_tokenizer, name):
     assert MORE["content"] not in trained
 
 
-@pytest.mark.parametrize("folder", ["olmo2_dolma2", "minimind", "torchtitan_test"])
+@pytest.mark.parametrize(
+    "folder", [pytest.param("olmo2_dolma2", marks=pytest.mark.slow), "minimind", "torchtitan_test"]
+)
 def test_real_templates(shared_data, folder):
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / folder)
     tulu = (shared_data / "tokenizers" / "tulu_chat_template.jinja").read_text()

@@ -91,6 +91,7 @@ def test_any_conversation_keeps_its_text_and_trains_exactly_the_assistants(reque
     assert decode(template, ids[mask]) == "".join(spoken)
 
 
+@pytest.mark.slow
 @given(conversation=conversations())
 def test_any_conversation_of_a_base_model_keeps_its_text_and_trains_exactly_the_assistants(
     base, conversation
@@ -220,6 +221,7 @@ def test_text_that_spells_a_special_token_stays_text_wherever_it_stands(chat, to
     assert decode(chat, kept[1][kept[2]]) == decode(chat, plain[1][plain[2]]).replace("hi", forged)
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(
         st.sampled_from([EOS, BOS, "<|user|>", "<|assistant|>", "hi", " ", "<|", "a\n"]), min_size=1

@@ -33,6 +33,7 @@ def turns(prompt: list[int]) -> list[int]:
     return prompt[: ends[-1] + 1] if ends else prompt
 
 
+@pytest.mark.slow
 @given(PROMPTS)
 def test_a_conversation_is_what_goes_on_from_one_another(prompts):
     """By definition: connected where the turns of one begin with those of the other."""

@@ -35,6 +35,7 @@ def by_splitting(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([parts[number] for number in shuffled])
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(min_value=1, max_value=5), min_size=1, max_size=30),
     seed=st.integers(0, 5),
@@ -61,6 +62,7 @@ def steps_of(order: DataOrder, count: int, epoch: int) -> list[np.ndarray]:
     return [order.examples_of(epoch * count + step) for step in range(1, count + 1)]
 
 
+@pytest.mark.slow
 @given(labels=TALKS, seed=st.integers(0, 3), batch_size=st.integers(1, 12))
 def test_a_conversation_is_in_one_step_unless_it_is_longer(labels, seed, batch_size) -> None:
     """As many steps as without, each example once, in steps of `batch_size` to within the longest conversation."""
@@ -79,6 +81,7 @@ def test_a_conversation_is_in_one_step_unless_it_is_longer(labels, seed, batch_s
             assert holding == 1 if size <= batch_size else holding <= -(-size // batch_size)
 
 
+@pytest.mark.slow
 @given(labels=TALKS, seed=st.integers(0, 3), batch_size=st.integers(1, 12))
 def test_conversations_of_a_step_do_not_depend_on_the_steps_before(labels, seed, batch_size) -> None:
     talks = np.array(labels)

@@ -79,6 +79,7 @@ def test_weight_decay_acts_on_matrices_only():
     assert torch.equal(vector, torch.ones(4))
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_follow_adamw():
     """Without the random rounding a second moment stops growing long before it is what it should be."""
     found = {}

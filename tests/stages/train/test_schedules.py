@@ -6,7 +6,7 @@ from transformers import get_scheduler
 
 from cache.errors import UsageError
 from stages.settings.train import TrainSettings
-from stages.train.schedules import make_schedule
+from stages.train.schedules import PLAIN, make_schedule
 
 PEAK, STEPS, WARMUP = 2e-4, 40, 8
 KWARGS = {
@@ -65,3 +65,11 @@ def test_an_argument_that_the_schedule_does_not_take_is_named() -> None:
     settings = TrainSettings(lr_scheduler_type="cosine", lr_scheduler_kwargs={"min_lr_rate": 0.1})
     with pytest.raises(UsageError, match=r"lr_scheduler_type=cosine.*min_lr_rate"):
         make_schedule(settings, PEAK, STEPS)
+
+
+def test_a_plain_schedule_needs_no_import_and_has_the_bits_of_transformers(monkeypatch) -> None:
+    for name in PLAIN:
+        with monkeypatch.context() as patch:
+            patch.setattr("transformers.get_scheduler", None)  # its import is dear
+            found = rates(name)
+        assert found[WARMUP:] == theirs(name, WARMUP)[WARMUP:]

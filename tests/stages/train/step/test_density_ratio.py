@@ -30,6 +30,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 def test_undesirable_rows_count_more_where_most_completions_are_desirable() -> None:
     """Four good answers to a bad one make p about 0.8 and p / (1 - p) 4; one to four 0.25, raised to 0.5."""
     rows, new = rows_of(COUNTS), rows_of({(1, "undesirable"): 30, (2, "undesirable"): 30}, seed=1)
@@ -43,6 +44,7 @@ def test_undesirable_rows_count_more_where_most_completions_are_desirable() -> N
     assert np.array_equal(fitted.of(new), DensityRatios(rows_of(COUNTS)).of(new))
 
 
+@pytest.mark.slow
 def test_classes_of_unequal_size_are_balanced() -> None:
     """Ten times as many bad answers to the same kind of prompts say nothing about the prompts."""
     new = rows_of({(1, "undesirable"): 100}, seed=1)

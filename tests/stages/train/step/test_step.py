@@ -192,6 +192,7 @@ def test_the_split_of_ranked_lists_changes_nothing(name: str, tmp_path) -> None:
         assert_same(split, whole)
 
 
+@pytest.mark.slow
 def test_a_ranked_list_s_loss_is_the_one_of_transformers_log_probs(tmp_path) -> None:
     """Every row alone through the plain model: the ranking of each list as DPO's appendix A.3 writes it."""
     rows = make_lists()
@@ -268,6 +269,7 @@ def test_evaluating_more_examples_changes_no_loss_of_those_before(made) -> None:
     assert whole["loss"] == pytest.approx((first["loss"] + 3 * second["loss"]) / 4, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_split_by_examples_would_be_wrong_for_whole_step_losses(made) -> None:
     """The protection is needed: aot's ranks within micro-batches give another gradient."""
     rows, reference = made
