@@ -90,6 +90,8 @@ def test_a_model_that_always_names_the_first_is_seen_to_be_biased(
     tmp_path, chat_tokenizer, context, monkeypatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # One process for the engine and its worker: each imports everything.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     template = tmp_path / "short.yaml"
     template.write_text(TEMPLATE)
     model = save_model_that_says("A", tmp_path / "judge", chat_tokenizer)

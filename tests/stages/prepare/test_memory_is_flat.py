@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 # Peak memory of preparing a small file, and then a large one, for each folder of two files in a fork of its own.
 SCRIPT = """
-import os, resource, sys, transformers
+import os, resource, sys
 from pathlib import Path
+from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports ten times as much
 from cache.artifacts import Store
 from stages.runtime.context import Context
 from stages.prepare.stage import prepare
 from stages.settings.data import DataSettings, PrepareSettings
 from stages.tokenization.template import Template
-template = Template(transformers.AutoTokenizer.from_pretrained(sys.argv[1]), "auto", True)
+template = Template(PreTrainedTokenizerFast.from_pretrained(sys.argv[1]), "auto", True)
 settings = PrepareSettings(mismatched=False)
 for folder in map(Path, sys.argv[2:]):
     if child := os.fork():
