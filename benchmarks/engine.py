@@ -5,7 +5,7 @@ of its own that holds its model; a round is one optimizer step (or one reference
 systems take turns round by round, so that whatever else the machine does meets all of them. Figures are
 medians of the rounds, ratios medians of the rounds' ratios. Run from the repository root:
 
-    python benchmarks/engine.py --data FOLDER [--cells SUBSTRING] [--rounds 5]
+    python benchmarks/engine.py --data FOLDER [--cells NAME...] [--rounds 5]
 
 TRL gets an environment of its own in `.bench-venv`, made on the first run; all systems run on its torch.
 """
@@ -75,16 +75,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--data", type=Path, required=True)
-    options.add_argument("--cells", default="", help="only cells whose name holds this text")
+    options.add_argument(
+        "--cells",
+        nargs="+",
+        default=[],
+        choices=[cell.name for cell in CELLS],
+        help="only these cells, written to engine_cells",
+    )
     options.add_argument("--rounds", type=int, default=5)
     arguments = options.parse_args()
     python = peer_python()
-    rates = {dtype: matmul_rate(dtype) for dtype in ("float32", "bfloat16")}
+    cells = [cell for cell in CELLS if not arguments.cells or cell.name in arguments.cells]
+    rates = {dtype: matmul_rate(dtype) for dtype in sorted({cell.dtype for cell in cells})}
     rows: list[dict[str, Any]] = []
-    for cell in CELLS:
-        if arguments.cells in cell.name:
-            rows += measure(cell, python, arguments.data.resolve(), arguments.rounds, rates[cell.dtype])
-            write(rows, arguments, rates)
+    for cell in cells:
+        rows += measure(cell, python, arguments.data.resolve(), arguments.rounds, rates[cell.dtype])
+        write(rows, arguments, rates)
 
 
 def measure(cell: Cell, python: Path, data: Path, rounds: int, rate: float) -> list[dict[str, Any]]:
@@ -201,6 +207,7 @@ def matmul_rate(dtype: str) -> float:
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace, rates: dict[str, float]) -> None:
+    measured = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in sorted(rates.items()))
     notes = (
         "A random OLMo-2 of 16 layers, width 512 (67 million parameters besides embedding and head). TRL 1.16.0 with "
         "gradient checkpointing off, handed the same token ids and reference log-probs: `shipped`, as it runs on a CPU "
@@ -209,13 +216,14 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace, rates: dict
         "en_demo completion-heavy: `sharing` is what computing each prompt once saves there. "
         f"{arguments.rounds} rounds after one of warm-up. `matmul_share`: useful model FLOPs (6 a parameter and token "
         "trained, 2 forward; each prompt once, the head on completions) over the machine's measured matmul rate "
-        f"({rates['float32'] / 1e9:.0f} GFLOP/s float32, {rates['bfloat16'] / 1e9:.0f} bfloat16). `flops_ratio`: model FLOPs "
+        f"({measured}). `flops_ratio`: model FLOPs "
         "that TRL runs for the same pairs, padding and its head's recomputation included, over the useful ones: the ratio "
         "there would be if both ran at the same rate and did nothing else. `max_loss_diff`: largest "
         "difference of a step's loss (cache_ref: of the sum of log-probs, per pair). Memory: peak resident size above the "
         "loaded model, gradients and optimizer included."
     )
-    write_results("engine", rows, "The engine beside TRL 1.16.0", notes)
+    name = "engine" if not arguments.cells else "engine_cells"
+    write_results(name, rows, "The engine beside TRL 1.16.0", notes)
 
 
 if __name__ == "__main__":

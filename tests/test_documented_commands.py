@@ -44,7 +44,7 @@ COVERED = {
     r"cache-ref": "pipeline/test_four_stages.py::test_more_data_scores_only_the_new_rows",
     r"train .*adapter\.name": "pipeline/test_adapters.py::test_an_adapter_shares_the_store_of_full_training_and_starts_from_it_exactly",
     r"train": "pipeline/test_four_stages.py::test_one_reference_pass_serves_every_loss_seed_and_learning_rate",
-    r"sample": "pipeline/test_demo.py::test_the_quickstart_learns_its_preference_and_both_engines_agree",
+    r"sample": "pipeline/test_vllm.py::test_the_quickstart_learns_its_preference_and_both_engines_agree",
     r"sweep .*--list": "pipeline/sweep/test_sweep.py::test_the_list_is_one_command_a_line_and_writes_nothing",
     r"sweep": "pipeline/sweep/test_sweep.py::test_finished_trainings_are_kept_and_one_that_diverges_is_named",
     r"judge": "pipeline/test_compare.py::test_the_completions_of_a_configuration_are_judged_once",
@@ -72,7 +72,7 @@ COVERED = {
     r"doctor": "pipeline/test_doctor.py::test_logins_are_found_and_never_shown",
 }
 TARGETS = {
-    "demo": "pipeline/test_demo.py::test_the_quickstart_learns_its_preference_and_both_engines_agree",
+    "demo": "pipeline/test_vllm.py::test_the_quickstart_learns_its_preference_and_both_engines_agree",
     "docs": "runs in .ci/run",
     "install": "runs in .ci/run",
     "test": "runs in .ci/run",

@@ -47,6 +47,8 @@ def _load(model: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    # vLLM collects garbage five times while it loads, each time for half a second where its modules are looked through too.
+    gc.freeze()
     if current_platform.is_cpu():
         # Compiling for a CPU takes longer than most sampling runs; memory not given is 92 % of the machine's.
         device: dict[str, Any] = {"kv_cache_memory_bytes": model["kv_cache_bytes"], "enforce_eager": True}
