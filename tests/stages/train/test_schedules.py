@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import get_scheduler
 
 from cache.errors import UsageError
 from stages.settings.train import TrainSettings
 from stages.train.schedules import PLAIN, make_schedule
+
+pytestmark = pytest.mark.slow  # transformers' schedules import peft, which takes seconds
 
 PEAK, STEPS, WARMUP = 2e-4, 40, 8
 KWARGS = {
@@ -29,6 +30,8 @@ def rates(name: str, ratio: float = WARMUP / STEPS) -> list[float]:
 
 def theirs(name: str, warmup: int) -> list[float]:
     """The rates that transformers' own scheduler puts into an optimizer, step by step."""
+    from transformers import get_scheduler
+
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=PEAK)
     scheduler = get_scheduler(
         name, optimizer, warmup, STEPS, scheduler_specific_kwargs=dict(KWARGS.get(name, {}))
