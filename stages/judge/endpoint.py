@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 from cache.errors import AlignError, MachineError, UsageError
@@ -87,8 +88,16 @@ class EndpointJudge:
         """
         _ = self._client  # without a key no request is made
 
+        ended = Event()
+
         def work(place: int, question: Question) -> None:
-            keep([(place, self._ask(question))])
+            if ended.is_set():
+                return
+            try:
+                keep([(place, self._ask(question))])
+            except BaseException:
+                ended.set()  # here, for this thread asks its next question before the main thread hears of it
+                raise
 
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             running = [pool.submit(work, place, question) for place, question in enumerate(questions)]
@@ -96,7 +105,7 @@ class EndpointJudge:
                 for done in as_completed(running):
                     done.result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                ended.set()
                 raise
 
     def _ask(self, question: Question) -> Answer:
