@@ -39,11 +39,11 @@ STEP0 = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STEP0)
-def test_step_0_is_exact_in_float32(name: str, tiny_model, preferences, tmp_path_factory) -> None:
+def test_step_0_is_exact_in_float32(name: str, tiny_model, shared_preferences, tmp_path_factory) -> None:
     """Prepare, cache, packing, masks, head and metrics have to be right at once for these to hold."""
     store = tmp_path_factory.getbasetemp() / "step0"
     block, expected = STEP0[name]
-    tree = settings(tiny_model, preferences, loss=block, train={"learning_rate": 3e-4})
+    tree = settings(tiny_model, shared_preferences, loss=block, train={"learning_rate": 3e-4, "num_epochs": 1})
     result = through_training(tree, store)
     assert result["audit_max_abs_diff"] == 0.0
     assert result["step0"]["loss"] == pytest.approx(expected, rel=1e-6)
@@ -71,6 +71,7 @@ def test_a_lack_of_memory_while_scoring_is_one_line_and_keeps_what_was_scored(
 def test_one_reference_pass_serves_every_loss_seed_and_learning_rate(
     tiny_model, preferences, tmp_path
 ) -> None:
+    short = {"max_steps": 1}
     run = session(settings(tiny_model, preferences), tmp_path)
     run.run("prepare")
     first = run.run("cache-ref")
@@ -82,10 +83,12 @@ def test_one_reference_pass_serves_every_loss_seed_and_learning_rate(
         {"train": {"learning_rate": 5e-4, "seed": 3, "batch_size": 8}},
         {"compute": {"tokens_per_batch": 64}},
     ):
+        changes["train"] = {**changes.get("train", {}), **short}
         again = session(settings(tiny_model, preferences, **changes), tmp_path)
         assert again.run("cache-ref")["forwards"] == 0
         assert not again.run("train")["reused"]
-    assert session(settings(tiny_model, preferences, loss={"name": "kto"}), tmp_path).run("train")["reused"]
+    kto = settings(tiny_model, preferences, loss={"name": "kto"}, train=short)
+    assert session(kto, tmp_path).run("train")["reused"]
 
 
 @pytest.mark.slow

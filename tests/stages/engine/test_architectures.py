@@ -131,7 +131,9 @@ def test_what_sees_later_tokens_is_refused(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss/plain", "llama4_text/plain", "deepseek_v3/plain"])
-def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_tree_attention(name: str, monkeypatch) -> None:
+def test_flex_attention_has_the_sinks_chunks_and_value_widths_of_tree_attention(
+    name: str, monkeypatch
+) -> None:
     """The GPU's way, forward on a CPU; that Dynamo can trace its masks and scores is tested in test_scorer.py."""
     monkeypatch.setattr(torch_flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     said: list[str] = []
