@@ -156,8 +156,9 @@ def test_killed_inside_steps_and_evaluations_twice_it_ends_in_the_same_bytes(
     prepared, whole_run, monkeypatch
 ) -> None:
     tree, store = prepared
-    whole = whole_run()
-    for number in (3, 24):
+    for number, steps in ((3, 3), (24, None)):
+        tree["train"]["max_steps"] = steps
+        whole = whole_run(steps)
         fresh(store)
         for again in (number, 7):
 

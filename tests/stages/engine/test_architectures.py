@@ -87,11 +87,16 @@ def truth_of(name: str) -> torch.Tensor:
     return torch.cat([tiny.alone(model, ROWS, row) for row in range(len(ROWS))])
 
 
+def gradient_groups(name: str) -> list[np.ndarray]:
+    """The rows whose gradients are taken: of mamba, which has no threshold and goes token by token, the short ones."""
+    return GROUPS[1::2] if name == "mamba/plain" else GROUPS
+
+
 @cache
 def true_gradients(name: str) -> dict[str, torch.Tensor]:
     """Of the sum of these log-probs, by the names of the parameters."""
     model = model_of(name, "eager")
-    for row in range(len(ROWS)):
+    for row in np.concatenate(gradient_groups(name)):
         with_gradient(model, row).sum().backward()
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
@@ -156,7 +161,7 @@ def test_gradients_of_a_pack_are_those_of_the_rows_alone(name: str, checkpointin
     """Checkpointed layers run again in the backward pass, after other rows went through them another way."""
     wanted = true_gradients(name)
     scorer = Scorer(model_of(name, "sdpa"), FLOAT32, print, checkpointing)
-    scored(scorer, GROUPS).sum().backward()
+    scored(scorer, gradient_groups(name)).sum().backward()
     for key, parameter in scorer.model.named_parameters():
         if key in wanted:
             scale = wanted[key].abs().max()
