@@ -13,6 +13,7 @@ from tests.pipeline.small_run import run, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BY_CONFIGURATION = ("train", "eval", "sample")
+BY_NAME = (("eval", "eval"), ("sample", "sample"), ("policy", "prepare"))
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +46,21 @@ def files_of(policy: Path) -> list[Path]:
 
 
 def test_a_policy_with_any_file_damaged_is_never_used(trained, tmp_path) -> None:
+    """Every two of file, damage and stage; all three together would be three times as many."""
     tree, store, policy = trained
-    for path in files_of(policy):
+    for number, path in enumerate(files_of(policy)):
         kept = shutil.copy2(path, tmp_path / "kept")
-        for damage, error in ((flip, CorruptError), (cut, CorruptError), (os.remove, StaleError)):
+        for kind, (damage, error) in enumerate(
+            ((flip, CorruptError), (cut, CorruptError), (os.remove, StaleError))
+        ):
             damage(path)
-            for stage in BY_CONFIGURATION:
-                with pytest.raises(error, match=rf"{path} is (damaged|missing).*run `align train` again"):
-                    run(tree, store, stage)
-            for block, stage in (("eval", "eval"), ("sample", "sample"), ("policy", "prepare")):
-                named = {**tree, block: {**tree.get(block, {}), "model": str(policy)}}
-                with pytest.raises(AlignError, match=rf"{path} is (damaged|missing)|config.json is missing"):
-                    run(named, store, stage)
+            turn = (number + kind) % 3
+            with pytest.raises(error, match=rf"{path} is (damaged|missing).*run `align train` again"):
+                run(tree, store, BY_CONFIGURATION[turn])
+            block, stage = BY_NAME[turn]
+            named = {**tree, block: {**tree.get(block, {}), "model": str(policy)}}
+            with pytest.raises(AlignError, match=rf"{path} is (damaged|missing)|config.json is missing"):
+                run(named, store, stage)
             shutil.copy2(kept, path)
     assert run(tree, store, "train")["reused"]
     assert run(tree, store, "eval")["sets"]
