@@ -43,7 +43,9 @@ def test_step_0_is_exact_in_float32(name: str, tiny_model, shared_preferences, t
     """Prepare, cache, packing, masks, head and metrics have to be right at once for these to hold."""
     store = tmp_path_factory.getbasetemp() / "step0"
     block, expected = STEP0[name]
-    tree = settings(tiny_model, shared_preferences, loss=block, train={"learning_rate": 3e-4, "num_epochs": 1})
+    tree = settings(
+        tiny_model, shared_preferences, loss=block, train={"learning_rate": 3e-4, "num_epochs": 1}
+    )
     result = through_training(tree, store)
     assert result["audit_max_abs_diff"] == 0.0
     assert result["step0"]["loss"] == pytest.approx(expected, rel=1e-6)

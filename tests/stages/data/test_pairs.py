@@ -13,6 +13,7 @@ from stages.runtime.distributed import World
 from stages.train.step.row_scorer import RowScorer
 from stages.train.step.step import accumulate_step, evaluate
 from tests.stages.train.step.test_step import BUDGETS, assert_same, make_model, make_reference
+from tests.stages.train.step.test_step import step_of as split_step
 
 NUM_EXAMPLES = 16
 SCORES = (2.0, -1.0, 3.5, 2.0)
@@ -73,13 +74,8 @@ def lists_and_pairs(tmp_path_factory):
 
 
 def step_of(block: dict, rows: RowSet, reference, budget: int = 4096, pairs="best_worst"):
-    """Gradient, metrics, next state and forwards of a step."""
-    loss, model = parse_loss(block), make_model(0)
-    scorer = Scorer(model, Compute(torch.device("cpu"), torch.float32, budget), print)
-    row_scorer = RowScorer(scorer, rows, reference if loss.needs_reference else None, loss, World(), pairs)
-    metrics, state = accumulate_step(row_scorer, loss, range(rows.num_examples), {})
-    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    return gradient.double(), metrics, state, scorer.forwards
+    """Gradient, metrics, next state and forwards of a step in one process."""
+    return split_step(block, rows, reference, budget, World(), pairs)
 
 
 def test_strategies_by_hand() -> None:

@@ -9,7 +9,12 @@ from stages.settings.train import TrainSettings
 from stages.train.adamw_bf16 import AdamWBf16
 from stages.train.optimizers import NEEDS_BITSANDBYTES, STATE_BYTES, make_optimizer
 
-ON_A_CPU = [name for name in STATE_BYTES if name != "paged_adamw_8bit"]
+# The import of bitsandbytes takes seconds.
+ON_A_CPU = [
+    pytest.param(name, marks=pytest.mark.slow if name in NEEDS_BITSANDBYTES else ())
+    for name in STATE_BYTES
+    if name != "paged_adamw_8bit"
+]
 NUM_WEIGHTS = 128 * 512
 
 

@@ -1,5 +1,6 @@
 """Settings that cannot work are refused before a model is loaded."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,10 @@ def job(model: ModelSource, adapter: str = "none", four_bit: bool = False, **cha
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_impossible_settings_are_refused_with_a_remedy(model, changes, error, match):
-    pytest.importorskip("bitsandbytes")
+    if (
+        importlib.util.find_spec("bitsandbytes") is None
+    ):  # its import takes seconds, and nothing here needs it
+        pytest.skip("needs bitsandbytes")
     with pytest.raises(error, match=match):
         check_settings(job(model, **changes))
 

@@ -35,6 +35,8 @@ def identity(train: dict | None = None, loss: dict | None = None, adapter: dict 
     ).identity
 
 
+# The arguments of these schedules are transformers', whose import takes seconds.
+OF_TRANSFORMERS = pytest.mark.slow
 SAME = [
     ({"max_steps": 5, "num_epochs": 1}, {"max_steps": 5, "num_epochs": 7}),
     ({"max_steps": 15, "num_epochs": 2}, {"max_steps": 15, "num_epochs": 3}),
@@ -51,13 +53,15 @@ SAME = [
     ({"learning_rate": 1e-6}, {}),
     ({"optimizer": "sgd"}, {"optimizer": "sgd", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1.0}),
     ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "constant", "warmup_ratio": 0.5}),
-    (
+    pytest.param(
         {"lr_scheduler_type": "polynomial"},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1, "lr_end": 1e-7}},
+        marks=OF_TRANSFORMERS,
     ),
-    (
+    pytest.param(
         {"lr_scheduler_type": "cosine_with_restarts"},
         {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1}},
+        marks=OF_TRANSFORMERS,
     ),
 ]
 OTHER = [
@@ -72,9 +76,10 @@ OTHER = [
     ({"eval_steps": 5}, {"eval_steps": 6}),
     ({}, {"adam_beta1": 0.5}),
     ({}, {"warmup_ratio": 0.5}),
-    (
+    pytest.param(
         {"lr_scheduler_type": "polynomial"},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+        marks=OF_TRANSFORMERS,
     ),
     ({}, {"seed": 1}),
 ]
