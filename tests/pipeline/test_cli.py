@@ -14,6 +14,7 @@ from cache.artifacts import open_artifact
 from cache.errors import DataError
 from pipeline.commands import COMMANDS
 from pipeline.config import load_config
+from tests.forking_python import forking_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,22 +217,18 @@ def test_a_store_that_cannot_be_written_ends_with_6(align, config, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_and_130(tmp_path):
     """A real SIGINT while the quickstart's model is trained."""
-    # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pipeline.cli import main; main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "prepare", "--store", str(tmp_path / "store")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("Building the quickstart")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with forking_python(tmp_path) as python:
+        process = subprocess.Popen(
+            [python, "-m", "pipeline", "prepare", "--store", str(tmp_path / "store")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Building the quickstart")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (out, err) == (
         "",
