@@ -26,7 +26,8 @@ def config(tmp_path, tiny_model, preferences):
         "data": {"path": str(preferences)},
         "policy": {"model": str(tiny_model)},
         "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-        "compute": {"device": "cpu"},
+        "compute": {"device": "cpu", "tokens_per_batch": 1024},
+        "train": {"model_card": False},  # which takes longer than such a training
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -386,7 +387,7 @@ def test_a_new_evaluation_set_is_no_reason_to_train_again(align, config, prefere
 @pytest.mark.slow
 def test_run_shows_each_stage_as_it_ends(align, config, tmp_path):
     """A stage that fails leaves what was printed of those before it."""
-    few = ["--set", "train.max_steps=1", "--set", "sample.engine=transformers"]
+    few = ["--set", "train.max_steps=1", "--set", "sample.engine=transformers", "--set", "sample.max_tokens=4"]
     missing = ["--set", f"sample.prompts={tmp_path / 'missing.jsonl'}"]
     code, out, err = align("run", "-c", config, *few, *missing)
     assert (code, err.splitlines()[-1].split(":")[1]) == (3, " No such file of prompts")
