@@ -387,7 +387,14 @@ def test_a_new_evaluation_set_is_no_reason_to_train_again(align, config, prefere
 @pytest.mark.slow
 def test_run_shows_each_stage_as_it_ends(align, config, tmp_path):
     """A stage that fails leaves what was printed of those before it."""
-    few = ["--set", "train.max_steps=1", "--set", "sample.engine=transformers", "--set", "sample.max_tokens=4"]
+    few = [
+        "--set",
+        "train.max_steps=1",
+        "--set",
+        "sample.engine=transformers",
+        "--set",
+        "sample.max_tokens=4",
+    ]
     missing = ["--set", f"sample.prompts={tmp_path / 'missing.jsonl'}"]
     code, out, err = align("run", "-c", config, *few, *missing)
     assert (code, err.splitlines()[-1].split(":")[1]) == (3, " No such file of prompts")
