@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ("forward", "step")
-ROUNDS = 3
+ROUNDS = 7
 Measure = Callable[[str, Path], dict[str, Any]]
 
 

@@ -92,7 +92,7 @@ class Inputs:
     def compute(self) -> Compute:
         """Where and in what arithmetic models run; this process is set up for it."""
         compute = resolve_compute(self.config.compute)
-        set_up_process(compute)
+        set_up_process(compute, self.context.log)
         return compute
 
     @cached_property
