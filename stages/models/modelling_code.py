@@ -1,7 +1,7 @@
 """The import of transformers' modelling code, without the one of scikit-learn that comes with it.
 
-transformers imports scikit-learn where it is installed, and with it SciPy's statistics and pandas, for a threshold in
-assisted generation, which no stage uses: a quarter of what a command waits for before it begins.
+transformers imports scikit-learn where it is installed, and with it SciPy's statistics, for a threshold in assisted
+generation, which no stage uses: a second of processor time before a command begins.
 """
 
 import sys
