@@ -206,11 +206,13 @@ class Session:
 
         # Inputs keep what they load, so each stage has its own.
         self._open(self.config, self._store)
+        gc.freeze()  # what is there already need not be looked through for what this command leaves
         try:
             return self._commands.run(name)
         finally:
             self._open(self.config, self._store)
             gc.collect()
+            gc.unfreeze()
             give_back_freed_memory()
 
 

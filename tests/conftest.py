@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data that every floor's tests share; all made here, nothing fetched."""
 
+import gc
 import json
 import os
 import random
@@ -12,6 +13,10 @@ from pathlib import Path
 # The models here are tiny: a second thread only waits for the first, and on a busy machine it waits long.
 # Set before torch is imported, and inherited by every process the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# torch and transformers bring a million objects; with the default of 700 a tenth of the time goes into looking through
+# them for garbage again and again.
+gc.set_threshold(50_000)
 
 import pytest
 import typer.main

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.forking_python import forking_python
 from tests.pipeline.small_run import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -14,9 +14,13 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 @pytest.mark.slow
 def test_the_dry_run_on_a_cpu_ends_well_and_writes_its_rows(tmp_path) -> None:
+    import benchmarks.gpu  # noqa: F401
+    import tests.gpu.test_scoring  # noqa: F401  what both programs import, once for them and for other tests
+
     command = ["bash", str(SCRIPT), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with forking_python(tmp_path) as python:
+        environment = {**os.environ, "PYTHON": str(python)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     log = (tmp_path / "gpu_tests.log").read_text()
     assert " passed" in log

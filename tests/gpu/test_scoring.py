@@ -59,7 +59,7 @@ def alone(model: Any, row: int, device: torch.device) -> torch.Tensor:
 def test_float32_log_probs_are_those_of_eager_attention(name: str, backend: str, device) -> None:
     compute, said = computed_on(device), []
     with torch.no_grad():
-        wanted = torch.cat(table.truth_of(name))
+        wanted = table.truth_of(name)
         scorer = Scorer(table.model_of(name, "sdpa").to(device), compute, said.append, backends=[backend])
         found = scored(scorer)
     off = (eager_logps(name, compute) - wanted).abs().max()
@@ -74,7 +74,7 @@ def test_float32_log_probs_are_those_of_eager_attention(name: str, backend: str,
 def test_bfloat16_is_as_exact_as_eager_attention_in_bfloat16(name: str, backend: str, device) -> None:
     compute = computed_on(device, torch.bfloat16)
     with torch.no_grad():
-        wanted = torch.cat(table.truth_of(name))
+        wanted = table.truth_of(name)
         scorer = Scorer(table.model_of(name, "sdpa").to(device), compute, print, backends=[backend])
         off_by = (scored(scorer) - wanted).abs()
     eager_off_by = (eager_logps(name, compute) - wanted).abs()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,21 @@ def adapter_settings(model: Path, preferences: Path, name: str = "lora", **chang
     return tree
 
 
+@pytest.fixture(scope="module")
+def trained_before(tiny_model, shared_preferences, tmp_path_factory) -> tuple[dict, dict, Path]:
+    """Settings, the result of train, and the store of a LoRA adapter."""
+    tree, store = adapter_settings(tiny_model, shared_preferences), tmp_path_factory.mktemp("lora") / "store"
+    return tree, through_training(tree, store), store
+
+
+@pytest.fixture
+def trained(trained_before, tmp_path) -> tuple[dict, dict, Path]:
+    """The same with a copy of the store, which a test may change."""
+    tree, result, store = trained_before
+    own = shutil.copytree(store, tmp_path / "store")
+    return tree, {**result, "artifact": str(own / Path(result["artifact"]).relative_to(store))}, own
+
+
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_an_adapter_shares_the_store_of_full_training_and_starts_from_it_exactly(
     name, tiny_model, preferences, tmp_path
@@ -49,35 +65,33 @@ def test_an_adapter_shares_the_store_of_full_training_and_starts_from_it_exactly
     assert "model.safetensors" not in names
 
 
-def test_a_merged_model_is_base_and_adapter(tiny_model, preferences, tmp_path):
-    tree = adapter_settings(tiny_model, preferences)
-    trained = through_training(tree, tmp_path)
-    merged = session(tree, tmp_path).run("merge")
+def test_a_merged_model_is_base_and_adapter(tiny_model, trained):
+    tree, adapter, store = trained
+    merged = session(tree, store).run("merge")
     assert not merged["reused"]
     assert merged["tokens_compared"] > 100
     assert 0 < merged["max_abs_diff"] < 1e-3
-    assert session(tree, tmp_path).run("merge")["reused"]
+    assert session(tree, store).run("merge")["reused"]
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         whole, adapted, bare = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-            for folder in (merged["artifact"], trained["artifact"], tiny_model)
+            for folder in (merged["artifact"], adapter["artifact"], tiny_model)
         )
     assert (whole - adapted).abs().max() < 1e-3
     assert (whole - bare).abs().max() > 0.1
 
 
-def test_a_merge_that_changes_log_probs_is_not_written(tiny_model, preferences, tmp_path, monkeypatch):
-    tree = adapter_settings(tiny_model, preferences)
-    through_training(tree, tmp_path)
+def test_a_merge_that_changes_log_probs_is_not_written(trained, monkeypatch):
+    tree, _, store = trained
     monkeypatch.setattr(merging, "TOLERANCE", 1e-9)
     with pytest.raises(CorruptError, match="differ from those of base and adapter"):
-        session(tree, tmp_path).run("merge")
-    assert not list((tmp_path / "merged").glob("*"))
+        session(tree, store).run("merge")
+    assert not list((store / "merged").glob("*"))
 
 
-def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tmp_path):
-    tree = settings(tiny_model, preferences)
+def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, trained, tmp_path):
+    tree = settings(tiny_model, preferences, train={"max_steps": 1})
     run = session(tree, tmp_path)
     run.run("prepare")
     run.run("cache-ref")
@@ -87,16 +101,15 @@ def test_what_cannot_be_merged_or_trained_on_says_so(tiny_model, preferences, tm
     for ask in (Session.run, Session.dry_run):
         with pytest.raises(UsageError, match="not an adapter"):
             ask(session(tree, tmp_path), "merge")
-    adapter = through_training(adapter_settings(tiny_model, preferences), tmp_path)
+    _, adapter, _ = trained
     with pytest.raises(UsageError, match=r"holds an adapter, not a model.*align merge"):
         session(settings(Path(adapter["artifact"]), preferences), tmp_path).run("prepare")
 
 
-def test_eval_gives_the_held_out_metrics_that_training_ended_with(tiny_model, preferences, tmp_path):
-    tree = adapter_settings(tiny_model, preferences)
-    trained = through_training(tree, tmp_path)
-    found = session(tree, tmp_path).run("eval")["sets"]["heldout"]
-    assert found["loss"] == pytest.approx(trained["final"]["loss"], abs=1e-6)
+def test_eval_gives_the_held_out_metrics_that_training_ended_with(trained):
+    tree, adapter, store = trained
+    found = session(tree, store).run("eval")["sets"]["heldout"]
+    assert found["loss"] == pytest.approx(adapter["final"]["loss"], abs=1e-6)
 
 
 def sampled(run: Session) -> list[str]:
@@ -105,22 +118,21 @@ def sampled(run: Session) -> list[str]:
     return [json.loads(line)["completion"] for line in lines]
 
 
-def test_sampling_from_the_adapter_is_sampling_from_the_merged_model(tiny_model, preferences, tmp_path):
+def test_sampling_from_the_adapter_is_sampling_from_the_merged_model(tiny_model, trained):
     greedy = {"engine": "transformers", "temperature": 0, "max_tokens": 12}
-    tree = adapter_settings(tiny_model, preferences, sample=greedy)
-    through_training(tree, tmp_path)
-    merged = session(tree, tmp_path).run("merge")["artifact"]
-    from_adapter = sampled(session(tree, tmp_path))
-    tree["sample"] = {**greedy, "model": merged}
-    assert from_adapter == sampled(session(tree, tmp_path))
-    tree["sample"] = {**greedy, "model": str(tiny_model)}
-    assert from_adapter != sampled(session(tree, tmp_path))
+    tree, _, store = trained
+    merged = session(tree, store).run("merge")["artifact"]
+    from_adapter = sampled(session({**tree, "sample": greedy}, store))
+    assert from_adapter == sampled(session({**tree, "sample": {**greedy, "model": merged}}, store))
+    assert from_adapter != sampled(session({**tree, "sample": {**greedy, "model": str(tiny_model)}}, store))
 
 
 def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, preferences, tmp_path):
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    tree = adapter_settings(tiny_model, preferences, "dora", sample={"engine": "vllm"})
+    tree = adapter_settings(
+        tiny_model, preferences, "dora", sample={"engine": "vllm"}, train={"max_steps": 1}
+    )
     through_training(tree, tmp_path)
     with pytest.raises(MachineError, match=r"DoRA.*sample\.engine=transformers.*align merge.*sample\.model="):
         session(tree, tmp_path).run("sample")
@@ -128,9 +140,7 @@ def test_vllm_is_not_started_for_an_adapter_that_it_cannot_run(tiny_model, prefe
 
 def test_an_interrupted_adapter_run_resumes_to_the_same_bytes(tiny_model, preferences, tmp_path, one_thread):
     """SIGKILL by the run itself right after a checkpoint; the second run loads adapter and optimizer."""
-    tree = adapter_settings(
-        tiny_model, preferences, train={"save_steps": 1, "num_epochs": 2, "batch_size": 4}
-    )
+    tree = adapter_settings(tiny_model, preferences, train={"save_steps": 1, "max_steps": 5, "batch_size": 4})
     whole = through_training(tree, tmp_path / "whole")
     store = tmp_path / "killed"
     run(tree, store, "prepare", "cache-ref")

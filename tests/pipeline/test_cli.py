@@ -14,6 +14,7 @@ from cache.artifacts import open_artifact
 from cache.errors import DataError
 from pipeline.commands import COMMANDS
 from pipeline.config import load_config
+from tests.forking_python import forking_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,8 @@ def config(tmp_path, tiny_model, preferences):
         "data": {"path": str(preferences)},
         "policy": {"model": str(tiny_model)},
         "prepare": {"max_length": 128, "heldout_fraction": 0.25},
-        "compute": {"device": "cpu"},
+        "compute": {"device": "cpu", "tokens_per_batch": 1024},
+        "train": {"model_card": False},  # which takes longer than such a training
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -216,22 +218,18 @@ def test_a_store_that_cannot_be_written_ends_with_6(align, config, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_and_130(tmp_path):
     """A real SIGINT while the quickstart's model is trained."""
-    # A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pipeline.cli import main; main()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "prepare", "--store", str(tmp_path / "store")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("Building the quickstart")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with forking_python(tmp_path) as python:
+        process = subprocess.Popen(
+            [python, "-m", "pipeline", "prepare", "--store", str(tmp_path / "store")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Building the quickstart")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (out, err) == (
         "",
@@ -389,7 +387,14 @@ def test_a_new_evaluation_set_is_no_reason_to_train_again(align, config, prefere
 @pytest.mark.slow
 def test_run_shows_each_stage_as_it_ends(align, config, tmp_path):
     """A stage that fails leaves what was printed of those before it."""
-    few = ["--set", "train.max_steps=1", "--set", "sample.engine=transformers"]
+    few = [
+        "--set",
+        "train.max_steps=1",
+        "--set",
+        "sample.engine=transformers",
+        "--set",
+        "sample.max_tokens=4",
+    ]
     missing = ["--set", f"sample.prompts={tmp_path / 'missing.jsonl'}"]
     code, out, err = align("run", "-c", config, *few, *missing)
     assert (code, err.splitlines()[-1].split(":")[1]) == (3, " No such file of prompts")

@@ -5,14 +5,25 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from stages.prepare import shard_writer, sources
 from tests.forked import exit_code, fork
 from tests.pipeline.small_run import run
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    """A tenth of the rows for as many shards and batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "SHARD_EXAMPLES", 200)
+        patch.setattr(sources, "BATCH_ROWS", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +31,7 @@ def data(tmp_path_factory) -> Path:
     """Rows of about two and a half shards."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     with open(path, "w") as handle:
-        for number in range(5_000):
+        for number in range(500):
             row = {"prompt": f"question {number} " * 8, "chosen": f"yes {number}", "rejected": "no"}
             handle.write(json.dumps(row) + "\n")
     return path

@@ -51,14 +51,14 @@ def folder(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def policies(folder) -> dict[str, Path]:
     """The policies by loss."""
     found = [path for path in (folder / STORED / "policy").iterdir() if not path.name.startswith(".")]
     return {name: path for path in found for name in ("dpo", "simpo") if f"-{name}-" in path.name}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def html(policies) -> str:
     return page(open_runs(list(policies.values()), None), "align report A B")
 

@@ -41,13 +41,29 @@ def weights(folder: str | Path) -> str:
     return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
 
 
+# Without held-out prompts no policy is compared with another one.
+NOT_COMPARED = {"heldout_fraction": 0.0}
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model, shared_preferences, tmp_path_factory) -> tuple[dict, dict, Path]:
+    """A run of two rounds; beside its store `before-training-2`, which is the store as the second round began to train."""
     tree = tree_of(tiny_model, shared_preferences)
-    store = tmp_path_factory.mktemp("online") / "store"
+    store, calls = tmp_path_factory.mktemp("online") / "store", 0
+    train = rounds.OnlineRun._train
+
+    def copying(self, *rest):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            shutil.copytree(store, store.with_name("before-training-2"))
+        return train(self, *rest)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the tests that compare bits with it
-    result = run(tree, store, "online")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds.OnlineRun, "_train", copying)
+        result = run(tree, store, "online")
     torch.set_num_threads(threads)
     return tree, result, store
 
@@ -82,8 +98,8 @@ def test_no_prompt_of_a_round_is_held_out_and_none_comes_twice(whole):
 
 def test_an_interrupted_run_ends_in_the_same_weights(whole, tmp_path, monkeypatch):
     """Stopped as the second round begins to train; what is done is not done again."""
-    tree, result, _ = whole
-    store, calls = tmp_path / "store", 0
+    tree, result, done = whole
+    store, calls = shutil.copytree(done.with_name("before-training-2"), tmp_path / "store"), 0
     train = rounds.OnlineRun._train
 
     def stopped(self, *rest):
@@ -111,7 +127,9 @@ def test_a_judge_without_a_preference_is_an_error_that_says_so(tiny_model, prefe
 
 
 def test_best_of_n_trains_on_the_best_alone(tiny_model, preferences, tmp_path):
-    tree = tree_of(tiny_model, preferences, online={"pairing": "best_of_n", "rounds": 1})
+    tree = tree_of(
+        tiny_model, preferences, online={"pairing": "best_of_n", "rounds": 1}, prepare=NOT_COMPARED
+    )
     with pytest.raises(UsageError, match=r"best_of_n is for the loss sft, and the loss is dpo"):
         run(tree, tmp_path, "online")
     result = run({**tree, "loss": {"name": "sft"}}, tmp_path, "online")
@@ -121,7 +139,7 @@ def test_best_of_n_trains_on_the_best_alone(tiny_model, preferences, tmp_path):
 
 def test_the_previous_policy_may_be_the_reference(tiny_model, preferences, tmp_path):
     """Stores of different references are kept apart."""
-    tree = tree_of(tiny_model, preferences, online={"reference": "previous"})
+    tree = tree_of(tiny_model, preferences, online={"reference": "previous"}, prepare=NOT_COMPARED)
     run(tree, tmp_path, "online")
     stores = [path for path in (tmp_path / "ref-logps").iterdir() if path.name != "by-place"]
     assert len(stores) == 2
@@ -129,7 +147,7 @@ def test_the_previous_policy_may_be_the_reference(tiny_model, preferences, tmp_p
 
 def test_an_adapter_is_trained_on_from_round_to_round(tiny_model, preferences, tmp_path):
     pytest.importorskip("peft")
-    tree = tree_of(tiny_model, preferences, adapter={"name": "lora", "r": 4})
+    tree = tree_of(tiny_model, preferences, adapter={"name": "lora", "r": 4}, prepare=NOT_COMPARED)
     result = run(tree, tmp_path, "online")
     first, second = (
         load_file(Path(one["trained"]) / "adapter_model.safetensors") for one in result["rounds"]

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from pipeline.sweep.runner import (
     processes,
     until_free,
 )
+from tests.forking_python import forking_python
 from tests.pipeline.small_run import ROOT, run, session, settings
 
 EXAMPLES = ROOT / "docs" / "examples"
@@ -38,13 +40,17 @@ def write_sweep(tmp_path: Path, model: Path, data: Path, keys: dict, **sweep) ->
 
 
 @pytest.mark.slow
-def test_finished_trainings_are_kept_and_one_that_diverges_is_named(align, tiny_model, preferences, tmp_path):
+def test_finished_trainings_are_kept_and_one_that_diverges_is_named(
+    align, tiny_model, preferences, tmp_path, monkeypatch
+):
     """One of two is trained before, in this process; the other has a rate at which weights become infinite."""
     store = tmp_path / "store"
     path = write_sweep(tmp_path, tiny_model, preferences, {"train.learning_rate": [1e-3, 1e30]}, seeds=[0])
     first = members_of(load_config([path], [], None))[0]
     before = run(first.config.model_dump(mode="json"), store, "prepare", "cache-ref", "train")
-    code, out, err = align("sweep", "-c", path, "--store", store, "--json")
+    with forking_python(tmp_path) as python:
+        monkeypatch.setattr(sys, "executable", str(python))
+        code, out, err = align("sweep", "-c", path, "--store", store, "--json")
     assert code == 5, err
     assert "1 of 2 trainings failed" in err
     result = json.loads(out)
