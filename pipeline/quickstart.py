@@ -28,7 +28,6 @@ from cache.files import (
 from cache.fingerprint import fingerprint, short
 from cache.ownership import OWNER, claim_temporary
 from pipeline.quickstart_world import GRUMPY, LAYOUTS, POLITE, preference_pairs, questions, voiced
-from stages.models.modelling_code import import_modelling_code
 
 if TYPE_CHECKING:
     import torch
@@ -176,8 +175,6 @@ def pretrain(
 ) -> "LlamaForCausalLM":
     """Train a Llama from scratch on every answer in both tones, equally often."""
     import torch
-
-    import_modelling_code()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

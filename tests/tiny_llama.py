@@ -3,10 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from stages.models.modelling_code import import_modelling_code
-
-import_modelling_code()
-
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (

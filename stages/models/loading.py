@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from cache.errors import DataError, MachineError, UsageError
 from cache.safetensors import ADAPTER_CONFIG, CONFIG
-from stages.models.modelling_code import import_modelling_code
 from stages.runtime.compute import Compute
 
 if TYPE_CHECKING:
@@ -100,7 +99,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def open_config(source: ModelSource) -> Any:
     """transformers' configuration of a model; raises `DataError` if transformers does not take it."""
-    import_modelling_code()
     from transformers import AutoConfig
 
     read_config(source.folder)

@@ -128,8 +128,7 @@ def test_a_build_ignores_the_state_of_its_process(built_before, tmp_path):
     # Another process has another hash seed, so an order that hangs on a set or a hash would show.
     script = (
         "import sys, pathlib; from pipeline.quickstart import Recipe, build; "
-        "build(pathlib.Path(sys.argv[1]), print, Recipe(num_epochs=1, batch_size=128)); "
-        "assert 'sklearn' not in sys.modules, 'an import that no stage needs'"
+        "build(pathlib.Path(sys.argv[1]), print, Recipe(num_epochs=1, batch_size=128))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     root = Path(quickstart.__file__).parents[1]
