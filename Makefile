@@ -37,7 +37,7 @@ demo: $(READY) ## the four stages on the embedded quickstart, and a judge of the
 test: check ## lint, types and every test
 	$(PYTEST)
 
-fast: check ## lint, types and the quick tests, which start no process and train nothing; about a minute
+fast: check ## lint, types and the quick tests, which start no process and train nothing; a minute and a half on two cores
 	$(PYTEST) -m "not slow"
 
 check: $(READY) ## lint, format and types
