@@ -5,7 +5,6 @@ In: a folder as `engine_world.py` describes. Out: `results/compiled_layers.json`
     python benchmarks/compiled_layers.py --data FOLDER
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -19,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.engine_worker import Ours, batches
-from benchmarks.engine_world import SHAPE, Work, build_world
+from benchmarks.engine_world import SHAPE, Work, build_world, data_folder
 from benchmarks.record import write_results
+from stages.runtime.compute import multiplies_bfloat16
 
 ROUNDS, PAIRS = 7, 8
 # Layers and sizes: the model of `engine.py`, and two layers as wide as those of a 1B model.
@@ -38,13 +38,9 @@ SHAPES = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", type=Path, required=True)
-    data = options.parse_args().data.resolve()
+    data = data_folder(__doc__)
     torch.set_num_threads(2)
-    dtypes = ["float32", *(["bfloat16"] if has_bfloat16_products() else [])]
+    dtypes = ["float32", *(["bfloat16"] if multiplies_bfloat16(torch.cpu.get_capabilities()) else [])]
     rows = [measured(data, name, dtype) for dtype in dtypes for name in SHAPES]
     write_results(
         "compiled_layers",
@@ -55,11 +51,6 @@ def main() -> None:
         f"step, compilation included (torch keeps what it compiled on the disk: later runs begin sooner). `loss_difference`: the "
         f"largest difference of a step's loss between the two. bfloat16 is measured where the processor multiplies it.",
     )
-
-
-def has_bfloat16_products() -> bool:
-    """Whether this processor has instructions for them; without, torch takes a hundred times as long."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def measured(data: Path, name: str, dtype: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ repository root:
     python benchmarks/engine_profile.py --data FOLDER
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine_worker import Ours, batches
-from benchmarks.engine_world import Work, build_world
+from benchmarks.engine_world import Work, build_world, data_folder
 from benchmarks.record import write_results
 
 # Parts of an operator's name, and the kind of work they are; the first that fits counts.
@@ -34,11 +33,7 @@ STEPS = 3
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("--data", type=Path, required=True)
-    data = options.parse_args().data.resolve()
+    data = data_folder(__doc__)
     torch.set_num_threads(2)
     rows = [profiled(data, dtype) for dtype in ("float32", "bfloat16")]
     write_results(

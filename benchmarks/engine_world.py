@@ -6,6 +6,7 @@ code, and folders of models, kept in `.bench-world` between runs. The 32,000-id 
 trained here on the texts of both files.
 """
 
+import argparse
 import gzip
 import json
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+def data_folder(doc: str | None) -> Path:
+    """The folder that a benchmark is given as `--data`, its only option."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, required=True)
+    return options.parse_args().data.resolve()
 
 
 @dataclass(frozen=True)
