@@ -28,16 +28,18 @@ def merged(files: Sequence[Path], assignments: Sequence[str], loss_name: str | N
         _merge(tree, _read_extended(path))
     for assignment in assignments:
         assign(tree, assignment)
-    if loss_name is not None:
-        given = {key: value for key, value in _assigned(assignments, "loss").items() if key != "name"}
-        tree["loss"] = {"name": loss_name, **given}
+    given = _assigned(assignments, "loss")
+    if loss_name is not None and isinstance(
+        given, Mapping
+    ):  # else what was assigned is no loss, and is refused as such
+        tree["loss"] = {**given, "name": loss_name}
     return tree
 
 
 def _means_quickstart(assignments: Sequence[str]) -> bool:
     data, policy = (_assigned(assignments, block) for block in ("data", "policy"))
-    names = {data.get("path", EMBEDDED), policy.get("model", EMBEDDED)}
-    return names == {EMBEDDED} and not data.get("sources")
+    named = [data.get("path", EMBEDDED), policy.get("model", EMBEDDED)]
+    return named == [EMBEDDED, EMBEDDED] and not data.get("sources")
 
 
 def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -113,7 +115,8 @@ def set_key(tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
     node[parts[-1]] = value
 
 
-def _assigned(assignments: Sequence[str], block: str) -> dict[str, Any]:
+def _assigned(assignments: Sequence[str], block: str) -> Any:
+    """What assignments put under the name of a block: keys and values, except that `loss=VALUE` can put anything there."""
     tree: dict[str, Any] = {}
     for assignment in assignments:
         assign(tree, assignment)

@@ -7,6 +7,7 @@ in generation_config.json, llama.cpp the end-of-sequence token of the tokenizer.
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cache.artifacts import Artifact
@@ -37,19 +38,7 @@ def write_chat_files(source: ModelSource, chat: ChatFormat, folder: Path) -> Non
 
     Both are those of `source`, with the chat template and the end tokens of the rows.
     """
-    tokenizer, generation = load_tokenizer(source), _generation_config(source.folder, folder)
-    ends = _ids(generation.get("eos_token_id"))
-    # An end of turn that nothing in the folder declares becomes the end-of-sequence token.
-    undeclared = [token for token in chat.end_ids if token not in (*ends, tokenizer.eos_token_id)]
-    if undeclared:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(undeclared[0])
-    if chat.template is not None:
-        tokenizer.chat_template = chat.template
-    tokenizer.save_pretrained(folder)
-    if (folder / "config.json").is_file():
-        ends += [token for token in chat.end_ids if token not in ends]
-        declared = ends[0] if len(ends) == 1 else ends or None
-        write_json(folder / GENERATION_CONFIG, {**generation, "eos_token_id": declared})
+    ChatFiles(source, chat).write(folder)
 
 
 class ChatFiles:
@@ -65,15 +54,37 @@ class ChatFiles:
 
     def write(self, folder: Path) -> None:
         """Write the files into the folder of a saved model; all models are saved with the same files."""
-        if self._files:
-            for place, content in self._files.items():
-                (folder / place).parent.mkdir(exist_ok=True)
-                (folder / place).write_bytes(content)
-            return
-        saved = set(folder.rglob("*"))
-        write_chat_files(self._source, self._chat, folder)
-        own = [path for path in folder.rglob("*") if path not in saved or path.name == GENERATION_CONFIG]
-        self._files = {path.relative_to(folder): path.read_bytes() for path in own if path.is_file()}
+        if not self._files:
+            self._files = self._read(folder)
+        for place, content in self._files.items():
+            (folder / place).parent.mkdir(exist_ok=True)
+            (folder / place).write_bytes(content)
+
+    def _read(self, model: Path) -> dict[Path, bytes]:
+        # In a folder of their own: other ranks write their shards into that of the model at the same time.
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            _save(self._source, self._chat, model, folder)
+            return {
+                path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            }
+
+
+def _save(source: ModelSource, chat: ChatFormat, model: Path, folder: Path) -> None:
+    """Save the chat files into `folder`, as they belong to the saved model or adapter in `model`."""
+    tokenizer, generation = load_tokenizer(source), _generation_config(source.folder, model)
+    ends = _ids(generation.get("eos_token_id"))
+    # An end of turn that nothing in the folder declares becomes the end-of-sequence token.
+    undeclared = [token for token in chat.end_ids if token not in (*ends, tokenizer.eos_token_id)]
+    if undeclared:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(undeclared[0])
+    if chat.template is not None:
+        tokenizer.chat_template = chat.template
+    tokenizer.save_pretrained(folder)
+    if (model / "config.json").is_file():
+        ends += [token for token in chat.end_ids if token not in ends]
+        declared = ends[0] if len(ends) == 1 else ends or None
+        write_json(folder / GENERATION_CONFIG, {**generation, "eos_token_id": declared})
 
 
 def declared_ends(source: ModelSource) -> list[int]:
@@ -81,9 +92,9 @@ def declared_ends(source: ModelSource) -> list[int]:
     return _ids(_generation_config(source.folder, source.folder).get("eos_token_id"))
 
 
-def _generation_config(source: Path, folder: Path) -> dict[str, Any]:
+def _generation_config(source: Path, model: Path) -> dict[str, Any]:
     """The generation configuration of the source, else the one that was saved with the model, else the end tokens alone."""
-    for path in (source / GENERATION_CONFIG, folder / GENERATION_CONFIG):
+    for path in (source / GENERATION_CONFIG, model / GENERATION_CONFIG):
         if path.is_file():
             return {key: value for key, value in read_json(path).items() if key != "_from_model_config"}
     return {"eos_token_id": read_json(source / "config.json").get("eos_token_id")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -466,8 +466,24 @@ def test_any_file_is_a_configuration_or_one_line(tmp_path_factory, content):
         assert "\n" not in str(error)  # noqa: PT017
 
 
+KEYS = [
+    "data.path=",
+    "data.sources=",
+    "policy.model=",
+    "loss.beta=",
+    "loss.name=",
+    "train.seed=",
+    "loss=",
+    "",
+]
+
+
 @pytest.mark.slow
-@given(st.text(max_size=40), st.sampled_from(["data.path=", "loss.beta=", "train.seed=", "loss=", ""]))
-def test_any_assignment_is_read_or_one_line(text, key):
+@given(st.text(max_size=40) | leaves.map(repr), st.sampled_from(KEYS), st.sampled_from([None, "dpo"]))
+@example("[]", "data.path=", None)
+@example("{a: 1}", "policy.model=", None)
+@example("[1]", "loss=", "dpo")
+@example("", "loss=", "dpo")
+def test_any_assignment_is_read_or_one_line(text, key, loss):
     with suppress(UsageError):
-        assert isinstance(load_config([], [f"{key}{text}"], None), RunConfig)
+        assert isinstance(load_config([], [f"{key}{text}"], loss), RunConfig)

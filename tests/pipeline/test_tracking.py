@@ -135,13 +135,16 @@ def test_the_win_rate_is_added_to_the_last_step_of_the_run(
     found = session(tree, store).run("eval", judge=True)
     rate = found["judge"]["win_rate"]
     assert (policy / "wandb-id").is_file()
-    files = sorted((store / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime)
-    runs = [[Record.FromString(data) for data in wandb_records(file)] for file in files]
-    names = {record.run.run_id for records in runs for record in records if record.HasField("run")}
+    files = (store / "wandb").glob("offline-run-*/*.wandb")
+    records = [Record.FromString(data) for file in files for data in wandb_records(file)]
+    names = {record.run.run_id for record in records if record.HasField("run")}
     assert names == {(policy / "wandb-id").read_text()}
-    items = [item for record in runs[-1] for item in record.history.item]
-    logged = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-    assert (logged["train/global_step"], logged["eval/win_rate"]) == (4, rate["rate"])
+    points = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+    ]
+    [judged] = [point for point in points if "eval/win_rate" in point]
+    assert (judged["train/global_step"], judged["eval/win_rate"]) == (4, rate["rate"])
     events = accumulator.EventAccumulator(str(store / "tensorboard" / policy.name))
     events.Reload()
     assert [point.step for point in events.Scalars("eval/loss")] == [0, 2, 4]

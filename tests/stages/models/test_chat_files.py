@@ -1,7 +1,10 @@
 """A published folder talks as its rows did: transformers alone renders the prompts of the rows and stops at their end."""
 
+import itertools
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -181,6 +184,35 @@ def test_later_checkpoints_have_the_files_of_the_first_and_do_not_open_the_sourc
     assert Path("additional_chat_templates/tool_use.jinja") in names
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
     assert json.loads((second / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_what_others_write_at_the_same_time_is_no_chat_file(source, published, tmp_path):
+    """Other ranks write their shards into the folder of a checkpoint while the first saves the tokenizer there."""
+    start = source("tiny_model")
+    rows, folder = published(start, "zephyr")
+    files, done = ChatFiles(start, ChatFormat.of(rows)), threading.Event()
+
+    def other_rank():
+        for number in itertools.count():
+            (folder / "shards").mkdir(exist_ok=True)
+            (folder / "shards" / f"{number:05d}.safetensors").touch()
+            if done.wait(0.001):
+                return
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(other_rank)
+        files.write(folder)
+        done.set()
+    other.result()
+    (tmp_path / "next").mkdir()
+    files.write(tmp_path / "next")
+    assert list((folder / "shards").iterdir())
+    assert {path.name for path in (tmp_path / "next").iterdir()} == {
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def test_an_ordinary_last_token_ends_no_turn(chat_tokenizer):
