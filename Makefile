@@ -66,6 +66,7 @@ bench: $(READY) ## the measurements against TRL, DATA=FOLDER of real data, and a
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/losses_vs_trl.py
 	$(BIN)/python benchmarks/shared_node.py
+	$(BIN)/python benchmarks/token_budget.py --data $(DATA)
 	if [ -n "$(OTHER)" ]; then $(BIN)/python benchmarks/prefix_tree.py --data $(DATA) --other $(OTHER); \
 	  $(BIN)/python benchmarks/padded_fallback.py --data $(DATA) --other $(OTHER); fi
 	if nvidia-smi >/dev/null 2>&1; then benchmarks/gpu.sh; fi

@@ -49,6 +49,8 @@ class Planned:
         console.print()
         console.print(_memory(plan))
         console.print()
+        console.print(_budgets(plan))
+        console.print()
         if all(cell.bytes is None for cell in plan.table):
             shortest = min(cell.length for cell in plan.table)
             console.print(f"  No table of batch sizes: the model has fewer than {shortest:,} positions.")
@@ -103,6 +105,18 @@ def _memory(plan: "TrainingPlan") -> Table:
     if measured:
         table.add_row("reserved, with freed memory", "", _known(measured.held_bytes))
     table.add_row("available", _known(plan.available_bytes or None))
+    return table
+
+
+def _budgets(plan: "TrainingPlan") -> Table:
+    table = tables.columns("compute.tokens_per_batch", "tokens of a step", "memory")
+    for budget in plan.budgets:
+        own = " (now)" if budget.tokens_per_batch == plan.tokens_per_batch else ""
+        table.add_row(
+            f"{budget.tokens_per_batch:,}{own}",
+            f"{budget.tokens_per_step:,}",
+            _cell(budget.bytes, plan.available_bytes),
+        )
     return table
 
 

@@ -18,6 +18,8 @@ def compile_layers(model: Any, device: torch.device) -> None:
 
     Raises `MachineError` where torch.compile does not work, such as a CPU without a C++ compiler.
     """
+    if device.type == "cpu":
+        _keep_apart_by_vector_width()
     try:
         torch.compile(_doubled)(torch.ones(8, device=device))
     except Exception as error:  # whatever torch, its compiler or the driver raise
@@ -29,6 +31,17 @@ def compile_layers(model: Any, device: torch.device) -> None:
     for layer in decoder_layers(model):
         # A GPU's packs have one length; on a CPU each has its own.
         layer.compile(dynamic=None if device.type == "cuda" else True)
+
+
+def _keep_apart_by_vector_width() -> None:
+    """Name the width of the vector instructions in torch's settings, which are part of the key of its cache on disk.
+
+    The width that torch finds by itself is not: with another ATEN_CPU_CAPABILITY, or in a cache that machines share, it takes code
+    that was made for other instructions (findings/torch_compile_cache_mixes_vector_widths.sh).
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width() or 1
 
 
 def not_compiled() -> AbstractContextManager[None]:

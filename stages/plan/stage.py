@@ -8,15 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from stages.data.rows import RowSet
-from stages.engine.packing import sized_packs
-from stages.engine.packs import Pack, build_pack, inputs_of
-from stages.engine.shared_tokens import SharedTokens, shared_tokens
+from stages.engine.packs import Pack
+from stages.engine.shared_tokens import SharedTokens
 from stages.models.fit import num_positions
 from stages.models.loading import open_config
+from stages.plan.first_steps import FirstSteps
 from stages.plan.measure import measure
 from stages.plan.memory import LayerwiseShapes, Memory, Shapes, available_bytes, pairs_pack
 from stages.runtime.distributed import World
@@ -28,8 +27,8 @@ from stages.train.preflight import check_settings
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (512, 1024, 2048, 4096)
+BUDGETS = (2048, 4096, 8192, 16384)
 MEASURED_PACKS = 3
-COUNTED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,15 @@ class Cell:
     batch: int
     length: int
     bytes: int | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step computes with this `compute.tokens_per_batch`, and the predicted bytes of its largest pack."""
+
+    tokens_per_batch: int
+    tokens_per_step: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,17 +70,19 @@ class MeasuredRun:
 class TrainingPlan:
     """The prediction. `tokens` counts what rows of a pack begin with once, `shared` is what those of a step share.
 
-    `positions` is the size of the largest pack.
+    `positions` is the size of the largest pack. `budgets` has the run's own `tokens_per_batch` and others.
     """
 
     steps: int
     batch_size: int
+    tokens_per_batch: int
     tokens: int
     tokens_per_step: int
     shared: SharedTokens
     available_bytes: int
     predicted: Memory
     positions: int
+    budgets: list[Budget]
     table: list[Cell]
     measured: MeasuredRun | None
 
@@ -93,62 +103,43 @@ def plan_training(job: Job, measured: bool, log: Callable[[str], None]) -> Train
     Raises `UsageError` or `MachineError` for settings that this machine cannot train with.
     """
     check_settings(job)
-    packs, tokens_per_step, shared = _largest_packs(job, RowSet.of(job.rows, "train"))
+    steps = FirstSteps(job, RowSet.of(job.rows, "train"))
+    packed = steps.packed(job.compute.tokens_per_batch, MEASURED_PACKS)
+    packs, tokens = packed.largest, packed.tokens_per_step * job.resolved.steps
     log(f"Predicting the memory of {job.source.name} from tensor shapes")
     predicted = Shapes(job.source, job.settings, job.adapter, job.compute).predict(packs[0])
-    tokens = tokens_per_step * job.resolved.steps
-    table = _table(job)
+    layerwise = LayerwiseShapes(job.source, job.settings, job.adapter, job.compute)
+    budgets, table = _budgets(job, steps, layerwise), _table(job, layerwise)
     if measured:
         log(f"Measuring {len(packs)} forward and backward passes of {job.source.name}")
     return TrainingPlan(
         steps=job.resolved.steps,
         batch_size=job.resolved.batch_size,
+        tokens_per_batch=job.compute.tokens_per_batch,
         tokens=tokens,
-        tokens_per_step=tokens_per_step,
-        shared=shared,
+        tokens_per_step=packed.tokens_per_step,
+        shared=steps.shared(),
         available_bytes=available_bytes(job.compute.device),
         predicted=predicted,
         positions=packs[0].input_ids.shape[1],
+        budgets=budgets,
         table=table,
         measured=_measure(job, packs, predicted.total, tokens, log) if measured else None,
     )
 
 
-def _largest_packs(job: Job, rows: RowSet) -> tuple[list[Pack], int, SharedTokens]:
-    """The largest packs of the first steps, the largest first, the mean positions of a step, and what steps share."""
-    order, budget, found, total = job.data_order(rows), job.compute.tokens_per_batch, [], 0
-    steps = range(1, min(COUNTED_STEPS, job.resolved.steps_per_epoch) + 1)
-    shares: list[SharedTokens] = []
-    for step in steps:
-        examples = order.examples_of(step)
-        groups = [rows.example_rows(example, mismatched=False) for example in examples]
-        if "kl" in job.loss.needs:  # mismatched rows are scored too, without gradient
-            others = [rows.example_rows(example, mismatched=True) for example in examples]
-            total += sum(
-                length for length, _ in _packs(rows, [group for group in others if len(group)], budget)
-            )
-        shares.append(
-            shared_tokens(
-                [(rows.prompt(group[0]), [rows.completion(row) for row in group]) for group in groups]
-            )
-        )
-        packs = _packs(rows, groups, budget)
-        total += sum(length for length, _ in packs)
-        found += packs
-    found.sort(key=lambda entry: -entry[0])
-    largest = [build_pack(rows, groups) for _, groups in found[:MEASURED_PACKS]]
-    mean = np.array(shares or [SharedTokens(0, 0, 0)]).mean(0).round().astype(int).tolist()
-    return largest, round(total / max(1, len(steps))), SharedTokens(*mean)
+def _budgets(job: Job, steps: FirstSteps, shapes: LayerwiseShapes) -> list[Budget]:
+    """The run's own budget and others; of those that hold a whole step, the smallest alone."""
+    found: list[Budget] = []
+    for budget in sorted({*BUDGETS, job.compute.tokens_per_batch}):
+        packed = steps.packed(budget)
+        found.append(Budget(budget, packed.tokens_per_step, shapes.predict(packed.largest[0]).total))
+        if packed.whole and budget >= job.compute.tokens_per_batch:
+            break
+    return found
 
 
-def _packs(rows: RowSet, groups: list[np.ndarray], budget: int) -> list[tuple[int, list[np.ndarray]]]:
-    """The groups of each pack, and its positions."""
-    packs = sized_packs([inputs_of(rows, group) for group in groups], budget)
-    return [(size, [groups[item] for item in items]) for size, items in packs]
-
-
-def _table(job: Job) -> list[Cell]:
-    shapes = LayerwiseShapes(job.source, job.settings, job.adapter, job.compute)
+def _table(job: Job, shapes: LayerwiseShapes) -> list[Cell]:
     limit = num_positions(job.source) or max(LENGTHS)
     vocabulary = getattr(open_config(job.source).get_text_config(), "vocab_size", 2)
 

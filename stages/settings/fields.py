@@ -57,7 +57,8 @@ class ComputeSettings(Settings):
         description="dtype of the forward pass; weights stay float32. 'auto' takes bfloat16 on a GPU that supports it, else float32",
     )
     tokens_per_batch: PositiveInt = Field(
-        default=2048, description="token budget of one forward pass; changes speed and memory, not results"
+        default=2048,
+        description="token budget of one forward pass; changes speed and memory, not results (`align plan` shows both at several budgets)",
     )
     compile: Flag = Field(
         default=False,

@@ -40,6 +40,24 @@ def test_steps_and_tokens_are_those_of_the_run(session_of, tmp_path):
 
 
 @pytest.mark.slow
+def test_other_budgets_are_those_of_runs_with_them(session_of):
+    """A budget that holds every step is the last one shown."""
+    plan, larger = (session_of(compute={"tokens_per_batch": budget}).run("plan") for budget in (100, 2048))
+    own, other = plan["budgets"]
+    assert own == budget_of(plan)
+    assert other == budget_of(larger)
+    assert other["tokens_per_step"] < own["tokens_per_step"]
+    assert other["bytes"] > own["bytes"]
+    assert larger["budgets"] == [other]
+
+
+def budget_of(plan: dict) -> dict:
+    """A plan's own budget, as it is in its list of budgets."""
+    shown = {name: plan[name] for name in ("tokens_per_batch", "tokens_per_step")}
+    return {**shown, "bytes": plan["predicted"]["total"]}
+
+
+@pytest.mark.slow
 def test_a_measured_plan_has_time_and_peak(session_of):
     plan = session_of(adapter={"name": "lora"}).run("plan", measure=True)
     measured = plan["measured"]

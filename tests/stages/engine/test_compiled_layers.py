@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from torch._inductor import cpu_vec_isa
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.errors import MachineError
@@ -85,6 +86,15 @@ def test_a_model_that_is_not_packed_is_not_compiled_and_says_so() -> None:
     said: list[str] = []
     Scorer(model_of(), COMPILED, said.append, checked=Way(padded=True))
     assert said == ["The layers of LlamaForCausalLM are not compiled: its rows are not scored in packs."]
+
+
+@pytest.mark.slow
+def test_code_for_other_vector_instructions_is_not_taken_from_the_cache() -> None:
+    """Their width is in torch's settings, which are a part of the key of its cache."""
+    chosen = cpu_vec_isa.pick_vec_isa()
+    compile_layers(model_of(), torch.device("cpu"))
+    assert torch._inductor.config.cpp.simdlen == (chosen.bit_width() or 1)
+    assert cpu_vec_isa.pick_vec_isa() == chosen  # naming it changes nothing else
 
 
 @pytest.mark.slow
