@@ -109,7 +109,7 @@ def _memory(plan: "TrainingPlan") -> Table:
 
 
 def _budgets(plan: "TrainingPlan") -> Table:
-    table = tables.columns("compute.tokens_per_batch", "tokens of a step", "memory")
+    table = tables.columns("compute.tokens_per_batch", "tokens per step", "memory")
     for budget in plan.budgets:
         own = " (now)" if budget.tokens_per_batch == plan.tokens_per_batch else ""
         table.add_row(
