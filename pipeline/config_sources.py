@@ -29,9 +29,8 @@ def merged(files: Sequence[Path], assignments: Sequence[str], loss_name: str | N
     for assignment in assignments:
         assign(tree, assignment)
     given = _assigned(assignments, "loss")
-    if loss_name is not None and isinstance(
-        given, Mapping
-    ):  # else what was assigned is no loss, and is refused as such
+    # Anything but keys and values is no loss, and is refused as such.
+    if loss_name is not None and isinstance(given, Mapping):
         tree["loss"] = {**given, "name": loss_name}
     return tree
 

@@ -43,15 +43,15 @@ class FirstSteps:
         self._others = [self._groups(step, mismatched=True) for step in steps if "kl" in job.loss.needs]
 
     def packed(self, budget: int, largest: int = 1) -> Packed:
-        """The steps in packs of up to `budget` tokens, and so many of the largest that have a gradient."""
-        trained = [pack for step in self._trained for pack in self._packs(step, budget)]
-        others = [pack for step in self._others for pack in self._packs(step, budget)]
-        positions = sum(size for size, _ in trained + others)
-        trained.sort(key=lambda pack: -pack[0])
+        """The steps in packs of up to `budget` tokens. As many as `largest` of the packs that have a gradient are built."""
+        trained = [self._packs(step, budget) for step in self._trained]
+        others = [self._packs(step, budget) for step in self._others]
+        positions = sum(size for packs in trained + others for size, _ in packs)
+        by_size = sorted((pack for packs in trained for pack in packs), key=lambda pack: -pack[0])
         return Packed(
-            [build_pack(self._rows, groups) for _, groups in trained[:largest]],
+            [build_pack(self._rows, groups) for _, groups in by_size[:largest]],
             round(positions / max(1, len(self._trained))),
-            len(trained) + len(others) == len(self._trained) + len(self._others),
+            all(len(packs) <= 1 for packs in trained + others),
         )
 
     def shared(self) -> SharedTokens:
